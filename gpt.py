@@ -1,0 +1,1052 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.9,<2.14", "numpy", "tiktoken"]
+# ///
+"""gpt.py: a modern GPT and its whole training loop in one file.
+
+    python gpt.py config/train_shakespeare.py           train; each setting below is also a flag, --key=value
+    torchrun --standalone --nproc_per_node=8 gpt.py     train on 8 GPUs, with the same global batches
+    python sample.py --prompt "ROMEO:"                  let the newest run continue a text
+
+Or paste this file into a notebook cell and run it. References: GPT-2 (Radford et al. 2019), RMSNorm
+(arXiv:1910.07467), SwiGLU (arXiv:2002.05202), rotary positions (arXiv:2104.09864), grouped-query attention
+(arXiv:2305.13245), Muon (kellerjordan.github.io/posts/muon).
+"""
+import time
+
+__started__ = time.time()  # before torch, whose import takes seconds: max_minutes counts from here
+
+import codecs
+import contextlib
+import hashlib
+import json
+import math
+import os
+import signal
+import threading
+import urllib.request
+from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+# ---- Settings: each comment is its help text (python gpt.py --help); the sizes suit two CPU cores ----------
+
+# the run
+dataset = "shakespeare"  # folder under data_dir; shakespeare and pydoc are prepared when missing
+data_dir = ""  # folder of the data sets; empty: data/ beside gpt.py
+out_dir = ""  # folder of this run's checkpoints and log; empty: out/<dataset> beside gpt.py
+init_from = "scratch"  # scratch: new weights | resume: go on from out_dir/ckpt.pt
+offline_fallback = True  # where Shakespeare cannot be downloaded, train on pydoc instead of stopping
+seed = 1337  # of weights, batches, dropout and samples
+eval_only = False  # only evaluate out_dir/best.pt on the full validation split
+eval_interval = 250  # steps between evaluations, each preceded by a checkpoint
+eval_iters = 20  # batches per evaluation; the run ends with one over the full validation split
+log_interval = 50  # steps between progress lines
+sample_at_eval = False  # print a sample at each evaluation, not only at the end
+sample_tokens = 300  # length of these samples in tokens; 0: none
+
+# model
+block_size = 128  # context length in tokens
+n_layer = 4  # blocks
+n_head = 4  # query heads per block
+n_kv_head = 2  # key/value heads per block: n_head is MHA, fewer is GQA, 1 is MQA
+n_embd = 128  # width of the residual stream
+mlp_ratio = 4.0  # MLP width over n_embd; SwiGLU, which has a third matrix, takes 2/3 of it
+dropout = 0.0  # share of activations dropped in training
+bias = False  # biases in linear layers and LayerNorm
+use_rope = True  # rotary positions; False: learned positions
+use_rms_norm = True  # RMSNorm; False: LayerNorm
+use_swiglu = True  # SwiGLU; False: GELU
+qk_norm = False  # RMSNorm on queries and keys
+tie_weights = True  # one matrix for token embedding and output head
+gradient_checkpointing = False  # recompute blocks in the backward pass: less memory, about a third more time
+
+# batches
+batch_size = 32  # sequences per micro-batch
+gradient_accumulation_steps = 1  # micro-batches per step over all processes, which share them
+
+# optimizer
+optimizer = "muon"  # muon: Muon for the blocks' matrices, AdamW for the rest | adamw: AdamW for all
+learning_rate = 8e-3  # peak rate of AdamW
+muon_lr = 0.035  # peak rate of Muon
+weight_decay = 0.0  # decoupled decay of matrices and embeddings, per unit of learning rate
+beta1 = 0.9  # AdamW's decay of the gradient's mean
+beta2 = 0.95  # AdamW's decay of the gradient's mean square
+grad_clip = 1.0  # largest gradient norm; 0: no clipping
+
+# schedule
+max_iters = 1000  # steps, each one update
+max_minutes = 0.0  # above 0: minutes the whole process may take, instead of max_iters; the schedule follows
+warmup_iters = 20  # steps of linear warm-up
+lr_schedule = "linear"  # then cosine | linear | wsd: constant, the last fifth linear | constant
+lr_decay_iters = 0  # step at which min_lr is reached; 0: the last
+min_lr = 0.0  # final learning_rate; muon_lr falls in proportion
+
+# machine
+device = "auto"  # auto: cuda, else mps, else cpu | any torch device, as cuda:1
+dtype = "auto"  # auto: by hardware | float32 | bfloat16 | float16 with loss scaling, on CUDA only
+compile: bool | None = None  # torch.compile; None: on CUDA GPUs of compute capability 7.0 or more
+
+SETTINGS = [k for k, v in globals().items() if k[0] != "_" and isinstance(v, bool | int | float | str | None)]
+HERE = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()
+
+# ---- Tokenizer ---------------------------------------------------------------------------------------------
+
+class Tokenizer:
+    """Text to token ids and back; `state`, strings only, is saved with the data and in every checkpoint.
+
+    kind "char": one id per character of `chars`; another kind names a tiktoken encoding, as "gpt2".
+    >>> Tokenizer("char", "abc").encode("cab")
+    [2, 0, 1]
+    """
+
+    def __init__(self, kind, chars=""):
+        self.state, self.chars, self.encoding = {"kind": kind, "chars": chars}, chars, None
+        self.ids, self.vocab_size = {c: i for i, c in enumerate(chars)}, len(chars)
+        if kind != "char":
+            try:
+                self.encoding = tiktoken.get_encoding(kind)
+            except Exception as e:  # tiktoken documents none
+                raise ValueError(f"tokenizer {kind!r} cannot be had ({type(e).__name__}): use char or a tiktoken "
+                                 "encoding; offline, set TIKTOKEN_CACHE_DIR to a folder that holds it") from e
+            self.vocab_size = self.encoding.n_vocab
+
+    def encode(self, text):
+        """Return text's ids, as a list. Raises ValueError for a character that is not in `chars`."""
+        if self.encoding:
+            return self.encoding.encode_ordinary(text)
+        if unknown := set(text) - self.ids.keys():
+            known = "".join(c for c in self.chars if c.isprintable())
+            raise ValueError(f"the model does not know the character {min(unknown)!r}, only {known!r}")
+        return [self.ids[c] for c in text]
+
+    def decode_bytes(self, ids):
+        """Return the UTF-8 bytes of ids; a single BPE token may hold part of a character."""
+        if self.encoding:
+            return self.encoding.decode_bytes(ids)
+        return "".join(self.chars[i] for i in ids).encode()
+
+    def decode(self, ids):
+        return self.decode_bytes(ids).decode(errors="replace")
+
+# ---- Model -------------------------------------------------------------------------------------------------
+
+@dataclass
+class GPTConfig:
+    """What rebuilds the weights, and two switches of their training.
+
+    GPT-2 is use_rope=False, use_rms_norm=False, use_swiglu=False, bias=True, n_kv_head=n_head.
+    """
+
+    block_size: int = 256
+    vocab_size: int = 8192
+    n_layer: int = 6
+    n_head: int = 6
+    n_kv_head: int = 3
+    n_embd: int = 384
+    mlp_ratio: float = 4.0
+    dropout: float = 0.1
+    bias: bool = False
+    use_rope: bool = True
+    use_rms_norm: bool = True
+    use_swiglu: bool = True
+    qk_norm: bool = False
+    tie_weights: bool = True
+    gradient_checkpointing: bool = False
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-5
+
+    def __post_init__(self):
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "mlp_hidden"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name} is {value}: it must be at least 1")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head ({self.n_head}) must be a multiple of n_kv_head ({self.n_kv_head})")
+        if self.use_rope and self.head_dim % 2:
+            raise ValueError(f"n_embd / n_head is {self.head_dim}: rotary positions need an even number")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}: it must be at least 0 and below 1")
+
+    @property
+    def head_dim(self):
+        return self.n_embd // self.n_head
+
+    @property
+    def mlp_hidden(self):
+        """Width inside the MLP: SwiGLU, with a third matrix, takes 2/3 of the ratio, in steps of 32."""
+        width = self.mlp_ratio * self.n_embd
+        return 32 * round(width * 2 / 3 / 32) if self.use_swiglu else round(width)
+
+class RMSNorm(nn.RMSNorm):
+    """nn.RMSNorm with its weight in x's dtype, which the fused bfloat16 kernel needs; the mean is float32."""
+
+    def forward(self, x):
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+def make_norm(config):
+    if config.use_rms_norm:
+        return RMSNorm(config.n_embd, config.norm_eps)
+    return nn.LayerNorm(config.n_embd, config.norm_eps, bias=config.bias)
+
+def rotary_table(config):
+    """Return cos and sin of every position's angles, (2, block_size, head_dim / 2) float32.
+
+    Pair i of a head turns by position * rope_theta^(-2i / head_dim) radians (RoFormer, arXiv:2104.09864).
+    """
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    angles = torch.outer(torch.arange(config.block_size), config.rope_theta**-exponents)
+    return torch.stack((angles.cos(), angles.sin()))
+
+def rotate(x, rotary):
+    """Turn the pairs of x (B, heads, T, head_dim) by their positions' angles (2, B or 1, 1, T, head_dim / 2).
+
+    Pair i is components i and i + head_dim / 2: Hugging Face's rotate-half layout.
+    """
+    cos, sin = rotary
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
+
+def attention(q, k, v, mask=None, dropout=0.0):
+    """Attend from q (B, n_head, T, d) to k, v (B, n_kv_head, S, d); the one place that knows backends.
+
+    mask: (B, 1, T, S) bool, True where a query may look; None: causal, S = T. Returns (B, n_head, T, d).
+    """
+    T, d = q.shape[2:]
+    groups = q.size(1) // k.size(1)  # query heads per key/value head; neighbours share one
+    if mask is None and q.dtype == torch.bfloat16 and q.device.type == "cpu":  # SDPA was slower
+        future = torch.full((T, T), -torch.inf, dtype=q.dtype).triu(1).repeat(groups, 1)
+        scores = torch.baddbmm(future, q.reshape(-1, groups * T, d), k.reshape(-1, T, d).mT, alpha=d**-0.5)
+        return (F.dropout(scores.softmax(-1), dropout) @ v.reshape(-1, T, d)).view(q.shape)
+    if groups > 1:  # enable_gqa would spare the copies, but not run fast in float32 or with a mask
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None)
+
+class KVCache:
+    """Keys and values of every layer, allocated once; pos (B,) counts the tokens that each row holds.
+
+    GPT.forward appends T tokens to every row and advances pos; lowering pos[b] forgets row b's last ones.
+    """
+
+    def __init__(self, config, batch_size, device="cpu", dtype=torch.float32):
+        shape = (2, config.n_layer, batch_size, config.n_kv_head, config.block_size, config.head_dim)
+        self.k, self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.pos = torch.zeros(batch_size, device=device, dtype=torch.long)
+
+    def update(self, layer, k, v, positions):
+        """Write k, v (B, n_kv_head, T, head_dim) at positions (B, T); return all of the layer's."""
+        rows = torch.arange(len(positions), device=k.device)[:, None]
+        for store, new in ((self.k[layer], k), (self.v[layer], v)):
+            store[rows, :, positions] = new.transpose(1, 2).to(store.dtype)
+        return self.k[layer].to(k.dtype), self.v[layer].to(v.dtype)
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.layer, self.head_dim, self.dropout = layer, config.head_dim, config.dropout
+        heads = (config.n_head, config.n_kv_head, config.n_kv_head)
+        self.parts = [n * config.head_dim for n in heads]  # rows of q, k, v in c_attn
+        self.c_attn = nn.Linear(config.n_embd, sum(self.parts), bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(self, x, positions, rotary, mask, cache):
+        B, T, C = x.shape
+        q, k, v = (part.view(B, T, -1, self.head_dim) for part in self.c_attn(x).split(self.parts, dim=-1))
+        q, k, v = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2)
+        if rotary is not None:
+            q, k = rotate(q, rotary), rotate(k, rotary)  # (B, heads, T, head_dim)
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v, positions)  # (B, n_kv_head, block_size, head_dim)
+        y = attention(q, k, v, mask, self.dropout if self.training else 0.0)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.parts = [config.mlp_hidden] * (2 if config.use_swiglu else 1)  # rows of gate, up in c_fc
+        self.c_fc = nn.Linear(config.n_embd, sum(self.parts), bias=config.bias)
+        self.c_proj = nn.Linear(config.mlp_hidden, config.n_embd, bias=config.bias)
+
+    def forward(self, x):
+        hidden = self.c_fc(x)
+        if len(self.parts) == 1:
+            return self.c_proj(F.gelu(hidden, approximate="tanh"))
+        gate, up = hidden.chunk(2, dim=-1)
+        return self.c_proj(F.silu(gate) * up)
+
+class Block(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.ln_1, self.attn = make_norm(config), CausalSelfAttention(config, layer)
+        self.ln_2, self.mlp = make_norm(config), MLP(config)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x, positions, rotary, mask, cache):
+        x = x + self.drop(self.attn(self.ln_1(x), positions, rotary, mask, cache))
+        x = x + self.drop(self.mlp(self.ln_2(x)))
+        return x
+
+class GPT(nn.Module):
+    """A decoder-only transformer: token embedding, blocks on one residual stream, norm, output head."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = None if config.use_rope else nn.Embedding(config.block_size, config.n_embd)
+        self.drop = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.ln_f = make_norm(config)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_weights:
+            self.lm_head.weight = self.wte.weight
+        self.register_buffer("rotary", rotary_table(config) if config.use_rope else None, persistent=False)
+        self.init_weights()
+
+    def init_weights(self):
+        """Draw the weights anew.
+
+        embeddings, matrices    normal, std 0.02
+        c_proj                  normal, std 0.02 / sqrt(2 n_layer): depth does not swell the residual stream
+        lm_head, if not tied    zeros: the first loss is ln(vocab_size)
+        norms, biases           ones, zeros
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+        for block in self.h:
+            for proj in (block.attn.c_proj, block.mlp.c_proj):
+                nn.init.normal_(proj.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
+        if not self.config.tie_weights:
+            nn.init.zeros_(self.lm_head.weight)
+
+    def forward(self, idx, targets=None, cache=None):
+        """Return logits (B, T, vocab_size) and the mean loss in nats per token, None without targets.
+
+        idx, targets: (B, T) int64; targets of -1 do not count. With a KVCache, idx continues what it holds.
+        """
+        T, block_size, kind = idx.size(1), self.config.block_size, idx.device.type
+        if T > block_size:
+            raise ValueError(f"{T} tokens do not fit block_size {block_size}")
+        positions = torch.arange(T, device=idx.device)[None]  # (1, T), with a cache (B, T)
+        if cache is not None:
+            positions = positions + cache.pos[:, None]
+        x = self.wte(idx)  # (B, T, n_embd)
+        if self.wpe is not None:
+            x = x + self.wpe(positions)
+        if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16:
+            x = x.bfloat16()  # the residual stream too: twice as fast on CPU; float16 lacks the range
+        x = self.drop(x)
+        rotary = None if self.rotary is None else self.rotary[:, positions].unsqueeze(2).to(x.dtype)
+        mask = None
+        if cache is not None:  # a query sees what came before it and itself, not the unused rest
+            mask = torch.arange(block_size, device=idx.device) <= positions[:, None, :, None]
+        for block in self.h:
+            if self.config.gradient_checkpointing and self.training:
+                x = checkpoint(block, x, positions, rotary, mask, cache, use_reentrant=False)
+            else:
+                x = block(x, positions, rotary, mask, cache)
+        logits = self.lm_head(self.ln_f(x))
+        if cache is not None:
+            cache.pos += T
+        if targets is None:
+            return logits, None
+        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+
+    def n_params(self):
+        """Count the weights; a tied matrix counts once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self):
+        """Return training FLOPs per token: 6 per weight that multiplies, and attention's (arXiv:2204.02311)."""
+        c, n = self.config, self.n_params()
+        n -= 0 if c.tie_weights else self.wte.weight.numel()  # only looked up
+        n -= 0 if c.use_rope else self.wpe.weight.numel()
+        return 6 * n + 12 * c.n_layer * c.n_embd * c.block_size
+
+    def prefill(self, contexts, cache):
+        """Read B id tensors, up to block_size long, into the emptied cache; return logits (B, vocab_size)."""
+        ends = torch.tensor([len(context) for context in contexts], device=cache.pos.device)
+        cache.pos.zero_()
+        padded = nn.utils.rnn.pad_sequence(contexts, batch_first=True)  # on the right: causality hides it
+        logits, _ = self(padded, cache=cache)
+        cache.pos.copy_(ends)  # forget the padding
+        return logits[torch.arange(len(contexts)), ends - 1]
+
+    @torch.no_grad()
+    def generate(self, idx, max_tokens, repetition_penalty=1.0, generator=None, **sampling):
+        """Yield max_tokens tensors (B,) of next ids for B prompts.
+
+        idx: (B, T) int64, or B lists of ids of any lengths. sampling: keywords of sample_next. Past
+        block_size the model sees the last context_length tokens. Raises ValueError for an empty prompt.
+        """
+        device, block_size = self.wte.weight.device, self.config.block_size
+        contexts = [torch.as_tensor(prompt, dtype=torch.long, device=device) for prompt in idx]
+        if not all(len(context) for context in contexts):
+            raise ValueError("a prompt is empty: give at least one token")
+        cache = KVCache(self.config, len(contexts), device, self.wte.weight.dtype)
+        seen = torch.zeros(len(contexts), self.config.vocab_size, dtype=torch.bool, device=device)
+        for row, context in enumerate(contexts):
+            seen[row, context] = True
+        for step in range(max_tokens):
+            kept = [context_length(len(c), block_size) for c in contexts]
+            if step == 0 or any(n <= context_length(len(c) - 1, block_size) for c, n in zip(contexts, kept)):
+                logits = self.prefill([c[-n:] for c, n in zip(contexts, kept)], cache)
+            else:
+                logits = self(last[:, None], cache=cache)[0][:, -1]
+            last = sample_next(penalize(logits, seen, repetition_penalty), generator=generator, **sampling)
+            seen.scatter_(1, last[:, None], True)
+            contexts = [torch.cat((context, token)) for context, token in zip(contexts, last[:, None])]
+            yield last
+
+# ---- Generation --------------------------------------------------------------------------------------------
+
+def filter_logits(logits, top_k=0, top_p=1.0, min_p=0.0):
+    """Set logits (B, vocab_size) to -inf outside the top_k largest, outside the fewest that reach top_p
+    together (arXiv:1904.09751), and below min_p times the largest probability (arXiv:2407.01082)."""
+    if 0 < top_k < logits.size(-1):
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
+    if top_p < 1:
+        probs, ids = logits.softmax(-1).sort(descending=True)
+        drop = probs.cumsum(-1) - probs >= top_p  # the likelier ones reach top_p without this one
+        logits = logits.masked_fill(drop.scatter(-1, ids, drop), -torch.inf)
+    if min_p > 0:
+        logits = logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(min_p), -torch.inf)
+    return logits
+
+def penalize(logits, seen, penalty):
+    """Divide the positive and multiply the negative logits of ids where `seen` is True (arXiv:1909.05858)."""
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+def sample_next(logits, temperature=0.8, top_k=200, top_p=0.9, min_p=0.0, generator=None):
+    """Draw one id (B,) int64 per row of logits (B, vocab_size); at temperature 0 the likeliest."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    probs = filter_logits(logits.float() / temperature, top_k, top_p, min_p).softmax(-1)
+    noise = torch.empty_like(probs).exponential_(generator=generator)
+    return (probs / noise).argmax(-1)  # this is id i with probability probs[i], and needs no wait for the GPU
+
+def context_length(n, block_size):
+    """Return how many of the last of n tokens the model sees: all that fit, else half a block to a block.
+
+    When the block is full its older half is forgotten at once, so that the cache is refilled only then.
+    """
+    half = block_size // 2
+    return n if n <= block_size else half + 1 + (n - block_size - 1) % (block_size - half)
+
+def generate_text(model, tokenizer, prompt, max_tokens, stop=(), **sampling):
+    """Yield the text that continues prompt, piece by piece, up to max_tokens or one of the strings `stop`."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # waits for the rest of a split character
+    held = max((len(s) for s in stop), default=1) - 1  # characters that may prove to begin a stop string
+    text = ""
+    for last in model.generate([tokenizer.encode(prompt)], max_tokens, **sampling):
+        text += decoder.decode(tokenizer.decode_bytes(last.tolist()))
+        if ends := [text.find(s) for s in stop if s in text]:
+            yield text[: min(ends)]
+            return
+        if len(text) > held:
+            yield text[: len(text) - held]
+            text = text[len(text) - held :]
+    yield text + decoder.decode(b"", final=True)
+
+# ---- Optimizer ---------------------------------------------------------------------------------------------
+
+def orthogonalize(G, dtype=torch.float32):
+    """Return nearly UV^T for each G = USV^T of a batch (n, rows, cols): singular values of about 0.7 to 1.2.
+
+    Five Newton-Schulz steps of the quintic in kellerjordan.github.io/posts/muon, in `dtype`.
+    """
+    X = (G.mT if G.size(1) > G.size(2) else G).to(dtype)
+    X = X / (X.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(5):
+        A = X @ X.mT
+        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=-4.7750, alpha=2.0315), X, beta=3.4445)
+    return X.mT if G.size(1) > G.size(2) else X
+
+class Muon(torch.optim.Optimizer):
+    """Momentum with orthogonalized updates, for hidden matrices: not for embeddings, head, norms or biases.
+
+    A group holds matrices of one shape, updated as one batch; `parts` are the row counts of those fused in
+    each (q, k, v; gate, up), orthogonalized apart. lr: spectral norm of an update, times sqrt(rows / cols) if
+    tall. Source: kellerjordan.github.io/posts/muon; torch.optim.Muon does the same, matrix by matrix.
+    """
+
+    def __init__(self, param_groups, lr, momentum=0.95, weight_decay=0.0, dtype=torch.float32):
+        super().__init__(param_groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.dtype = dtype  # of the Newton-Schulz steps
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            params, lr, momentum = group["params"], group["lr"], group["momentum"]
+            for p in params:
+                self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+            averages, grads = [self.state[p]["momentum_buffer"] for p in params], [p.grad for p in params]
+            torch._foreach_lerp_(averages, grads, 1 - momentum)
+            updates = torch.stack(torch._foreach_lerp(grads, averages, momentum))  # (n, rows, cols)
+            parts = [orthogonalize(part, self.dtype) * max(1, part.size(1) / part.size(2)) ** 0.5
+                     for part in updates.split(group["parts"], dim=1)]
+            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+            torch._foreach_add_(params, list(torch.cat(parts, dim=1).float()), alpha=-lr)
+
+def make_optimizers(model, machine):
+    """Return [AdamW] or [AdamW, Muon], as the setting says; together they hold every parameter once."""
+    hidden = []
+    if optimizer == "muon":
+        attns, mlps, width = [b.attn for b in model.h], [b.mlp for b in model.h], [model.config.n_embd]
+        hidden = [{"params": [m.c_attn.weight for m in attns], "parts": attns[0].parts},
+                  {"params": [m.c_proj.weight for m in attns], "parts": width},
+                  {"params": [m.c_fc.weight for m in mlps], "parts": mlps[0].parts},
+                  {"params": [m.c_proj.weight for m in mlps], "parts": width}]
+    taken = {id(p) for group in hidden for p in group["params"]}
+    rest = [p for p in model.parameters() if id(p) not in taken]
+    assert len(taken) + len(rest) == len(list(model.parameters())), "a parameter is in no group, or in two"
+    groups = [{"params": [p for p in rest if p.ndim >= 2], "weight_decay": weight_decay},
+              {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0}]  # norms, biases
+    optimizers = [torch.optim.AdamW(groups, learning_rate, (beta1, beta2), fused=True)]
+    if hidden:
+        native = machine.dtype != torch.float32 and native_bfloat16(machine.device)
+        ns_dtype = torch.bfloat16 if native else torch.float32
+        optimizers.append(Muon(hidden, muon_lr, weight_decay=weight_decay, dtype=ns_dtype))
+    for group in (group for o in optimizers for group in o.param_groups):
+        group["peak_lr"] = group["lr"]
+    return optimizers
+
+# ---- Data: data/<name>/{train.bin, val.bin, meta.json} -----------------------------------------------------
+
+SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+SHAKESPEARE_URLS = [
+    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+    "https://cdn.jsdelivr.net/gh/karpathy/char-rnn@master/data/tinyshakespeare/input.txt",
+]
+
+def download(urls, sha256):
+    """Return the file's bytes from the first mirror that has it. Raises ConnectionError with all failures."""
+    problems = []
+    for url in urls:
+        try:
+            with urllib.request.urlopen(url, timeout=15) as response:
+                content = response.read()
+            if hashlib.sha256(content).hexdigest() == sha256:
+                return content
+            problems.append(f"{url} has the wrong sha256")
+        except OSError as e:
+            problems.append(f"{url}: {e}")
+    raise ConnectionError("; ".join(problems))
+
+def corpus(name):
+    """Return (text, source) of shakespeare or pydoc. Raises ConnectionError as download does."""
+    if name == "shakespeare":
+        return download(SHAKESPEARE_URLS, SHAKESPEARE_SHA256).decode(), "tiny Shakespeare"
+    from pydoc_data.topics import topics  # English documentation, half a megabyte, ships with every CPython
+
+    return "\n\n".join(topics[name].strip() for name in sorted(topics)) + "\n", "Python's pydoc_data.topics"
+
+def write_dataset(folder, text, tokenizer, source, val_fraction=0.1):
+    """Write text, its last val_fraction for validation, as train.bin, val.bin, meta.json; return the meta."""
+    dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
+    sha256 = hashlib.sha256(text.encode()).hexdigest()
+    meta = {"source": source, "sha256": sha256, "vocab_size": tokenizer.vocab_size, "dtype": dtype}
+    cut = int(len(text) * (1 - val_fraction))
+    parts = {"train": text[:cut], "val": text[cut:]}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "meta.json").unlink(missing_ok=True)  # written last, it says that the folder is whole
+    for split, part in parts.items():
+        ids = np.array(tokenizer.encode(part), dtype=np.dtype(dtype).newbyteorder("<"))
+        ids.tofile(folder / f"{split}.bin")
+        meta |= {f"{split}_tokens": len(ids), f"{split}_bytes": len(part.encode())}
+    meta["tokenizer"] = tokenizer.state
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+    return meta
+
+def prepare_if_missing():
+    """Return the folder of `dataset`, made first, if need be, where gpt.py knows how; or else pydoc's."""
+    root, name = Path(data_dir or HERE / "data"), dataset
+    if name not in ("shakespeare", "pydoc") or (root / name / "meta.json").exists():
+        return root / name
+    try:
+        text, source = corpus(name)
+    except ConnectionError as e:
+        remedy = "python prepare.py shakespeare --input=FILE takes a copy from elsewhere"
+        if not offline_fallback:
+            raise ConnectionError(f"Shakespeare could not be downloaded; {remedy} ({e})") from e
+        print(f"Shakespeare could not be downloaded: training on pydoc, Python's documentation; {remedy}")
+        name, (text, source) = "pydoc", corpus("pydoc")
+    write_dataset(root / name, text, Tokenizer("char", "".join(sorted(set(text)))), source)
+    return root / name
+
+def gather(tokens, starts, block_size):
+    """Return inputs and targets (len(starts), block_size) int64; past the end inputs are 0, targets -1."""
+    positions = np.asarray(starts)[:, None] + np.arange(block_size + 1)
+    ids = np.where(positions < len(tokens), tokens[np.minimum(positions, len(tokens) - 1)], np.int64(-1))
+    return torch.from_numpy(ids[:, :-1].clip(min=0)), torch.from_numpy(ids[:, 1:].copy())
+
+@lru_cache(maxsize=2)
+def epoch_starts(n_tokens, block_size, seed, epoch):
+    """Return one epoch's window starts in random order; windows lie side by side from a random offset on."""
+    rng = np.random.default_rng((seed, epoch))
+    n_windows = max(1, (n_tokens - 1) // block_size - 1)
+    return rng.integers(n_tokens - n_windows * block_size) + block_size * rng.permutation(n_windows)
+
+class Data:
+    """A data set, memory-mapped; its batches depend on (seed, step) alone, whatever was drawn before."""
+
+    def __init__(self, folder, block_size):
+        """Raises FileNotFoundError or ValueError: no data set, too few tokens, ids beyond the vocabulary."""
+        self.folder, self.block_size, self.tokens = folder, block_size, {}
+        if not (folder / "meta.json").exists():
+            raise FileNotFoundError(f"{folder} holds no data set: python prepare.py --input=FILE "
+                                    f"--name={folder.name} makes one")
+        self.meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        self.tokenizer = Tokenizer(**self.meta["tokenizer"])
+        dtype, vocab_size = np.dtype(self.meta["dtype"]).newbyteorder("<"), self.meta["vocab_size"]
+        for split in ("train", "val"):
+            path = folder / f"{split}.bin"
+            n = path.stat().st_size // dtype.itemsize if path.exists() else 0
+            if n <= block_size:
+                raise ValueError(f"{path} holds {n} tokens, too few for block_size {block_size}: bring more text "
+                                 "or lower --block_size")
+            self.tokens[split] = np.memmap(path, dtype, mode="r", shape=n)
+            if (largest := self.tokens[split].max()) >= vocab_size:
+                raise ValueError(f"{path} holds id {largest}, but vocab_size is {vocab_size}: prepare it again")
+
+    def get_batch(self, split, step, batch_size):
+        """Return the step-th inputs and targets (batch_size, block_size).
+
+        train: every window once an epoch, in an order drawn from `seed`; val: the whole split in order.
+        """
+        tokens, rows = self.tokens[split], step * batch_size + np.arange(batch_size)
+        if split == "val":
+            return gather(tokens, rows * self.block_size, self.block_size)
+        args = len(tokens), self.block_size, seed
+        n = len(epoch_starts(*args, 0))
+        return gather(tokens, [epoch_starts(*args, r // n)[r % n] for r in rows.tolist()], self.block_size)
+
+    def n_val_batches(self):
+        return math.ceil((len(self.tokens["val"]) - 1) / (self.block_size * batch_size))
+
+# ---- Schedule and evaluation -------------------------------------------------------------------------------
+
+def lr_scale(step, progress):
+    """Return the factor on the peak rates of the update after `step` others; progress: share done, 0 to 1."""
+    if step < warmup_iters:
+        return (step + 1) / (warmup_iters + 1)
+    falls = {"cosine": 0.5 + 0.5 * math.cos(math.pi * min(progress, 1)), "linear": 1 - progress,
+             "wsd": min(1, 5 * (1 - progress)), "constant": 1}
+    floor = min_lr / learning_rate
+    return floor + (1 - floor) * max(0, falls[lr_schedule])
+
+@torch.no_grad()
+def evaluate(model, forward, data, machine, n_batches):
+    """Return the mean loss in nats per token over n_batches fixed batches, spread evenly over the validation
+    split and shared by the processes. forward: the model, or its compiled twin."""
+    losses, counts = [torch.zeros((), device=machine.device)], [0]
+    chosen = np.linspace(0, data.n_val_batches() - 1, n_batches).round().astype(int)
+    model.eval()
+    for i in chosen[machine.rank :: machine.world_size]:
+        x, y = data.get_batch("val", i, batch_size)
+        with machine.autocast():
+            losses.append(forward(*machine.move((x, y)))[1])
+        counts.append(int((y >= 0).sum()))
+    model.train()
+    nats = torch.stack(losses).double().cpu() @ torch.tensor(counts).double()
+    nats, count = machine.reduce([nats, sum(counts)], "SUM")
+    return nats / count
+
+def final_figures(model, forward, data, machine):
+    """Return loss, perplexity and bits per byte over the full validation split."""
+    loss = evaluate(model, forward, data, machine, data.n_val_batches())
+    bits_per_byte = loss / math.log(2) * data.meta["val_tokens"] / data.meta["val_bytes"]
+    return {"val_loss": loss, "perplexity": math.exp(min(loss, 700)), "bits_per_byte": bits_per_byte}
+
+def figures_line(figures):
+    return "full validation split: " + ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
+
+# ---- Checkpoints: ckpt.pt resumes, best.pt is weights for use ----------------------------------------------
+
+def save_checkpoint(path, state):
+    """Write state to path, all or nothing. Raises OSError; what was at path is then still there."""
+    part = path.with_suffix(".tmp")
+    try:
+        with open(part, "wb") as f:
+            torch.save(state, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as e:  # torch makes a RuntimeError of a failed write
+        part.unlink(missing_ok=True)
+        raise OSError(f"{path} could not be saved ({e}); the one saved before it is untouched") from e
+
+def read_checkpoint(path):
+    """Return what save_checkpoint wrote. Raises FileNotFoundError, or ValueError for a damaged file."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} does not exist: train first, or name another checkpoint or out_dir")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # torch raises half a dozen types
+        raise ValueError(f"{path} is damaged or no checkpoint ({type(e).__name__}): use another") from e
+    if not isinstance(state, dict) or not {"model", "model_args", "tokenizer"} <= state.keys():
+        raise ValueError(f"{path} is no checkpoint of gpt.py: it lacks model, model_args or tokenizer")
+    return state
+
+def load_checkpoint(path, device="cpu"):
+    """Return (model, tokenizer, checkpoint), the model ready for use. Raises as read_checkpoint does."""
+    state = read_checkpoint(path)
+    model = GPT(GPTConfig(**state["model_args"]))
+    model.load_state_dict(state["model"])
+    return model.eval().to(device), Tokenizer(**state["tokenizer"]), state
+
+# ---- The machine: what is chosen by hardware is chosen here ------------------------------------------------
+
+# dense bfloat16 or float16 TFLOP/s, from the makers' data sheets; the first name found in the GPU's counts
+PEAK_TFLOPS = {"B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L4": 121,
+               "A10G": 70, "V100": 125, "T4": 65, "RTX 4090": 165, "RTX 3090": 71, "A6000": 155}
+
+@dataclass
+class Machine:
+    device: torch.device
+    dtype: torch.dtype  # of matrix products; the weights stay float32
+    compile: bool
+    rank: int
+    world_size: int
+
+    def name(self):
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def move(self, batch):
+        """Return the tensors on the device; a GPU fetches them from pinned memory while it works."""
+        if self.device.type != "cuda":
+            return [t.to(self.device) for t in batch]
+        return [t.pin_memory().to(self.device, non_blocking=True) for t in batch]
+
+    def reduce(self, values, op):
+        """Return numbers reduced over all processes: op SUM or MAX."""
+        values = torch.tensor([float(v) for v in values], dtype=torch.float64)
+        if self.world_size > 1:
+            dist.all_reduce(values, getattr(dist.ReduceOp, op))
+        return values.tolist()
+
+    def mfu(self, flops):
+        """Return the share that `flops` per second are of the GPUs' peak, or None where that is not known."""
+        peak = next((tflops for gpu, tflops in PEAK_TFLOPS.items() if gpu in self.name()), None)
+        return flops / (peak * 1e12 * self.world_size) if peak and self.dtype != torch.float32 else None
+
+def pick_device(name):
+    """Return the torch.device that the setting `device` names. Raises ValueError if it is not there."""
+    if name == "auto":
+        has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+        name = next(kind for kind, available in has.items() if available)
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        reason = str(e).splitlines()[0]
+        raise ValueError(f"device {name!r} is not there ({reason}): use --device=auto or cpu") from e
+
+def native_bfloat16(device):
+    """Tell whether the hardware itself multiplies bfloat16; a T4, say, emulates it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    has = torch.cpu._is_avx512_bf16_supported, torch.cpu._is_amx_tile_supported
+    return device.type == "cpu" and any(ask() for ask in has)
+
+def set_up_machine():
+    """Choose device, dtype and compile, as the settings say; under torchrun, join the other processes."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    found = pick_device(device)
+    if world_size > 1 and found.type == "cuda":
+        found = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(found)
+    capability = torch.cuda.get_device_capability(found) if found.type == "cuda" else (0, 0)
+    best = "bfloat16" if native_bfloat16(found) else "float16" if capability >= (7, 0) else "float32"
+    chosen = getattr(torch, best if dtype == "auto" else dtype)
+    if chosen == torch.float16 and found.type != "cuda":
+        raise ValueError(f"dtype float16 needs a CUDA GPU, not {found.type}: use bfloat16 or float32")
+    torch.set_float32_matmul_precision("high")  # TF32 for what stays float32 on CUDA
+    if world_size > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if found.type == "cuda" else "gloo")
+    return Machine(found, chosen, capability >= (7, 0) if compile is None else compile, rank, world_size)
+
+def compiled(model, machine, batch):
+    """Return the compiled model, tried on a batch; where that fails, say so and return the model itself."""
+    forward = torch.compile(model, dynamic=False)
+    try:
+        with machine.autocast():
+            loss = forward(*machine.move(batch))[1]
+        loss.backward()
+    except Exception as e:  # compilers' errors have no common type
+        print(f"torch.compile failed ({type(e).__name__}): training without it, as --compile=False does")
+        forward = model
+    model.zero_grad(set_to_none=True)
+    return forward
+
+# ---- Training ----------------------------------------------------------------------------------------------
+
+def model_config(vocab_size):
+    names = {f.name for f in fields(GPTConfig)} & set(SETTINGS)
+    return GPTConfig(vocab_size=vocab_size, **{name: globals()[name] for name in names})
+
+def check_settings():
+    """Raise ValueError for the first setting whose value has no meaning."""
+    choices = {"init_from": "scratch resume", "optimizer": "muon adamw",
+               "dtype": "auto float32 bfloat16 float16", "lr_schedule": "cosine linear wsd constant"}
+    for name, allowed in choices.items():
+        if globals()[name] not in allowed.split():
+            raise ValueError(f"{name} is {globals()[name]!r}: it must be one of {allowed.replace(' ', ', ')}")
+    least = {"batch_size gradient_accumulation_steps eval_interval eval_iters log_interval": 1,
+             "max_iters max_minutes warmup_iters lr_decay_iters min_lr weight_decay grad_clip seed": 0,
+             "sample_tokens": 0, "learning_rate muon_lr": 1e-12}
+    for name, bound in ((name, bound) for names, bound in least.items() for name in names.split()):
+        if not bound <= globals()[name] < math.inf:
+            raise ValueError(f"{name} is {globals()[name]}: it must be at least {bound}")
+    model_config(vocab_size=1)
+
+def open_data(machine):
+    """Return the Data of `dataset`; where it is missing, the first process prepares it for all."""
+    folder = [prepare_if_missing() if machine.rank == 0 else None]
+    if machine.world_size > 1:
+        dist.broadcast_object_list(folder)
+    return Data(folder[0], block_size)
+
+def build_model(data, state):
+    """Return a GPT as the settings say: new, or with the weights of a checkpoint's state that agrees."""
+    torch.manual_seed(seed)
+    model = GPT(model_config(data.meta["vocab_size"]))
+    if state:
+        now = asdict(model.config) | {"optimizer": optimizer, "tokenizer": data.tokenizer.state}
+        then = state["model_args"] | {k: state["config"].get(k, state.get(k)) for k in ("optimizer", "tokenizer")}
+        for name in then.keys() - {"dropout", "gradient_checkpointing"}:  # on these no weight depends
+            if now[name] != then[name]:
+                raise ValueError(f"{name} is {str(now[name])[:60]} but was {str(then[name])[:60]} in the "
+                                 "checkpoint: go on with the settings and data it began with")
+        model.load_state_dict(state["model"])
+    return model
+
+def split_batch(world_size):
+    """Return (n_micro, rows): a process's micro-batches per step and their size; the global batch stays."""
+    total = batch_size * gradient_accumulation_steps
+    n_micro = math.ceil(gradient_accumulation_steps / world_size)
+    if total % (world_size * n_micro):
+        raise ValueError(f"{world_size} processes cannot share {total} sequences per step: make batch_size * "
+                         f"gradient_accumulation_steps a multiple of {world_size * n_micro}")
+    return n_micro, total // (world_size * n_micro)
+
+def open_run(out):
+    """Make the run's folder and return its log file; an earlier run's files there get the ending .old."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for path in (out / "ckpt.pt", out / "best.pt", out / "log.jsonl"):
+            if init_from == "scratch" and path.exists():
+                path.replace(f"{path}.old")
+                print(f"kept the earlier run's {path.name} as {path}.old")
+        return open(out / "log.jsonl", "a", encoding="utf-8", buffering=1)  # each line at once
+    except OSError as e:
+        raise OSError(f"{out} cannot be written ({e.strerror}): choose another folder with --out_dir") from e
+
+def describe(machine, data, model, out):
+    """Return the lines that say what was chosen."""
+    n, meta = model.n_params(), data.meta
+    tokens_per_step = batch_size * gradient_accumulation_steps * block_size
+    by_muon = sum(p.numel() for p in model.h.parameters() if p.ndim == 2) if optimizer == "muon" else 0
+    mib = (16 * n - 4 * by_muon) / 2**20  # weights, gradients, AdamW's two averages or Muon's one, in float32
+    return "\n".join((
+        f"machine  {machine.world_size} x {machine.name()}, {torch.get_num_threads()} threads, "
+        f"{str(machine.dtype)[6:]}, {'compiled' if machine.compile else 'eager'}, torch {torch.__version__}",
+        f"data     {data.folder}: {meta['train_tokens']:,} tokens to train, {meta['val_tokens']:,} to validate, "
+        f"{meta['tokenizer']['kind']} vocabulary of {meta['vocab_size']:,}",
+        f"model    {n / 1e6:,.2f}M parameters; {mib:,.0f} MiB with gradients and optimizer, plus activations",
+        f"run      {f'{max_minutes:g} minutes' if max_minutes else f'{max_iters:,} steps'}, {tokens_per_step:,} "
+        f"tokens a step, {meta['train_tokens'] / tokens_per_step:,.0f} steps an epoch; in {out}"))
+
+def sample_text(model, tokenizer, machine):
+    """Return a sample between two rules, begun with a newline or else the vocabulary's first token."""
+    prompt = "\n" if tokenizer.encoding or "\n" in tokenizer.ids else tokenizer.decode([0])
+    generator = torch.Generator(machine.device).manual_seed(seed)
+    model.eval()
+    text = "".join(generate_text(model, tokenizer, prompt, sample_tokens, generator=generator))
+    model.train()
+    return f"{'-' * 80}\n{text.strip()}\n{'-' * 80}"
+
+def snapshot(model, data, step, best_val_loss):
+    """Return what a checkpoint for use holds: tensors, numbers, strings, lists and dicts only."""
+    return {"model": model.state_dict(), "model_args": asdict(model.config), "tokenizer": data.tokenizer.state,
+            "config": {name: globals()[name] for name in SETTINGS} | {"dataset": data.folder.name},
+            "dataset_sha256": data.meta["sha256"], "step": step, "best_val_loss": best_val_loss}
+
+def check_finite(loss, grad_norm, step, out):
+    """Raise ValueError for a loss or gradient norm that is none: such weights are not saved."""
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        raise ValueError(f"loss {float(loss)}, gradient norm {float(grad_norm)} at step {step}: not saved; {out} "
+                         "keeps the last good state; lower learning_rate and muon_lr")
+
+def train(started=None):
+    """Train as the settings say; return the final figures as a dict.
+
+    started: time.time() from which max_minutes counts; None: now. Raises ValueError or OSError for what the
+    user can mend. SIGINT and SIGTERM save and end the run, whose dict then has the number as "stopped_by"; a
+    second one acts as ever.
+    """
+    check_settings()
+    machine, caught, actions = set_up_machine(), [], {}
+
+    def note(signum, frame):
+        caught.append(signum)
+        signal.signal(signum, actions[signum])
+
+    if threading.current_thread() is threading.main_thread():  # elsewhere Python forbids handlers
+        actions = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return training_run(started or time.time(), machine, caught)
+    finally:
+        for signum, action in actions.items():
+            signal.signal(signum, action)
+        if machine.world_size > 1:
+            dist.destroy_process_group()
+
+def training_run(started, machine, caught):
+    """Set up; then, step by step: how far? | save, evaluate | set lr | accumulate | update | log."""
+    # set up
+    say, save = (print, save_checkpoint) if machine.rank == 0 else (lambda *_: None,) * 2
+    n_micro, rows = split_batch(machine.world_size)
+    data = open_data(machine)
+    out = Path(out_dir or HERE / "out" / data.folder.name)
+    state, step, best_val_loss = None, 0, math.inf
+    if init_from == "resume" or eval_only:
+        state = read_checkpoint(out / ("best.pt" if eval_only else "ckpt.pt"))
+        step, best_val_loss = state["step"], state["best_val_loss"]
+    model = build_model(data, state).to(machine.device)
+    if eval_only:
+        figures = final_figures(model, model, data, machine)
+        say(f"{out / 'best.pt'}, step {step:,}; {figures_line(figures)}")
+        return figures
+    optimizers = make_optimizers(model, machine)
+    scaler = torch.amp.GradScaler("cuda", enabled=machine.dtype == torch.float16)
+    if state:
+        started -= state["elapsed_s"]
+        for part, saved in zip([*optimizers, scaler], state["optimizers"], strict=True):
+            part.load_state_dict(saved)
+    log_file = open_run(out) if machine.rank == 0 else open(os.devnull, "w")
+
+    def log(**values):
+        values = {"step": step, "elapsed_s": round(time.time() - started, 3)} | values
+        print(json.dumps(values), file=log_file)
+
+    header = snapshot(model, data, step, best_val_loss)
+    log(machine=f"{machine.world_size} x {machine.name()}", torch=torch.__version__, n_params=model.n_params(),
+        **{name: header[name] for name in ("config", "model_args", "dataset_sha256")})
+    say(describe(machine, data, model, out))
+    forward = compiled(model, machine, data.get_batch("train", 0, rows)) if machine.compile else model
+    train_forward = DistributedDataParallel(forward) if machine.world_size > 1 else forward
+    tokens_per_step, n_val = batch_size * gradient_accumulation_steps * block_size, data.n_val_batches()
+    loss = grad_norm = torch.zeros(())
+    first_step, progress, reserve = step, 0.0, 0.0  # reserve: seconds that the end of the run will take
+    mark, mark_step = time.time(), step  # since when tokens per second are counted
+
+    while True:
+        # how far?
+        elapsed = time.time() - started
+        done = elapsed / max(60 * max_minutes - reserve, 1) if max_minutes else step / max(max_iters, 1e-9)
+        progress, stop = machine.reduce([max(progress, done), bool(caught)], "MAX")
+        last = progress >= 1 or not (max_iters or max_minutes)
+
+        # save, evaluate
+        if step % eval_interval == 0 or last or stop:
+            pause = time.time()
+            check_finite(loss, 0 if scaler.is_enabled() else grad_norm, step, out)  # a scaler skips such steps
+            if step > first_step or last:
+                parts = {"optimizers": [part.state_dict() for part in (*optimizers, scaler)], "elapsed_s": elapsed}
+                save(out / "ckpt.pt", snapshot(model, data, step, best_val_loss) | parts)
+            if not stop:
+                val_loss = evaluate(model, forward, data, machine, min(eval_iters, n_val))
+                reserve = 2 + (time.time() - pause) * (1 + n_val / min(eval_iters, n_val))
+                log(val_loss=val_loss)
+                say(f"step {step:6,} | val loss {val_loss:.4f}")
+                if val_loss < best_val_loss:
+                    best_val_loss = val_loss
+                    save(out / "best.pt", snapshot(model, data, step, best_val_loss))
+                if sample_at_eval and not last:
+                    say(sample_text(model, data.tokenizer, machine))
+            mark += time.time() - pause
+        if last or stop:
+            break
+
+        # set lr
+        scale = lr_scale(step, step / lr_decay_iters if lr_decay_iters and not max_minutes else progress)
+        for group in (group for o in optimizers for group in o.param_groups):
+            group["lr"] = group["peak_lr"] * scale
+
+        # accumulate
+        loss = torch.zeros((), device=machine.device)
+        for micro in range(n_micro):
+            index = (step * machine.world_size + machine.rank) * n_micro + micro  # among all of the run's
+            x, y = machine.move(data.get_batch("train", index, rows))
+            torch.manual_seed((seed << 32) + index)  # dropout, too, depends on (seed, step) alone
+            more = machine.world_size > 1 and micro < n_micro - 1  # gradients are averaged after the last
+            with train_forward.no_sync() if more else contextlib.nullcontext():
+                with machine.autocast():
+                    micro_loss = train_forward(x, y)[1] / n_micro
+                scaler.scale(micro_loss).backward()
+            loss += micro_loss.detach()
+
+        # update
+        for o in optimizers:
+            scaler.unscale_(o)
+        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+        for o in optimizers:
+            scaler.step(o)
+            o.zero_grad(set_to_none=True)
+        scaler.update()
+        step += 1
+
+        # log
+        if step % log_interval == 0 or step == first_step + 1:
+            mean_loss, now = machine.reduce([loss], "SUM")[0] / machine.world_size, time.time()
+            speed = (step - mark_step) * tokens_per_step / (now - mark)
+            mfu, lr = machine.mfu(speed * model.flops_per_token()), learning_rate * scale
+            log(loss=mean_loss, lr=lr, grad_norm=float(grad_norm), tokens_per_s=speed, mfu=mfu)
+            left = 60 * max_minutes - elapsed if max_minutes else (max_iters - step) * tokens_per_step / speed
+            say(f"step {step:6,} | loss {mean_loss:.4f} | lr {lr:.1e} | {speed:,.0f} tokens/s | "
+                f"mfu {'n/a' if mfu is None else f'{mfu:.0%}'} | {timedelta(seconds=int(left))} left")
+            mark, mark_step = now, step
+
+    # end
+    result = {"step": step, "best_val_loss": best_val_loss, "out_dir": str(out), "stopped_by": None}
+    if stop and not last:
+        say(f"stopped at step {step:,}: {out / 'ckpt.pt'} is saved, --init_from=resume goes on from there")
+        return result | {"stopped_by": caught[0] if caught else signal.SIGTERM}
+    figures = final_figures(model, forward, data, machine)
+    log(**figures)
+    say(f"{step:,} steps in {timedelta(seconds=int(time.time() - started))}; {figures_line(figures)}")
+    if sample_tokens and machine.rank == 0:
+        say(sample_text(model, data.tokenizer, machine))
+    return result | figures
+
+def main():
+    stopped_by = train(__started__).get("stopped_by")
+    if stopped_by:
+        raise SystemExit(128 + stopped_by)
+
+if __name__ == "__main__":
+    if "__file__" in globals():  # a script, not pasted into a notebook cell
+        from configurator import run_script
+
+        run_script(globals(), main, derive=lambda: {"device_type": pick_device(device).type})
+    else:
+        train(__started__)

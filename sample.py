@@ -1,0 +1,155 @@
+"""sample.py: let a trained model continue a text.
+
+    python sample.py --prompt "ROMEO:"                 the newest run under out/
+    python sample.py --out_dir=out/pydoc --interactive
+    python sample.py --prompt=FILE:start.txt --max_tokens=60000 --output=long.txt
+
+It needs a checkpoint of gpt.py and nothing else; the tokenizer is in it.
+"""
+import contextlib
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from gpt import check_sampling, context_length, generate_text, load_checkpoint, native_bfloat16, pick_device
+
+prompt = "\n"  # text to continue, or FILE:path to read it from
+max_tokens = 100  # length of a sample, in tokens
+num_samples = 1  # samples to draw, one after the other
+temperature = 0.8  # below 1 safer, above 1 wilder; 0: always the likeliest token
+top_k = 200  # draw among the k likeliest tokens only; 0: all
+top_p = 0.9  # draw among the fewest tokens that reach this probability together; 1: all
+min_p = 0.0  # drop tokens less probable than this share of the likeliest's probability; 0: none
+repetition_penalty = 1.0  # above 1: tokens already used become less likely
+stop = ""  # end a sample before this text; several are separated by ||
+seed = 1337  # of the draws
+interactive = False  # read prompts from the keyboard until quit, exit, q or Ctrl-D
+checkpoint = ""  # checkpoint file; empty: that of out_dir
+out_dir = ""  # a run's folder; empty: the newest under out/ beside this script
+output = ""  # write the samples to this file; empty: to the screen, as they come
+device = "auto"  # auto: cuda, else mps, else cpu | or any torch device
+dtype = "auto"  # auto: bfloat16 on GPUs that have it, else float32 | float32 | bfloat16
+
+HERE = Path(__file__).resolve().parent
+TUNABLE = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_tokens")  # at the interactive prompt
+
+
+def find_checkpoint():
+    """Return the path of the checkpoint to use. Raises FileNotFoundError if there is none."""
+    if checkpoint:
+        return Path(checkpoint)
+    folders = [Path(out_dir)] if out_dir else sorted((HERE / "out").glob("*/"))
+    found = [folder / name for folder in folders for name in ("ckpt.pt", "best.pt") if (folder / name).is_file()]
+    if not found:
+        raise FileNotFoundError(f"no checkpoint in {out_dir or HERE / 'out'}: train one with python gpt.py config/train_shakespeare.py")
+    newest = max(found, key=lambda path: path.stat().st_mtime)
+    best = newest.with_name("best.pt")
+    return best if best in found else newest
+
+
+def read_prompt():
+    if not prompt.startswith("FILE:"):
+        return prompt or "\n"
+    path = Path(prompt.removeprefix("FILE:"))
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"the prompt file {path} is not UTF-8 text (byte {e.start})") from e
+    except OSError as e:
+        raise FileNotFoundError(f"the prompt file {path} cannot be read: {e.strerror}") from e
+
+
+def sampling():
+    """Return the sampling settings as keywords of generate_text. Raises ValueError for one out of range."""
+    options = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty)
+    check_sampling(**options)
+    if max_tokens < 0 or num_samples < 1:
+        raise ValueError(f"max_tokens is {max_tokens}, num_samples {num_samples}: they must be at least 0 and 1")
+    return options | {"max_tokens": max_tokens, "stop": [s for s in stop.split("||") if s]}
+
+
+def warn_about_length(n, block_size):
+    """Say so when not all of the prompt, or not all of the text to come, fits the model's context."""
+    if n > block_size:
+        seen = context_length(n, block_size)
+        print(f"note: the prompt has {n} tokens, of which the model sees the last {seen}", file=sys.stderr)
+    elif n + max_tokens > block_size:
+        print(f"note: the model sees {block_size} tokens at most; writing on, it forgets the beginning", file=sys.stderr)
+
+
+def write_sample(model, tokenizer, text, generator, file):
+    """Write text and its continuation to file, piece by piece. Raises ValueError if the tokenizer cannot encode text."""
+    options = sampling()
+    warn_about_length(len(tokenizer.encode(text)), model.config.block_size)
+    file.write(text)
+    for piece in generate_text(model, tokenizer, text, generator=generator, **options):
+        file.write(piece)
+        file.flush()
+    file.write("\n")
+
+
+def change_setting(words):
+    """Set one of TUNABLE from words such as ["top_k", "50"]. Raises ValueError and changes nothing if that makes no sense."""
+    if len(words) != 2 or words[0] not in TUNABLE:
+        raise ValueError("; ".join(f"/{name} {globals()[name]}" for name in TUNABLE) + " can be changed")
+    name, before = words[0], globals()[words[0]]
+    try:
+        globals()[name] = type(before)(words[1])
+        sampling()
+    except ValueError as e:
+        globals()[name] = before
+        raise ValueError(f"{name} stays {before}: {e}") from e
+
+
+def interact(model, tokenizer, generator):
+    """Answer prompts from the keyboard until quit, exit, q or the end of input."""
+    with contextlib.suppress(ImportError):  # Windows has none
+        import readline  # noqa: F401  # input() now edits lines and recalls them with the arrow keys
+    print("Type the start of a text. /temperature 0.5 changes a setting, / lists them; quit, exit, q or Ctrl-D leaves.")
+    while True:
+        try:
+            line = input("> ")
+            if line.strip() in ("quit", "exit", "q"):
+                return
+            if line.startswith("/"):
+                change_setting(line[1:].replace("=", " ").split())
+            elif line:
+                write_sample(model, tokenizer, line, generator, sys.stdout)
+        except ValueError as e:
+            print(e)
+        except KeyboardInterrupt:  # ends this text, not the program
+            print()
+        except EOFError:
+            print()
+            return
+
+
+def main():
+    sampling()
+    chosen = pick_device(device)
+    path = find_checkpoint()
+    model, tokenizer, state = load_checkpoint(path, chosen)
+    if dtype not in ("auto", "float32", "bfloat16"):
+        raise ValueError(f"dtype is {dtype!r}: it must be auto, float32 or bfloat16")
+    model.to(torch.bfloat16 if dtype == "bfloat16" or (dtype == "auto" and chosen.type == "cuda" and native_bfloat16(chosen)) else torch.float32)
+    print(f"{path}: step {state['step']:,}, val loss {state['best_val_loss']:.4f}, {model.n_params() / 1e6:.2f}M parameters, "
+          f"{chosen.type}, {str(model.wte.weight.dtype)[6:]}", file=sys.stderr)
+    generator = torch.Generator(chosen).manual_seed(seed)
+    if interactive:
+        return interact(model, tokenizer, generator)
+    text, began = read_prompt(), time.time()
+    with open(output, "w", encoding="utf-8") if output else contextlib.nullcontext(sys.stdout) as file:
+        for i in range(num_samples):
+            if i:
+                file.write("-" * 80 + "\n")
+            write_sample(model, tokenizer, text, generator, file)
+    if output:
+        print(f"wrote {output} in {time.time() - began:.1f} s", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    from configurator import run_script
+
+    run_script(globals(), main)
