@@ -8,16 +8,13 @@
     torchrun --standalone --nproc_per_node=8 gpt.py     train on 8 GPUs, with the same global batches
     python sample.py --prompt "ROMEO:"                  let the newest run continue a text
 
-Or paste this file into a notebook cell and run it. References: GPT-2 (Radford et al. 2019), RMSNorm
-(arXiv:1910.07467), SwiGLU (arXiv:2002.05202), rotary positions (arXiv:2104.09864), grouped-query attention
-(arXiv:2305.13245), Muon (kellerjordan.github.io/posts/muon).
+Or paste this file into a notebook cell and run it.
 """
 import time
 
 __started__ = time.time()  # before torch, whose import takes seconds: max_minutes counts from here
 
 import codecs
-import contextlib
 import hashlib
 import json
 import math
@@ -27,7 +24,7 @@ import threading
 import urllib.request
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +37,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 # ---- Settings: each comment is its help text (python gpt.py --help); the sizes suit two CPU cores ----------
-
 # the run
 dataset = "shakespeare"  # folder under data_dir; shakespeare and pydoc are prepared when missing
 data_dir = ""  # folder of the data sets; empty: data/ beside gpt.py
@@ -54,9 +50,8 @@ eval_iters = 20  # batches per evaluation; the run ends with one over the full v
 log_interval = 50  # steps between progress lines
 sample_at_eval = False  # print a sample at each evaluation, not only at the end
 sample_tokens = 300  # length of these samples in tokens; 0: none
-
 # model
-block_size = 128  # context length in tokens
+block_size = 256  # context length in tokens
 n_layer = 4  # blocks
 n_head = 4  # query heads per block
 n_kv_head = 2  # key/value heads per block: n_head is MHA, fewer is GQA, 1 is MQA
@@ -67,14 +62,12 @@ bias = False  # biases in linear layers and LayerNorm
 use_rope = True  # rotary positions; False: learned positions
 use_rms_norm = True  # RMSNorm; False: LayerNorm
 use_swiglu = True  # SwiGLU; False: GELU
-qk_norm = False  # RMSNorm on queries and keys
+qk_norm = True  # RMSNorm on queries and keys
 tie_weights = True  # one matrix for token embedding and output head
 gradient_checkpointing = False  # recompute blocks in the backward pass: less memory, about a third more time
-
 # batches
-batch_size = 32  # sequences per micro-batch
+batch_size = 16  # sequences per micro-batch
 gradient_accumulation_steps = 1  # micro-batches per step over all processes, which share them
-
 # optimizer
 optimizer = "muon"  # muon: Muon for the blocks' matrices, AdamW for the rest | adamw: AdamW for all
 learning_rate = 8e-3  # peak rate of AdamW
@@ -83,7 +76,6 @@ weight_decay = 0.0  # decoupled decay of matrices and embeddings, per unit of le
 beta1 = 0.9  # AdamW's decay of the gradient's mean
 beta2 = 0.95  # AdamW's decay of the gradient's mean square
 grad_clip = 1.0  # largest gradient norm; 0: no clipping
-
 # schedule
 max_iters = 1000  # steps, each one update
 max_minutes = 0.0  # above 0: minutes the whole process may take, instead of max_iters; the schedule follows
@@ -91,7 +83,6 @@ warmup_iters = 20  # steps of linear warm-up
 lr_schedule = "linear"  # then cosine | linear | wsd: constant, the last fifth linear | constant
 lr_decay_iters = 0  # step at which min_lr is reached; 0: the last
 min_lr = 0.0  # final learning_rate; muon_lr falls in proportion
-
 # machine
 device = "auto"  # auto: cuda, else mps, else cpu | any torch device, as cuda:1
 dtype = "auto"  # auto: by hardware | float32 | bfloat16 | float16 with loss scaling, on CUDA only
@@ -101,7 +92,6 @@ SETTINGS = [k for k, v in globals().items() if k[0] != "_" and isinstance(v, boo
 HERE = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()
 
 # ---- Tokenizer ---------------------------------------------------------------------------------------------
-
 class Tokenizer:
     """Text to token ids and back; `state`, strings only, is saved with the data and in every checkpoint.
 
@@ -117,8 +107,8 @@ class Tokenizer:
             try:
                 self.encoding = tiktoken.get_encoding(kind)
             except Exception as e:  # tiktoken documents none
-                raise ValueError(f"tokenizer {kind!r} cannot be had ({type(e).__name__}): use char or a tiktoken "
-                                 "encoding; offline, set TIKTOKEN_CACHE_DIR to a folder that holds it") from e
+                raise ValueError(f"tokenizer {kind!r} is not to be had ({type(e).__name__}): use char or one "
+                                 "of tiktoken's; offline, TIKTOKEN_CACHE_DIR must name its folder") from e
             self.vocab_size = self.encoding.n_vocab
 
     def encode(self, text):
@@ -140,13 +130,9 @@ class Tokenizer:
         return self.decode_bytes(ids).decode(errors="replace")
 
 # ---- Model -------------------------------------------------------------------------------------------------
-
 @dataclass
 class GPTConfig:
-    """What rebuilds the weights, and two switches of their training.
-
-    GPT-2 is use_rope=False, use_rms_norm=False, use_swiglu=False, bias=True, n_kv_head=n_head.
-    """
+    """What rebuilds a model. GPT-2 is bias, n_kv_head = n_head, and False for all three use_ switches."""
 
     block_size: int = 256
     vocab_size: int = 8192
@@ -190,7 +176,7 @@ class GPTConfig:
         return 32 * round(width * 2 / 3 / 32) if self.use_swiglu else round(width)
 
 class RMSNorm(nn.RMSNorm):
-    """nn.RMSNorm with its weight in x's dtype, which the fused bfloat16 kernel needs; the mean is float32."""
+    """nn.RMSNorm (arXiv:1910.07467) whose weight takes x's dtype, as the fused bfloat16 kernel needs."""
 
     def forward(self, x):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
@@ -201,10 +187,8 @@ def make_norm(config):
     return nn.LayerNorm(config.n_embd, config.norm_eps, bias=config.bias)
 
 def rotary_table(config):
-    """Return cos and sin of every position's angles, (2, block_size, head_dim / 2) float32.
-
-    Pair i of a head turns by position * rope_theta^(-2i / head_dim) radians (RoFormer, arXiv:2104.09864).
-    """
+    """Return cos and sin of every position's angles, (2, block_size, head_dim / 2) float32: pair i of a head turns
+    by position * rope_theta^(-2i / head_dim) radians (RoFormer, arXiv:2104.09864)."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
     angles = torch.outer(torch.arange(config.block_size), config.rope_theta**-exponents)
     return torch.stack((angles.cos(), angles.sin()))
@@ -224,7 +208,7 @@ def attention(q, k, v, mask=None, dropout=0.0):
     mask: (B, 1, T, S) bool, True where a query may look; None: causal, S = T. Returns (B, n_head, T, d).
     """
     T, d = q.shape[2:]
-    groups = q.size(1) // k.size(1)  # query heads per key/value head; neighbours share one
+    groups = q.size(1) // k.size(1)  # query heads per key/value head (arXiv:2305.13245)
     if mask is None and q.dtype == torch.bfloat16 and q.device.type == "cpu":  # SDPA was slower
         future = torch.full((T, T), -torch.inf, dtype=q.dtype).triu(1).repeat(groups, 1)
         scores = torch.baddbmm(future, q.reshape(-1, groups * T, d), k.reshape(-1, T, d).mT, alpha=d**-0.5)
@@ -284,7 +268,7 @@ class MLP(nn.Module):
         hidden = self.c_fc(x)
         if len(self.parts) == 1:
             return self.c_proj(F.gelu(hidden, approximate="tanh"))
-        gate, up = hidden.chunk(2, dim=-1)
+        gate, up = hidden.chunk(2, dim=-1)  # SwiGLU (arXiv:2002.05202)
         return self.c_proj(F.silu(gate) * up)
 
 class Block(nn.Module):
@@ -341,14 +325,9 @@ class GPT(nn.Module):
         idx, targets: (B, T) int64; targets of -1 do not count. With a KVCache, idx continues what it holds.
         """
         T, block_size, kind = idx.size(1), self.config.block_size, idx.device.type
-        if T > block_size:
-            raise ValueError(f"{T} tokens do not fit block_size {block_size}")
-        positions = torch.arange(T, device=idx.device)[None]  # (1, T), with a cache (B, T)
-        if cache is not None:
-            positions = positions + cache.pos[:, None]
-        x = self.wte(idx)  # (B, T, n_embd)
-        if self.wpe is not None:
-            x = x + self.wpe(positions)
+        assert T <= block_size, f"{T} tokens do not fit block_size {block_size}"
+        positions = torch.arange(T, device=idx.device)[None] + (0 if cache is None else cache.pos[:, None])
+        x = self.wte(idx) if self.wpe is None else self.wte(idx) + self.wpe(positions)  # (B, T, n_embd)
         if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16:
             x = x.bfloat16()  # the residual stream too: twice as fast on CPU; float16 lacks the range
         x = self.drop(x)
@@ -356,11 +335,10 @@ class GPT(nn.Module):
         mask = None
         if cache is not None:  # a query sees what came before it and itself, not the unused rest
             mask = torch.arange(block_size, device=idx.device) <= positions[:, None, :, None]
+        save_memory = self.config.gradient_checkpointing and self.training
         for block in self.h:
-            if self.config.gradient_checkpointing and self.training:
-                x = checkpoint(block, x, positions, rotary, mask, cache, use_reentrant=False)
-            else:
-                x = block(x, positions, rotary, mask, cache)
+            run = partial(checkpoint, block, use_reentrant=False) if save_memory else block
+            x = run(x, positions, rotary, mask, cache)
         logits = self.lm_head(self.ln_f(x))
         if cache is not None:
             cache.pos += T
@@ -369,44 +347,36 @@ class GPT(nn.Module):
         return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
 
     def n_params(self):
-        """Count the weights; a tied matrix counts once."""
-        return sum(p.numel() for p in self.parameters())
+        return sum(p.numel() for p in self.parameters())  # a tied matrix counts once
 
     def flops_per_token(self):
-        """Return training FLOPs per token: 6 per weight that multiplies, and attention's (arXiv:2204.02311)."""
-        c, n = self.config, self.n_params()
-        n -= 0 if c.tie_weights else self.wte.weight.numel()  # only looked up
-        n -= 0 if c.use_rope else self.wpe.weight.numel()
-        return 6 * n + 12 * c.n_layer * c.n_embd * c.block_size
-
-    def prefill(self, contexts, cache):
-        """Read B id tensors, up to block_size long, into the emptied cache; return logits (B, vocab_size)."""
-        ends = torch.tensor([len(context) for context in contexts], device=cache.pos.device)
-        cache.pos.zero_()
-        padded = nn.utils.rnn.pad_sequence(contexts, batch_first=True)  # on the right: causality hides it
-        logits, _ = self(padded, cache=cache)
-        cache.pos.copy_(ends)  # forget the padding
-        return logits[torch.arange(len(contexts)), ends - 1]
+        """Return training FLOPs per token: 6 a multiplying weight, and attention's (arXiv:2204.02311)."""
+        c = self.config
+        lookups = c.n_embd * (c.vocab_size * (not c.tie_weights) + c.block_size * (not c.use_rope))
+        return 6 * (self.n_params() - lookups) + 12 * c.n_layer * c.n_embd * c.block_size
 
     @torch.no_grad()
     def generate(self, idx, max_tokens, repetition_penalty=1.0, generator=None, **sampling):
-        """Yield max_tokens tensors (B,) of next ids for B prompts.
+        """Yield max_tokens tensors (B,) of next ids for idx: (B, T) int64, or B lists of ids of any lengths.
 
-        idx: (B, T) int64, or B lists of ids of any lengths. sampling: keywords of sample_next. Past
-        block_size the model sees the last context_length tokens. Raises ValueError for an empty prompt.
+        sampling: keywords of sample_next. Past block_size the model sees the last context_length tokens.
         """
         device, block_size = self.wte.weight.device, self.config.block_size
         contexts = [torch.as_tensor(prompt, dtype=torch.long, device=device) for prompt in idx]
         if not all(len(context) for context in contexts):
             raise ValueError("a prompt is empty: give at least one token")
         cache = KVCache(self.config, len(contexts), device, self.wte.weight.dtype)
-        seen = torch.zeros(len(contexts), self.config.vocab_size, dtype=torch.bool, device=device)
-        for row, context in enumerate(contexts):
-            seen[row, context] = True
+        unseen = torch.zeros(self.config.vocab_size, dtype=torch.bool, device=device)
+        seen = torch.stack([unseen.index_fill(0, context, True) for context in contexts])
+        last = None
         for step in range(max_tokens):
             kept = [context_length(len(c), block_size) for c in contexts]
             if step == 0 or any(n <= context_length(len(c) - 1, block_size) for c, n in zip(contexts, kept)):
-                logits = self.prefill([c[-n:] for c, n in zip(contexts, kept)], cache)
+                cache.pos.zero_()  # read the contexts anew, padded on the right, where causality hides it
+                padded = nn.utils.rnn.pad_sequence([c[-n:] for c, n in zip(contexts, kept)], batch_first=True)
+                ends = torch.tensor(kept, device=device)
+                logits = self(padded, cache=cache)[0][torch.arange(len(kept)), ends - 1]
+                cache.pos.copy_(ends)  # forget the padding
             else:
                 logits = self(last[:, None], cache=cache)[0][:, -1]
             last = sample_next(penalize(logits, seen, repetition_penalty), generator=generator, **sampling)
@@ -415,7 +385,6 @@ class GPT(nn.Module):
             yield last
 
 # ---- Generation --------------------------------------------------------------------------------------------
-
 def filter_logits(logits, top_k=0, top_p=1.0, min_p=0.0):
     """Set logits (B, vocab_size) to -inf outside the top_k largest, outside the fewest that reach top_p
     together (arXiv:1904.09751), and below min_p times the largest probability (arXiv:2407.01082)."""
@@ -465,12 +434,9 @@ def generate_text(model, tokenizer, prompt, max_tokens, stop=(), **sampling):
     yield text + decoder.decode(b"", final=True)
 
 # ---- Optimizer ---------------------------------------------------------------------------------------------
-
 def orthogonalize(G, dtype=torch.float32):
-    """Return nearly UV^T for each G = USV^T of a batch (n, rows, cols): singular values of about 0.7 to 1.2.
-
-    Five Newton-Schulz steps of the quintic in kellerjordan.github.io/posts/muon, in `dtype`.
-    """
+    """Return nearly UV^T, singular values of about 0.7 to 1.2, for each G = USV^T of a batch (n, rows, cols):
+    five Newton-Schulz steps of the quintic in kellerjordan.github.io/posts/muon, in `dtype`."""
     X = (G.mT if G.size(1) > G.size(2) else G).to(dtype)
     X = X / (X.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
@@ -528,26 +494,24 @@ def make_optimizers(model, machine):
     return optimizers
 
 # ---- Data: data/<name>/{train.bin, val.bin, meta.json} -----------------------------------------------------
-
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-SHAKESPEARE_URLS = [
+SHAKESPEARE_URLS = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
-    "https://cdn.jsdelivr.net/gh/karpathy/char-rnn@master/data/tinyshakespeare/input.txt",
-]
+    "https://cdn.jsdelivr.net/gh/karpathy/char-rnn@master/data/tinyshakespeare/input.txt")
 
 def download(urls, sha256):
-    """Return the file's bytes from the first mirror that has it. Raises ConnectionError with all failures."""
-    problems = []
+    """Return the file's bytes from the first of the mirrors that has it. Raises ConnectionError."""
     for url in urls:
         try:
             with urllib.request.urlopen(url, timeout=15) as response:
                 content = response.read()
             if hashlib.sha256(content).hexdigest() == sha256:
                 return content
-            problems.append(f"{url} has the wrong sha256")
+            problem = "its sha256 is wrong"
         except OSError as e:
-            problems.append(f"{url}: {e}")
-    raise ConnectionError("; ".join(problems))
+            problem = e
+    raise ConnectionError(f"{url} could not be downloaded ({problem}): python prepare.py shakespeare "
+                          "--input=FILE takes a copy from elsewhere")
 
 def corpus(name):
     """Return (text, source) of shakespeare or pydoc. Raises ConnectionError as download does."""
@@ -559,18 +523,15 @@ def corpus(name):
 
 def write_dataset(folder, text, tokenizer, source, val_fraction=0.1):
     """Write text, its last val_fraction for validation, as train.bin, val.bin, meta.json; return the meta."""
-    dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
-    sha256 = hashlib.sha256(text.encode()).hexdigest()
-    meta = {"source": source, "sha256": sha256, "vocab_size": tokenizer.vocab_size, "dtype": dtype}
-    cut = int(len(text) * (1 - val_fraction))
-    parts = {"train": text[:cut], "val": text[cut:]}
+    dtype, cut = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32", int(len(text) * (1 - val_fraction))
+    meta = {"source": source, "sha256": hashlib.sha256(text.encode()).hexdigest(), "dtype": dtype,
+            "vocab_size": tokenizer.vocab_size, "tokenizer": tokenizer.state}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "meta.json").unlink(missing_ok=True)  # written last, it says that the folder is whole
-    for split, part in parts.items():
+    for split, part in (("train", text[:cut]), ("val", text[cut:])):
         ids = np.array(tokenizer.encode(part), dtype=np.dtype(dtype).newbyteorder("<"))
         ids.tofile(folder / f"{split}.bin")
         meta |= {f"{split}_tokens": len(ids), f"{split}_bytes": len(part.encode())}
-    meta["tokenizer"] = tokenizer.state
     (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
     return meta
 
@@ -582,10 +543,9 @@ def prepare_if_missing():
     try:
         text, source = corpus(name)
     except ConnectionError as e:
-        remedy = "python prepare.py shakespeare --input=FILE takes a copy from elsewhere"
         if not offline_fallback:
-            raise ConnectionError(f"Shakespeare could not be downloaded; {remedy} ({e})") from e
-        print(f"Shakespeare could not be downloaded: training on pydoc, Python's documentation; {remedy}")
+            raise
+        print(f"{e}; training on pydoc, Python's own documentation, instead")
         name, (text, source) = "pydoc", corpus("pydoc")
     write_dataset(root / name, text, Tokenizer("char", "".join(sorted(set(text)))), source)
     return root / name
@@ -619,11 +579,11 @@ class Data:
             path = folder / f"{split}.bin"
             n = path.stat().st_size // dtype.itemsize if path.exists() else 0
             if n <= block_size:
-                raise ValueError(f"{path} holds {n} tokens, too few for block_size {block_size}: bring more text "
-                                 "or lower --block_size")
+                raise ValueError(f"{path} holds {n} tokens, too few for block_size {block_size}: bring more "
+                                 "text or lower --block_size")
             self.tokens[split] = np.memmap(path, dtype, mode="r", shape=n)
             if (largest := self.tokens[split].max()) >= vocab_size:
-                raise ValueError(f"{path} holds id {largest}, but vocab_size is {vocab_size}: prepare it again")
+                raise ValueError(f"{path} holds id {largest}, vocab_size is {vocab_size}: prepare it again")
 
     def get_batch(self, split, step, batch_size):
         """Return the step-th inputs and targets (batch_size, block_size).
@@ -641,7 +601,6 @@ class Data:
         return math.ceil((len(self.tokens["val"]) - 1) / (self.block_size * batch_size))
 
 # ---- Schedule and evaluation -------------------------------------------------------------------------------
-
 def lr_scale(step, progress):
     """Return the factor on the peak rates of the update after `step` others; progress: share done, 0 to 1."""
     if step < warmup_iters:
@@ -668,17 +627,16 @@ def evaluate(model, forward, data, machine, n_batches):
     nats, count = machine.reduce([nats, sum(counts)], "SUM")
     return nats / count
 
-def final_figures(model, forward, data, machine):
-    """Return loss, perplexity and bits per byte over the full validation split."""
+def final_figures(model, forward, data, machine, title):
+    """Return loss, perplexity and bits per byte over the full validation split; print them after title."""
     loss = evaluate(model, forward, data, machine, data.n_val_batches())
     bits_per_byte = loss / math.log(2) * data.meta["val_tokens"] / data.meta["val_bytes"]
-    return {"val_loss": loss, "perplexity": math.exp(min(loss, 700)), "bits_per_byte": bits_per_byte}
-
-def figures_line(figures):
-    return "full validation split: " + ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
+    figures = {"val_loss": loss, "perplexity": math.exp(min(loss, 700)), "bits_per_byte": bits_per_byte}
+    if machine.rank == 0:
+        print(f"{title}, full validation split: " + ", ".join(f"{k} {v:.4f}" for k, v in figures.items()))
+    return figures
 
 # ---- Checkpoints: ckpt.pt resumes, best.pt is weights for use ----------------------------------------------
-
 def save_checkpoint(path, state):
     """Write state to path, all or nothing. Raises OSError; what was at path is then still there."""
     part = path.with_suffix(".tmp")
@@ -698,11 +656,9 @@ def read_checkpoint(path):
         raise FileNotFoundError(f"{path} does not exist: train first, or name another checkpoint or out_dir")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+        return state | {name: state[name] for name in ("model", "model_args", "tokenizer")}
     except Exception as e:  # torch raises half a dozen types
         raise ValueError(f"{path} is damaged or no checkpoint ({type(e).__name__}): use another") from e
-    if not isinstance(state, dict) or not {"model", "model_args", "tokenizer"} <= state.keys():
-        raise ValueError(f"{path} is no checkpoint of gpt.py: it lacks model, model_args or tokenizer")
-    return state
 
 def load_checkpoint(path, device="cpu"):
     """Return (model, tokenizer, checkpoint), the model ready for use. Raises as read_checkpoint does."""
@@ -712,7 +668,6 @@ def load_checkpoint(path, device="cpu"):
     return model.eval().to(device), Tokenizer(**state["tokenizer"]), state
 
 # ---- The machine: what is chosen by hardware is chosen here ------------------------------------------------
-
 # dense bfloat16 or float16 TFLOP/s, from the makers' data sheets; the first name found in the GPU's counts
 PEAK_TFLOPS = {"B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L4": 121,
                "A10G": 70, "V100": 125, "T4": 65, "RTX 4090": 165, "RTX 3090": 71, "A6000": 155}
@@ -752,24 +707,22 @@ class Machine:
 def pick_device(name):
     """Return the torch.device that the setting `device` names. Raises ValueError if it is not there."""
     if name == "auto":
-        has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-        name = next(kind for kind, available in has.items() if available)
+        name = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     try:
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as e:
-        reason = str(e).splitlines()[0]
-        raise ValueError(f"device {name!r} is not there ({reason}): use --device=auto or cpu") from e
+        raise ValueError(f"device {name!r} is not there: use --device=auto or cpu") from e
 
 def native_bfloat16(device):
     """Tell whether the hardware itself multiplies bfloat16; a T4, say, emulates it."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    has = torch.cpu._is_avx512_bf16_supported, torch.cpu._is_amx_tile_supported
-    return device.type == "cpu" and any(ask() for ask in has)
+    cpu = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return device.type == "cpu" and cpu
 
 def set_up_machine():
     """Choose device, dtype and compile, as the settings say; under torchrun, join the other processes."""
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     found = pick_device(device)
     if world_size > 1 and found.type == "cuda":
         found = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -791,14 +744,14 @@ def compiled(model, machine, batch):
         with machine.autocast():
             loss = forward(*machine.move(batch))[1]
         loss.backward()
-    except Exception as e:  # compilers' errors have no common type
-        print(f"torch.compile failed ({type(e).__name__}): training without it, as --compile=False does")
+    except Exception as e:  # noqa: BLE001  # compilers' errors have no common type
+        if machine.rank == 0:
+            print(f"torch.compile failed ({type(e).__name__}): training without it, as --compile=False does")
         forward = model
     model.zero_grad(set_to_none=True)
     return forward
 
 # ---- Training ----------------------------------------------------------------------------------------------
-
 def model_config(vocab_size):
     names = {f.name for f in fields(GPTConfig)} & set(SETTINGS)
     return GPTConfig(vocab_size=vocab_size, **{name: globals()[name] for name in names})
@@ -830,8 +783,8 @@ def build_model(data, state):
     torch.manual_seed(seed)
     model = GPT(model_config(data.meta["vocab_size"]))
     if state:
-        now = asdict(model.config) | {"optimizer": optimizer, "tokenizer": data.tokenizer.state}
-        then = state["model_args"] | {k: state["config"].get(k, state.get(k)) for k in ("optimizer", "tokenizer")}
+        now = asdict(model.config) | {"tokenizer": data.tokenizer.state, "optimizer": optimizer}
+        then = state["model_args"] | {k: state[k] for k in ("tokenizer", "optimizer")}
         for name in then.keys() - {"dropout", "gradient_checkpointing"}:  # on these no weight depends
             if now[name] != then[name]:
                 raise ValueError(f"{name} is {str(now[name])[:60]} but was {str(then[name])[:60]} in the "
@@ -841,12 +794,12 @@ def build_model(data, state):
 
 def split_batch(world_size):
     """Return (n_micro, rows): a process's micro-batches per step and their size; the global batch stays."""
-    total = batch_size * gradient_accumulation_steps
     n_micro = math.ceil(gradient_accumulation_steps / world_size)
-    if total % (world_size * n_micro):
-        raise ValueError(f"{world_size} processes cannot share {total} sequences per step: make batch_size * "
+    rows, odd = divmod(batch_size * gradient_accumulation_steps, world_size * n_micro)
+    if odd:
+        raise ValueError(f"{world_size} processes cannot share a step's batch evenly: make batch_size * "
                          f"gradient_accumulation_steps a multiple of {world_size * n_micro}")
-    return n_micro, total // (world_size * n_micro)
+    return n_micro, rows
 
 def open_run(out):
     """Make the run's folder and return its log file; an earlier run's files there get the ending .old."""
@@ -860,55 +813,57 @@ def open_run(out):
     except OSError as e:
         raise OSError(f"{out} cannot be written ({e.strerror}): choose another folder with --out_dir") from e
 
-def describe(machine, data, model, out):
+def describe(machine, data, model, out, tokens_per_step):
     """Return the lines that say what was chosen."""
     n, meta = model.n_params(), data.meta
-    tokens_per_step = batch_size * gradient_accumulation_steps * block_size
     by_muon = sum(p.numel() for p in model.h.parameters() if p.ndim == 2) if optimizer == "muon" else 0
     mib = (16 * n - 4 * by_muon) / 2**20  # weights, gradients, AdamW's two averages or Muon's one, in float32
-    return "\n".join((
-        f"machine  {machine.world_size} x {machine.name()}, {torch.get_num_threads()} threads, "
-        f"{str(machine.dtype)[6:]}, {'compiled' if machine.compile else 'eager'}, torch {torch.__version__}",
-        f"data     {data.folder}: {meta['train_tokens']:,} tokens to train, {meta['val_tokens']:,} to validate, "
-        f"{meta['tokenizer']['kind']} vocabulary of {meta['vocab_size']:,}",
-        f"model    {n / 1e6:,.2f}M parameters; {mib:,.0f} MiB with gradients and optimizer, plus activations",
-        f"run      {f'{max_minutes:g} minutes' if max_minutes else f'{max_iters:,} steps'}, {tokens_per_step:,} "
-        f"tokens a step, {meta['train_tokens'] / tokens_per_step:,.0f} steps an epoch; in {out}"))
+    length = f"{max_minutes:g} minutes" if max_minutes else f"{max_iters:,} steps"
+    return f"""\
+machine  {machine.world_size} x {machine.name()}, {torch.get_num_threads()} threads, torch {torch.__version__}
+         {str(machine.dtype)[6:]}, {'compiled' if machine.compile else 'eager'}
+data     {data.folder}: {meta['train_tokens']:,} training and {meta['val_tokens']:,} validation tokens
+         {meta['tokenizer']['kind']} vocabulary of {meta['vocab_size']:,}
+model    {n / 1e6:,.2f}M parameters; {mib:,.0f} MiB with gradients and optimizer, plus activations
+run      {length} of {tokens_per_step:,} tokens, {meta['train_tokens'] / tokens_per_step:,.0f} steps an epoch
+         {out}"""
 
-def sample_text(model, tokenizer, machine):
-    """Return a sample between two rules, begun with a newline or else the vocabulary's first token."""
+def print_sample(model, tokenizer, machine):
+    """Print a sample of sample_tokens, begun with a newline or else the vocabulary's first token."""
+    if machine.rank > 0 or sample_tokens == 0:
+        return
     prompt = "\n" if tokenizer.encoding or "\n" in tokenizer.ids else tokenizer.decode([0])
     generator = torch.Generator(machine.device).manual_seed(seed)
     model.eval()
     text = "".join(generate_text(model, tokenizer, prompt, sample_tokens, generator=generator))
     model.train()
-    return f"{'-' * 80}\n{text.strip()}\n{'-' * 80}"
+    print(f"{'-' * 80}\n{text.strip()}\n{'-' * 80}")
 
 def snapshot(model, data, step, best_val_loss):
     """Return what a checkpoint for use holds: tensors, numbers, strings, lists and dicts only."""
-    return {"model": model.state_dict(), "model_args": asdict(model.config), "tokenizer": data.tokenizer.state,
-            "config": {name: globals()[name] for name in SETTINGS} | {"dataset": data.folder.name},
-            "dataset_sha256": data.meta["sha256"], "step": step, "best_val_loss": best_val_loss}
+    config = {name: globals()[name] for name in SETTINGS} | {"dataset": data.folder.name}
+    return {"config": config, "model_args": asdict(model.config), "optimizer": optimizer, "step": step,
+            "tokenizer": data.tokenizer.state, "dataset_sha256": data.meta["sha256"],
+            "best_val_loss": best_val_loss, "model": model.state_dict()}
 
 def check_finite(loss, grad_norm, step, out):
-    """Raise ValueError for a loss or gradient norm that is none: such weights are not saved."""
+    """Raise ValueError for a loss or gradient norm that is no number: such weights are not saved."""
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        raise ValueError(f"loss {float(loss)}, gradient norm {float(grad_norm)} at step {step}: not saved; {out} "
-                         "keeps the last good state; lower learning_rate and muon_lr")
+        raise ValueError(f"loss {float(loss)}, gradient norm {float(grad_norm)} at step {step}: what {out} "
+                         "holds is from before; lower learning_rate and muon_lr")
 
 def train(started=None):
     """Train as the settings say; return the final figures as a dict.
 
     started: time.time() from which max_minutes counts; None: now. Raises ValueError or OSError for what the
-    user can mend. SIGINT and SIGTERM save and end the run, whose dict then has the number as "stopped_by"; a
-    second one acts as ever.
+    user can mend. SIGINT and SIGTERM save and end the run, the dict then has the number as "stopped_by".
     """
     check_settings()
     machine, caught, actions = set_up_machine(), [], {}
 
     def note(signum, frame):
         caught.append(signum)
-        signal.signal(signum, actions[signum])
+        signal.signal(signum, actions[signum])  # a second one acts as ever
 
     if threading.current_thread() is threading.main_thread():  # elsewhere Python forbids handlers
         actions = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
@@ -922,8 +877,7 @@ def train(started=None):
 
 def training_run(started, machine, caught):
     """Set up; then, step by step: how far? | save, evaluate | set lr | accumulate | update | log."""
-    # set up
-    say, save = (print, save_checkpoint) if machine.rank == 0 else (lambda *_: None,) * 2
+    say, save = (print, save_checkpoint) if machine.rank == 0 else (lambda *_, **__: None,) * 2
     n_micro, rows = split_batch(machine.world_size)
     data = open_data(machine)
     out = Path(out_dir or HERE / "out" / data.folder.name)
@@ -933,30 +887,27 @@ def training_run(started, machine, caught):
         step, best_val_loss = state["step"], state["best_val_loss"]
     model = build_model(data, state).to(machine.device)
     if eval_only:
-        figures = final_figures(model, model, data, machine)
-        say(f"{out / 'best.pt'}, step {step:,}; {figures_line(figures)}")
-        return figures
+        return final_figures(model, model, data, machine, f"{out / 'best.pt'}, step {step:,}")
     optimizers = make_optimizers(model, machine)
     scaler = torch.amp.GradScaler("cuda", enabled=machine.dtype == torch.float16)
     if state:
         started -= state["elapsed_s"]
-        for part, saved in zip([*optimizers, scaler], state["optimizers"], strict=True):
+        for part, saved in zip((*optimizers, scaler), state["optimizers"], strict=True):
             part.load_state_dict(saved)
-    log_file = open_run(out) if machine.rank == 0 else open(os.devnull, "w")
+    log_file = open_run(out) if machine.rank == 0 else None
 
     def log(**values):
         values = {"step": step, "elapsed_s": round(time.time() - started, 3)} | values
-        print(json.dumps(values), file=log_file)
+        say(json.dumps(values), file=log_file)
 
-    header = snapshot(model, data, step, best_val_loss)
-    log(machine=f"{machine.world_size} x {machine.name()}", torch=torch.__version__, n_params=model.n_params(),
-        **{name: header[name] for name in ("config", "model_args", "dataset_sha256")})
-    say(describe(machine, data, model, out))
+    log(config=snapshot(model, data, step, None)["config"], dataset_sha256=data.meta["sha256"],
+        torch=torch.__version__, machine=f"{machine.world_size} x {machine.name()}")
+    tokens_per_step, n_val = batch_size * gradient_accumulation_steps * block_size, data.n_val_batches()
+    say(describe(machine, data, model, out, tokens_per_step))
     forward = compiled(model, machine, data.get_batch("train", 0, rows)) if machine.compile else model
     train_forward = DistributedDataParallel(forward) if machine.world_size > 1 else forward
-    tokens_per_step, n_val = batch_size * gradient_accumulation_steps * block_size, data.n_val_batches()
     loss = grad_norm = torch.zeros(())
-    first_step, progress, reserve = step, 0.0, 0.0  # reserve: seconds that the end of the run will take
+    progress, reserve = 0.0, 0.0  # reserve: seconds that the end of the run will take
     mark, mark_step = time.time(), step  # since when tokens per second are counted
 
     while True:
@@ -969,20 +920,19 @@ def training_run(started, machine, caught):
         # save, evaluate
         if step % eval_interval == 0 or last or stop:
             pause = time.time()
-            check_finite(loss, 0 if scaler.is_enabled() else grad_norm, step, out)  # a scaler skips such steps
-            if step > first_step or last:
-                parts = {"optimizers": [part.state_dict() for part in (*optimizers, scaler)], "elapsed_s": elapsed}
-                save(out / "ckpt.pt", snapshot(model, data, step, best_val_loss) | parts)
+            check_finite(loss, 0 if scaler.is_enabled() else grad_norm, step, out)  # a scaler skips those
+            rest = {"optimizers": [part.state_dict() for part in (*optimizers, scaler)], "elapsed_s": elapsed}
+            save(out / "ckpt.pt", snapshot(model, data, step, best_val_loss) | rest)
             if not stop:
                 val_loss = evaluate(model, forward, data, machine, min(eval_iters, n_val))
                 reserve = 2 + (time.time() - pause) * (1 + n_val / min(eval_iters, n_val))
                 log(val_loss=val_loss)
                 say(f"step {step:6,} | val loss {val_loss:.4f}")
-                if val_loss < best_val_loss:
+                if val_loss < best_val_loss and (step or last):
                     best_val_loss = val_loss
                     save(out / "best.pt", snapshot(model, data, step, best_val_loss))
                 if sample_at_eval and not last:
-                    say(sample_text(model, data.tokenizer, machine))
+                    print_sample(model, data.tokenizer, machine)
             mark += time.time() - pause
         if last or stop:
             break
@@ -998,11 +948,11 @@ def training_run(started, machine, caught):
             index = (step * machine.world_size + machine.rank) * n_micro + micro  # among all of the run's
             x, y = machine.move(data.get_batch("train", index, rows))
             torch.manual_seed((seed << 32) + index)  # dropout, too, depends on (seed, step) alone
-            more = machine.world_size > 1 and micro < n_micro - 1  # gradients are averaged after the last
-            with train_forward.no_sync() if more else contextlib.nullcontext():
-                with machine.autocast():
-                    micro_loss = train_forward(x, y)[1] / n_micro
-                scaler.scale(micro_loss).backward()
+            if machine.world_size > 1:
+                train_forward.require_backward_grad_sync = micro == n_micro - 1  # average after the last
+            with machine.autocast():
+                micro_loss = train_forward(x, y)[1] / n_micro
+            scaler.scale(micro_loss).backward()
             loss += micro_loss.detach()
 
         # update
@@ -1016,7 +966,7 @@ def training_run(started, machine, caught):
         step += 1
 
         # log
-        if step % log_interval == 0 or step == first_step + 1:
+        if step % log_interval == 0 or step == 1:
             mean_loss, now = machine.reduce([loss], "SUM")[0] / machine.world_size, time.time()
             speed = (step - mark_step) * tokens_per_step / (now - mark)
             mfu, lr = machine.mfu(speed * model.flops_per_token()), learning_rate * scale
@@ -1026,16 +976,13 @@ def training_run(started, machine, caught):
                 f"mfu {'n/a' if mfu is None else f'{mfu:.0%}'} | {timedelta(seconds=int(left))} left")
             mark, mark_step = now, step
 
-    # end
     result = {"step": step, "best_val_loss": best_val_loss, "out_dir": str(out), "stopped_by": None}
-    if stop and not last:
+    if not last:
         say(f"stopped at step {step:,}: {out / 'ckpt.pt'} is saved, --init_from=resume goes on from there")
-        return result | {"stopped_by": caught[0] if caught else signal.SIGTERM}
-    figures = final_figures(model, forward, data, machine)
+        return result | {"stopped_by": (caught or [signal.SIGTERM])[0]}
+    figures = final_figures(model, forward, data, machine, f"{step:,} steps, {elapsed:.0f} s")
     log(**figures)
-    say(f"{step:,} steps in {timedelta(seconds=int(time.time() - started))}; {figures_line(figures)}")
-    if sample_tokens and machine.rank == 0:
-        say(sample_text(model, data.tokenizer, machine))
+    print_sample(model, data.tokenizer, machine)
     return result | figures
 
 def main():
