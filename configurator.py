@@ -1,8 +1,9 @@
 """Turn config files and --key=value flags into checked overrides of a script's settings.
 
-A script's settings are its assignments `name = value  # help text` above the first def or class. A config file is plain
-Python that assigns to the same names; it starts from their current values, so that it can branch on them (`if device_type ==
-"cpu": ...`). Flags win over files wherever they stand. Both pass through one check: known name, right type.
+A script's settings are its assignments `name = value  # help text` above the first def or class. A config
+file is plain Python that assigns to the same names; it starts from their current values, so it can branch on
+them (`if device_type == "cpu": ...`). Flags win over files wherever they stand. Both pass one check: known name,
+right type.
 """
 import ast
 import difflib
@@ -22,17 +23,19 @@ class Setting(NamedTuple):
 
 
 def read_settings(source):
-    """Return {name: Setting} of a script's source, in its order; the type is the value's, or the annotation's."""
+    """Return {name: Setting} of a script's source; the type is the annotation's or else the value's."""
     settings, lines = {}, source.splitlines()
     for node in ast.parse(source).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             break
-        comment = re.search(r"  # (.+)$", lines[node.lineno - 1])
+        comment = re.match(r"[a-z]\w*.* = .+  # (.+)$", lines[node.lineno - 1])
         if isinstance(node, ast.Assign | ast.AnnAssign) and comment:
-            name = ast.unparse(node.target if isinstance(node, ast.AnnAssign) else node.targets[0])
-            words = ast.unparse(node.annotation) if isinstance(node, ast.AnnAssign) else type(ast.literal_eval(node.value)).__name__
-            kind = {"bool": bool, "int": int, "float": float, "str": str}[words.split(" | ")[0]]
-            settings[name] = Setting(kind, "None" in words, comment[1])
+            if isinstance(node, ast.AnnAssign):
+                name, types_ = ast.unparse(node.target), ast.unparse(node.annotation).split(" | ")
+            else:
+                name, types_ = ast.unparse(node.targets[0]), [type(ast.literal_eval(node.value)).__name__]
+            kind = {"bool": bool, "int": int, "float": float, "str": str}[types_[0]]
+            settings[name] = Setting(kind, "None" in types_, comment[1])
     return settings
 
 
@@ -40,29 +43,31 @@ def checked(settings, name, value):
     """Return value as the setting `name` takes it. Raises ValueError for an unknown name or a wrong type."""
     if name not in settings:
         close = difflib.get_close_matches(name, settings, 1)
-        raise ValueError(f"unknown setting {name!r}: " + (f"did you mean {close[0]}?" if close else "--help lists all"))
+        hint = f"did you mean {close[0]}?" if close else "--help lists all"
+        raise ValueError(f"unknown setting {name!r}: {hint}")
     kind = settings[name].type
     if type(value) is kind or (value is None and settings[name].optional):
         return value
     if (kind is bool and type(value) is int and value in (0, 1)) or (kind is float and type(value) is int):
         return kind(value)
-    raise ValueError(f"{name} is {value!r}: expected {kind.__name__}{' or None' if settings[name].optional else ''}")
+    expected = kind.__name__ + (" or None" if settings[name].optional else "")
+    raise ValueError(f"{name} is {value!r}: expected {expected}")
 
 
 def parsed(settings, name, text):
-    """Return what a flag's text means for the setting `name`: strings stay raw. Raises ValueError as `checked` does."""
-    if name not in settings or settings[name].type is str:
-        return checked(settings, name, text)
-    words = {"true": True, "false": False, "none": None}
-    try:
-        value = words[text.lower()] if text.lower() in words else settings[name].type is float and float(text) or int(text)
-    except ValueError:
-        value = text
-    return checked(settings, name, value)
+    """Return what a flag's text means for the setting `name`. Raises ValueError as `checked` does."""
+    if name in settings and settings[name].type is not str:  # strings stay raw
+        words = {"true": True, "false": False, "none": None}
+        read = float if settings[name].type is float else int
+        try:
+            text = words[text.lower()] if text.lower() in words else read(text)
+        except ValueError:
+            pass  # stays a string, which is then named as a wrong type
+    return checked(settings, name, text)
 
 
 def read_flags(settings, argv):
-    """Return (words, flags): the arguments that are no flags, and {name: value} of --name=value, --name value, --name."""
+    """Return (words, flags): what is no flag, and {name: value} of --name=value, --name value and --name."""
     words, flags, rest = [], {}, list(argv)
     while rest:
         argument = rest.pop(0)
@@ -72,7 +77,8 @@ def read_flags(settings, argv):
         name, equals, text = argument[2:].partition("=")
         if not equals and name in settings:
             is_bool = settings[name].type is bool
-            if rest and (rest[0].lower() in ("true", "false", "1", "0", "none") if is_bool else not rest[0].startswith("--")):
+            truths = ("true", "false", "1", "0", "none")
+            if rest and (rest[0].lower() in truths if is_bool else not rest[0].startswith("--")):
                 text = rest.pop(0)
             elif is_bool:
                 text = "True"
@@ -83,18 +89,18 @@ def read_flags(settings, argv):
 
 
 def read_config(path, settings, names):
-    """Return the settings that a config file assigns when it runs among `names`. Raises ValueError with file and line."""
+    """Return the settings that a config file assigns when it runs among `names`. Raises ValueError."""
     after = names | {"__file__": str(path), "__name__": "config"}
     try:
-        exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), after)
+        exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), after)  # noqa: S102
     except SyntaxError as e:
         raise ValueError(f"{path}, line {e.lineno}: {e.msg}") from e
     except Exception as e:  # a config file may raise anything
         raise ValueError(f"{path}: {type(e).__name__}: {e}") from e
-    helpers = types.ModuleType | types.FunctionType | type  # what config files import or define is not a setting
-    assigned = {k: v for k, v in after.items() if k[0] != "_" and not isinstance(v, helpers) and (k not in names or v is not names[k])}
+    no_settings = types.ModuleType | types.FunctionType | type  # what config files import or define
+    changed = [k for k, v in after.items() if k[0] != "_" and (k not in names or v is not names[k])]
     try:
-        return {name: checked(settings, name, value) for name, value in assigned.items()}
+        return {k: checked(settings, k, after[k]) for k in changed if not isinstance(after[k], no_settings)}
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from e
 
@@ -110,14 +116,16 @@ def find_config(word, script):
 def configure(script, argv, word_setting=None, derive=dict):
     """Override the settings in `script`, the globals of a script, by argv.
 
-    Words that are no flags name config files, or, with word_setting, give that setting. derive() returns names that config
-    files may read besides the settings; it runs after the flags are set. Raises ValueError, FileNotFoundError.
+    A word that is no flag names a config file, or, with word_setting, is that setting's value. derive()
+    returns what config files may read besides the settings; it runs when the flags are set. Raises ValueError
+    and FileNotFoundError.
     """
     settings = read_settings(Path(script["__file__"]).read_text(encoding="utf-8"))
     words, flags = read_flags(settings, argv)
-    if word_setting:
-        flags |= {word_setting: word for word in words}
-        words = []
+    if word_setting and words:
+        flags[word_setting] = words.pop(0)
+        if words:
+            raise ValueError(f"{words[0]!r} is one word too many: settings are given as --key=value")
     script.update(flags)
     for word in words:
         names = {name: script[name] for name in settings} | derive()
@@ -127,14 +135,15 @@ def configure(script, argv, word_setting=None, derive=dict):
 def help_text(script):
     lines = [script["__doc__"].strip(), ""]
     for name, setting in read_settings(Path(script["__file__"]).read_text(encoding="utf-8")).items():
-        lines += textwrap.wrap(f"{f'--{name}={script[name]!r}':36} {setting.help}", 110, subsequent_indent=" " * 37)
+        flag = f"--{name}={script[name]!r}"
+        lines += textwrap.wrap(f"{flag:36} {setting.help}", 110, subsequent_indent=" " * 37)
     return "\n".join(lines)
 
 
 def run_script(script, main, **options):
-    """Configure a script from the command line and run main(); a user's mistake ends it with one sentence, exit code 2.
+    """Configure a script by its command line and run main(); a mistake is one sentence and exit code 2.
 
-    Ctrl-C gives exit code 130. With the environment variable TRACEBACK=1, mistakes show where they were found.
+    Ctrl-C gives exit code 130. With TRACEBACK=1 in the environment, mistakes show where they were found.
     """
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(help_text(script))

@@ -187,8 +187,8 @@ def make_norm(config):
     return nn.LayerNorm(config.n_embd, config.norm_eps, bias=config.bias)
 
 def rotary_table(config):
-    """Return cos and sin of every position's angles, (2, block_size, head_dim / 2) float32: pair i of a head turns
-    by position * rope_theta^(-2i / head_dim) radians (RoFormer, arXiv:2104.09864)."""
+    """Return cos and sin of every position's angles, (2, block_size, head_dim / 2) float32: pair i of a head
+    turns by position * rope_theta^(-2i / head_dim) radians (RoFormer, arXiv:2104.09864)."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
     angles = torch.outer(torch.arange(config.block_size), config.rope_theta**-exponents)
     return torch.stack((angles.cos(), angles.sin()))

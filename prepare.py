@@ -1,15 +1,15 @@
 """prepare.py: turn text into data/<name>/{train.bin, val.bin, meta.json}.
 
-    python prepare.py shakespeare                          download tiny Shakespeare; --input=FILE takes a local copy
-    python prepare.py pydoc                                Python's own documentation; needs no network
-    python prepare.py --input=FILE|FOLDER --name=NAME      your own text: a file, or the .txt and .md files of a folder
+    python prepare.py shakespeare                       download tiny Shakespeare; --input=FILE: a local copy
+    python prepare.py pydoc                             Python's own documentation; needs no network
+    python prepare.py --input=FILE|FOLDER --name=NAME   your text: a file, or a folder's .txt and .md files
 
 Then: python gpt.py --dataset=NAME
 """
 import hashlib
 from pathlib import Path
 
-from gpt import SHAKESPEARE_SHA256, SHAKESPEARE_URLS, Tokenizer, corpus, write_dataset
+from gpt import SHAKESPEARE_SHA256, Tokenizer, corpus, write_dataset
 
 dataset = ""  # shakespeare or pydoc; the first word on the command line
 input = ""  # a text file, or a folder whose .txt and .md files are taken in order of their paths
@@ -25,8 +25,8 @@ def read_text(path):
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as e:
-        raise ValueError(f"{path} is not UTF-8 text (byte {e.start} is 0x{content[e.start]:02x}): convert it first, "
-                         f"as in iconv -f latin1 -t utf-8") from e
+        raise ValueError(f"{path} is not UTF-8 text (byte {e.start} is 0x{content[e.start]:02x}): convert it "
+                         "first, as with iconv -f latin1 -t utf-8") from e
     if "\0" in text:
         raise ValueError(f"{path} is binary (byte {content.index(0)} is 0): give a text file")
     if text.startswith("\ufeff"):
@@ -38,7 +38,9 @@ def read_input(path):
     """Return the text of a file, or of a folder's .txt and .md files joined by newlines."""
     if not path.exists():
         raise FileNotFoundError(f"input {path} does not exist")
-    files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".md") and p.is_file()) if path.is_dir() else [path]
+    files = [path]
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".md") and p.is_file())
     if not files:
         raise FileNotFoundError(f"the folder {path} holds no .txt or .md file")
     return "\n".join(read_text(file) for file in files)
@@ -47,19 +49,17 @@ def read_input(path):
 def read_source():
     """Return (name, text, source) of what the settings ask for."""
     if dataset not in ("", "shakespeare", "pydoc"):
-        raise ValueError(f"data set {dataset!r} is unknown: use shakespeare, pydoc, or --input=FILE --name={dataset}")
+        raise ValueError(f"data set {dataset!r} is neither shakespeare nor pydoc: for your own text use "
+                         f"--input=FILE --name={dataset}")
     if input:
         text = read_input(Path(input))
         if dataset == "shakespeare" and hashlib.sha256(text.encode()).hexdigest() != SHAKESPEARE_SHA256:
-            raise ValueError(f"{input} is not tiny Shakespeare (its sha256 differs): give your own text another --name")
+            raise ValueError(f"{input} is not tiny Shakespeare (its sha256 differs): drop the word "
+                             "shakespeare and give your text a --name")
         return name or dataset or Path(input).stem, text, str(input)
     if not dataset:
         raise ValueError("nothing to prepare: name shakespeare or pydoc, or give --input=FILE --name=NAME")
-    try:
-        return name or dataset, *corpus(dataset)
-    except ConnectionError as e:
-        raise ConnectionError(f"Shakespeare could not be downloaded: get {SHAKESPEARE_URLS[0]} elsewhere and give it by "
-                              f"--input=FILE, or use pydoc, which needs no network ({e})") from e
+    return name or dataset, *corpus(dataset)
 
 
 def main():
@@ -69,7 +69,8 @@ def main():
     if len(text) < 2:
         raise ValueError(f"{source} is empty: give a text of two characters at least")
     folder = Path(data_dir or Path(__file__).resolve().parent / "data") / chosen
-    meta = write_dataset(folder, text, Tokenizer.from_text(text) if tokenizer == "char" else Tokenizer(tokenizer), source, val_fraction)
+    characters = "".join(sorted(set(text))) if tokenizer == "char" else ""
+    meta = write_dataset(folder, text, Tokenizer(tokenizer, characters), source, val_fraction)
     print(f"{folder}: {meta['train_tokens']:,} training and {meta['val_tokens']:,} validation tokens, "
           f"{tokenizer} vocabulary of {meta['vocab_size']:,}; now: python gpt.py --dataset={chosen}")
 

@@ -7,13 +7,14 @@
 It needs a checkpoint of gpt.py and nothing else; the tokenizer is in it.
 """
 import contextlib
+import math
 import sys
 import time
 from pathlib import Path
 
 import torch
 
-from gpt import check_sampling, context_length, generate_text, load_checkpoint, native_bfloat16, pick_device
+from gpt import context_length, generate_text, load_checkpoint, native_bfloat16, pick_device
 
 prompt = "\n"  # text to continue, or FILE:path to read it from
 max_tokens = 100  # length of a sample, in tokens
@@ -33,17 +34,18 @@ device = "auto"  # auto: cuda, else mps, else cpu | or any torch device
 dtype = "auto"  # auto: bfloat16 on GPUs that have it, else float32 | float32 | bfloat16
 
 HERE = Path(__file__).resolve().parent
-TUNABLE = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_tokens")  # at the interactive prompt
+TUNABLE = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_tokens")  # while it runs
 
 
 def find_checkpoint():
     """Return the path of the checkpoint to use. Raises FileNotFoundError if there is none."""
     if checkpoint:
         return Path(checkpoint)
-    folders = [Path(out_dir)] if out_dir else sorted((HERE / "out").glob("*/"))
-    found = [folder / name for folder in folders for name in ("ckpt.pt", "best.pt") if (folder / name).is_file()]
+    folders = [Path(out_dir)] if out_dir else (HERE / "out").glob("*/")
+    found = [path for folder in folders for path in folder.glob("*.pt") if path.stem in ("best", "ckpt")]
     if not found:
-        raise FileNotFoundError(f"no checkpoint in {out_dir or HERE / 'out'}: train one with python gpt.py config/train_shakespeare.py")
+        raise FileNotFoundError(f"{out_dir or HERE / 'out'} holds no checkpoint: train a model first, as by "
+                                "python gpt.py config/train_shakespeare.py")
     newest = max(found, key=lambda path: path.stat().st_mtime)
     best = newest.with_name("best.pt")
     return best if best in found else newest
@@ -63,11 +65,20 @@ def read_prompt():
 
 def sampling():
     """Return the sampling settings as keywords of generate_text. Raises ValueError for one out of range."""
-    options = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty)
-    check_sampling(**options)
-    if max_tokens < 0 or num_samples < 1:
-        raise ValueError(f"max_tokens is {max_tokens}, num_samples {num_samples}: they must be at least 0 and 1")
-    return options | {"max_tokens": max_tokens, "stop": [s for s in stop.split("||") if s]}
+    for name, fits, meaning in (
+        ("temperature", 0 <= temperature < math.inf, "at least 0; 0 is greedy"),
+        ("top_k", top_k >= 0, "at least 0; 0 keeps all tokens"),
+        ("top_p", 0 < top_p <= 1, "above 0 and at most 1; 1 keeps all tokens"),
+        ("min_p", 0 <= min_p <= 1, "from 0 to 1; 0 keeps all tokens"),
+        ("repetition_penalty", 0 < repetition_penalty < math.inf, "above 0; 1 is none"),
+        ("max_tokens", max_tokens >= 0, "at least 0"),
+        ("num_samples", num_samples >= 1, "at least 1"),
+    ):
+        if not fits:
+            raise ValueError(f"{name} is {globals()[name]}: it must be {meaning}")
+    return {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
+            "repetition_penalty": repetition_penalty, "max_tokens": max_tokens,
+            "stop": [s for s in stop.split("||") if s]}
 
 
 def warn_about_length(n, block_size):
@@ -76,11 +87,11 @@ def warn_about_length(n, block_size):
         seen = context_length(n, block_size)
         print(f"note: the prompt has {n} tokens, of which the model sees the last {seen}", file=sys.stderr)
     elif n + max_tokens > block_size:
-        print(f"note: the model sees {block_size} tokens at most; writing on, it forgets the beginning", file=sys.stderr)
+        print(f"note: the model sees {block_size} tokens at most and forgets the oldest", file=sys.stderr)
 
 
 def write_sample(model, tokenizer, text, generator, file):
-    """Write text and its continuation to file, piece by piece. Raises ValueError if the tokenizer cannot encode text."""
+    """Write text and its continuation to file, piece by piece. Raises ValueError for an unknown character."""
     options = sampling()
     warn_about_length(len(tokenizer.encode(text)), model.config.block_size)
     file.write(text)
@@ -91,7 +102,7 @@ def write_sample(model, tokenizer, text, generator, file):
 
 
 def change_setting(words):
-    """Set one of TUNABLE from words such as ["top_k", "50"]. Raises ValueError and changes nothing if that makes no sense."""
+    """Set one of TUNABLE by words such as ["top_k", "50"]; for others raise ValueError and change nothing."""
     if len(words) != 2 or words[0] not in TUNABLE:
         raise ValueError("; ".join(f"/{name} {globals()[name]}" for name in TUNABLE) + " can be changed")
     name, before = words[0], globals()[words[0]]
@@ -107,7 +118,8 @@ def interact(model, tokenizer, generator):
     """Answer prompts from the keyboard until quit, exit, q or the end of input."""
     with contextlib.suppress(ImportError):  # Windows has none
         import readline  # noqa: F401  # input() now edits lines and recalls them with the arrow keys
-    print("Type the start of a text. /temperature 0.5 changes a setting, / lists them; quit, exit, q or Ctrl-D leaves.")
+    print("Type how a text begins. /temperature 0.5 changes a setting, / lists them; quit, exit, q or Ctrl-D "
+          "leaves.")
     while True:
         try:
             line = input("> ")
@@ -128,14 +140,14 @@ def interact(model, tokenizer, generator):
 
 def main():
     sampling()
-    chosen = pick_device(device)
-    path = find_checkpoint()
-    model, tokenizer, state = load_checkpoint(path, chosen)
     if dtype not in ("auto", "float32", "bfloat16"):
         raise ValueError(f"dtype is {dtype!r}: it must be auto, float32 or bfloat16")
-    model.to(torch.bfloat16 if dtype == "bfloat16" or (dtype == "auto" and chosen.type == "cuda" and native_bfloat16(chosen)) else torch.float32)
-    print(f"{path}: step {state['step']:,}, val loss {state['best_val_loss']:.4f}, {model.n_params() / 1e6:.2f}M parameters, "
-          f"{chosen.type}, {str(model.wte.weight.dtype)[6:]}", file=sys.stderr)
+    chosen, path = pick_device(device), find_checkpoint()
+    model, tokenizer, state = load_checkpoint(path, chosen)
+    if dtype == "bfloat16" or (dtype == "auto" and chosen.type == "cuda" and native_bfloat16(chosen)):
+        model.bfloat16()
+    print(f"{path}: step {state['step']:,}, {model.n_params() / 1e6:.2f}M parameters, val loss "
+          f"{state['best_val_loss']:.4f}; {chosen.type}, {str(model.wte.weight.dtype)[6:]}", file=sys.stderr)
     generator = torch.Generator(chosen).manual_seed(seed)
     if interactive:
         return interact(model, tokenizer, generator)
