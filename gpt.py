@@ -868,12 +868,14 @@ def train(started=None):
     if threading.current_thread() is threading.main_thread():  # elsewhere Python forbids handlers
         actions = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
-        return training_run(started or time.time(), machine, caught)
+        figures = training_run(started or time.time(), machine, caught)
     finally:
         for signum, action in actions.items():
             signal.signal(signum, action)
-        if machine.world_size > 1:
-            dist.destroy_process_group()
+    if machine.world_size > 1:
+        dist.barrier()  # who leaves while another still talks is aborted by gloo
+        dist.destroy_process_group()
+    return figures
 
 def training_run(started, machine, caught):
     """Set up; then, step by step: how far? | save, evaluate | set lr | accumulate | update | log."""
@@ -925,7 +927,7 @@ def training_run(started, machine, caught):
             save(out / "ckpt.pt", snapshot(model, data, step, best_val_loss) | rest)
             if not stop:
                 val_loss = evaluate(model, forward, data, machine, min(eval_iters, n_val))
-                reserve = 2 + (time.time() - pause) * (1 + n_val / min(eval_iters, n_val))
+                reserve = 0.6 * max_minutes + (time.time() - pause) * (1 + n_val / min(eval_iters, n_val))
                 log(val_loss=val_loss)
                 say(f"step {step:6,} | val loss {val_loss:.4f}")
                 if val_loss < best_val_loss and (step or last):

@@ -1,16 +1,12 @@
 # python gpt.py config/train_shakespeare.py
-# HEADER2
-# Character-level tiny Shakespeare, sized to the device that is found.
+# 2 CPU cores (AMD EPYC with AVX512-BF16, torch 2.13): validation loss 1.47 in 2 minutes. GPU: not yet measured.
+# Tiny Shakespeare by characters, sized to the device. prepare.py shakespeare --input=FILE takes a local copy.
 dataset = "shakespeare"
-eval_interval = 250
-if device_type == "cpu":
-    max_minutes = 2.0  # 0.8M parameters, which is the file's default size
-else:
-    n_layer = n_head = 6  # 10.6M parameters, of which a GPU trains 5,000 steps in minutes
-    n_kv_head = 6
-    n_embd = 384
+if device_type == "cpu":  # 0.75M parameters, gpt.py's default sizes
+    max_minutes = 2.0
+else:  # 10.6M parameters
+    n_layer, n_head, n_kv_head, n_embd = 6, 6, 6, 384
     dropout = 0.2
     batch_size = 64
-    max_iters = 2000
-    muon_lr = 0.02
-    learning_rate = 4e-3
+    max_iters = 3000
+    muon_lr, learning_rate = 0.02, 4e-3

@@ -1,0 +1,8 @@
+# python gpt.py config/debug.py
+# MEASURE
+# Everything once, in seconds: data, training, evaluation, checkpoint, sample. The text it writes is noise.
+dataset = "pydoc"
+n_layer, n_head, n_kv_head, n_embd = 2, 4, 2, 32
+block_size, batch_size = 32, 8
+max_iters, eval_interval, eval_iters, log_interval = 20, 10, 5, 5
+sample_tokens = 100

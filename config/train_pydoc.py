@@ -1,0 +1,12 @@
+# python gpt.py config/train_pydoc.py
+# MEASURE
+# The documentation that ships with Python, by characters: works without a network.
+dataset = "pydoc"
+if device_type == "cpu":
+    max_minutes = 2.0
+else:
+    n_layer, n_head, n_kv_head, n_embd = 6, 6, 6, 384
+    dropout = 0.2
+    batch_size = 64
+    max_iters = 2000
+    muon_lr, learning_rate = 0.02, 4e-3

@@ -1,0 +1,575 @@
+"""The model against formulas written out here, and against transformers' Llama and GPT-2."""
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+import gpt
+
+SMALL = {"block_size": 12, "vocab_size": 17, "n_layer": 2, "n_head": 4, "n_kv_head": 4, "n_embd": 32,
+         "mlp_ratio": 3.0, "dropout": 0.0}
+LLAMA_LIKE = SMALL | {"n_kv_head": 2}
+GPT2_LIKE = SMALL | {"bias": True, "use_rope": False, "use_rms_norm": False, "use_swiglu": False}
+SWITCHES = ("use_rope", "use_rms_norm", "use_swiglu", "qk_norm", "tie_weights", "bias")
+
+
+def random_model(seed=1, **values):
+    """Return a model in eval mode whose every weight, norms and biases too, is random."""
+    model = gpt.GPT(gpt.GPTConfig(**values)).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(0.2 * torch.randn(p.shape, generator=generator) + (p == 1).float())
+    return model
+
+
+def random_ids(config, rows, length, seed=2):
+    return torch.randint(config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+# ---- The reference: float64, one head, one query and one pair at a time ----
+def rms(x, weight, eps):
+    return x / torch.sqrt((x * x).mean() + eps) * weight
+
+
+def reference_norm(x, w, name, c):
+    if c.use_rms_norm:
+        return rms(x, w[f"{name}.weight"], c.norm_eps)
+    centered = x - x.mean()
+    y = centered / torch.sqrt((centered * centered).mean() + c.norm_eps) * w[f"{name}.weight"]
+    return y + w[f"{name}.bias"] if c.bias else y
+
+
+def reference_linear(x, w, name, c):
+    y = torch.einsum("oi,i->o", w[f"{name}.weight"], x)
+    return y + w[f"{name}.bias"] if c.bias else y
+
+
+def reference_rope(x, position, theta):
+    """Turn each pair (i, i + d/2) of the vector x as a complex number times exp(1j * position * angle)."""
+    half = len(x) // 2
+    out = x.clone()
+    for i in range(half):
+        angle = position * theta ** (-2 * i / len(x))
+        turned = complex(x[i], x[i + half]) * complex(math.cos(angle), math.sin(angle))
+        out[i], out[i + half] = turned.real, turned.imag
+    return out
+
+
+def reference_attention(xs, w, name, c):
+    """Return the attention output for the normed inputs xs, a list of vectors."""
+    d, groups, outputs = c.n_embd // c.n_head, c.n_head // c.n_kv_head, []
+    queries, keys, values = [], [], []
+    for position, x in enumerate(xs):
+        fused = reference_linear(x, w, f"{name}.c_attn", c)
+        heads = [fused[i * d : (i + 1) * d] for i in range(c.n_head + 2 * c.n_kv_head)]
+        q, k, v = heads[: c.n_head], heads[c.n_head : c.n_head + c.n_kv_head], heads[c.n_head + c.n_kv_head :]
+        if c.qk_norm:
+            q = [rms(head, w[f"{name}.q_norm.weight"], c.norm_eps) for head in q]
+            k = [rms(head, w[f"{name}.k_norm.weight"], c.norm_eps) for head in k]
+        if c.use_rope:
+            q = [reference_rope(head, position, c.rope_theta) for head in q]
+            k = [reference_rope(head, position, c.rope_theta) for head in k]
+        queries.append(q)
+        keys.append(k)
+        values.append(v)
+    for t in range(len(xs)):
+        mixed = []
+        for head in range(c.n_head):
+            shared = head // groups
+            scores = [float(queries[t][head] @ keys[s][shared]) / math.sqrt(d) for s in range(t + 1)]
+            top = max(scores)
+            shares = [math.exp(score - top) for score in scores]
+            mixed.append(sum(share / sum(shares) * values[s][shared] for s, share in enumerate(shares)))
+        outputs.append(reference_linear(torch.cat(mixed), w, f"{name}.c_proj", c))
+    return outputs
+
+
+def reference_mlp(x, w, name, c):
+    h = reference_linear(x, w, f"{name}.c_fc", c)
+    if c.use_swiglu:
+        gate, up = h[: len(h) // 2], h[len(h) // 2 :]
+        h = gate / (1 + torch.exp(-gate)) * up
+    else:
+        h = 0.5 * h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
+    return reference_linear(h, w, f"{name}.c_proj", c)
+
+
+def reference_logits(model, row):
+    """Return the logits (T, vocab_size) of one row of ids, in float64."""
+    c, w = model.config, {name: tensor.double() for name, tensor in model.state_dict().items()}
+    xs = [w["wte.weight"][i] for i in row.tolist()]
+    if not c.use_rope:
+        xs = [x + w["wpe.weight"][position] for position, x in enumerate(xs)]
+    for layer in range(c.n_layer):
+        normed = [reference_norm(x, w, f"h.{layer}.ln_1", c) for x in xs]
+        xs = [x + y for x, y in zip(xs, reference_attention(normed, w, f"h.{layer}.attn", c))]
+        normed = [reference_norm(x, w, f"h.{layer}.ln_2", c) for x in xs]
+        xs = [x + reference_mlp(y, w, f"h.{layer}.mlp", c) for x, y in zip(xs, normed)]
+    head = w["wte.weight"] if c.tie_weights else w["lm_head.weight"]
+    return torch.stack([head @ reference_norm(x, w, "ln_f", c) for x in xs])
+
+
+@pytest.mark.parametrize("n_kv_head", [4, 2, 1], ids=["mha", "gqa", "mqa"])
+@pytest.mark.parametrize("flipped", ["none", *SWITCHES])
+@pytest.mark.parametrize("base", [LLAMA_LIKE, GPT2_LIKE], ids=["llama", "gpt2"])
+def test_logits_equal_the_formulas(base, flipped, n_kv_head):
+    """Each switch, flipped from either family, gives the logits that the papers' formulas give."""
+    values = base | {"n_kv_head": n_kv_head}
+    if flipped != "none":
+        values[flipped] = not getattr(gpt.GPTConfig(**values), flipped)
+    model = random_model(**values)
+    ids = random_ids(model.config, 2, 10)
+    with torch.no_grad():
+        logits, loss = model(ids)
+    assert loss is None
+    expected = torch.stack([reference_logits(model, row) for row in ids])
+    assert (logits - expected).abs().max() < 1e-5
+    assert expected.std() > 0.1
+
+
+@pytest.mark.parametrize("changed", [{"rope_theta": 50.0}, {"norm_eps": 0.1}, {"norm_eps": 0.1, "qk_norm": True},
+                                     {"norm_eps": 0.1, "use_rms_norm": False}])
+def test_constants_of_the_config_reach_the_formulas(changed):
+    """rope_theta and norm_eps are those of the config, in every norm."""
+    model = random_model(**LLAMA_LIKE | changed)
+    ids = random_ids(model.config, 1, 12)
+    with torch.no_grad():
+        assert (model(ids)[0][0] - reference_logits(model, ids[0])).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_biases_are_where_the_setting_says(bias):
+    """bias gives every linear layer but the head, and every LayerNorm, a bias; RMSNorm has none."""
+    model = gpt.GPT(gpt.GPTConfig(**GPT2_LIKE | {"bias": bias}))
+    found = {name for name in model.state_dict() if name.endswith(".bias")}
+    layers = {f"h.{i}.{part}.bias" for i in range(2)
+              for part in ("ln_1", "ln_2", "attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")}
+    assert found == (layers | {"ln_f.bias"} if bias else set())
+    rms_model = gpt.GPT(gpt.GPTConfig(**LLAMA_LIKE | {"bias": bias}))
+    assert not any("ln_" in name and name.endswith(".bias") for name in rms_model.state_dict())
+
+
+# ---- transformers ----
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("n_kv_head", [4, 2, 1], ids=["mha", "gqa", "mqa"])
+def test_logits_equal_those_of_llama(n_kv_head, tied):
+    """transformers' Llama gives the same logits and loss with the same weights."""
+    model = random_model(**LLAMA_LIKE | {"n_kv_head": n_kv_head, "tie_weights": tied})
+    c, w = model.config, model.state_dict()
+    llama = LlamaForCausalLM(LlamaConfig(
+        vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.mlp_hidden,
+        num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, num_key_value_heads=n_kv_head,
+        max_position_embeddings=c.block_size, rms_norm_eps=c.norm_eps, tie_word_embeddings=tied,
+        attn_implementation="eager", bos_token_id=0, eos_token_id=0)).eval()
+    copied = {"model.embed_tokens.weight": w["wte.weight"], "model.norm.weight": w["ln_f.weight"],
+              "lm_head.weight": w["lm_head.weight"]}
+    kv = n_kv_head * c.n_embd // c.n_head
+    for i in range(c.n_layer):
+        ours, theirs = f"h.{i}", f"model.layers.{i}"
+        q, k, v = w[f"{ours}.attn.c_attn.weight"].split([c.n_embd, kv, kv])
+        gate, up = w[f"{ours}.mlp.c_fc.weight"].split(c.mlp_hidden)
+        copied |= {f"{theirs}.self_attn.q_proj.weight": q, f"{theirs}.self_attn.k_proj.weight": k,
+                   f"{theirs}.self_attn.v_proj.weight": v, f"{theirs}.mlp.gate_proj.weight": gate,
+                   f"{theirs}.self_attn.o_proj.weight": w[f"{ours}.attn.c_proj.weight"],
+                   f"{theirs}.mlp.up_proj.weight": up,
+                   f"{theirs}.mlp.down_proj.weight": w[f"{ours}.mlp.c_proj.weight"],
+                   f"{theirs}.input_layernorm.weight": w[f"{ours}.ln_1.weight"],
+                   f"{theirs}.post_attention_layernorm.weight": w[f"{ours}.ln_2.weight"]}
+    llama.load_state_dict(copied)
+    ids = random_ids(c, 3, 12)
+    with torch.no_grad():
+        result = llama(input_ids=ids, labels=ids)
+        logits, loss = model(ids[:, :-1], ids[:, 1:])
+    assert (logits - result.logits[:, :-1]).abs().max() < 1e-4
+    assert abs(loss - result.loss) < 1e-4
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_logits_equal_those_of_gpt2(tied):
+    """transformers' GPT-2, whose matrices are stored transposed, gives the same logits and loss."""
+    model = random_model(**GPT2_LIKE | {"tie_weights": tied, "mlp_ratio": 4.0})
+    c, w = model.config, model.state_dict()
+    other = GPT2LMHeadModel(GPT2Config(
+        vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
+        n_inner=c.mlp_hidden, activation_function="gelu_new", layer_norm_epsilon=c.norm_eps,
+        tie_word_embeddings=tied, attn_implementation="eager", bos_token_id=0, eos_token_id=0)).eval()
+    transposed = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+    other.load_state_dict({name if name.startswith("lm_head") else f"transformer.{name}":
+                           tensor.T if name.endswith(transposed) else tensor for name, tensor in w.items()})
+    ids = random_ids(c, 3, 12)
+    with torch.no_grad():
+        result = other(input_ids=ids, labels=ids)
+        logits, loss = model(ids[:, :-1], ids[:, 1:])
+    assert (logits - result.logits[:, :-1]).abs().max() < 1e-4
+    assert abs(loss - result.loss) < 1e-4
+
+
+# ---- Causality, attention ----
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("values", [LLAMA_LIKE, GPT2_LIKE], ids=["llama", "gpt2"])
+def test_no_logit_depends_on_later_tokens(values, autocast):
+    """Changing token t leaves every earlier logit as it was, bit by bit, and changes some from t on."""
+    model = random_model(**values)
+    ids = random_ids(model.config, 2, 12)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        before = model(ids)[0]
+        for t in range(12):
+            changed = ids.clone()
+            changed[:, t] = (changed[:, t] + 1) % model.config.vocab_size
+            after = model(changed)[0]
+            assert torch.equal(before[:, :t], after[:, :t])
+            for later in range(t, 12):
+                assert not torch.equal(before[:, later], after[:, later])
+
+
+@pytest.mark.parametrize("values", [LLAMA_LIKE, GPT2_LIKE, LLAMA_LIKE | {"qk_norm": True, "n_kv_head": 1}])
+def test_bfloat16_logits_are_near_those_of_float32(values):
+    """Under autocast the logits keep bfloat16's precision."""
+    model = random_model(**values)
+    ids = random_ids(model.config, 2, 12)
+    with torch.no_grad():
+        expected = model(ids)[0]
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(ids)[0]
+    assert 0 < (logits.float() - expected).norm() / expected.norm() < 3e-2
+
+
+def explicit_attention(q, k, v, allowed):
+    """Return softmax(q k^T / sqrt(d)) v in float64, head by head; allowed (B, T, S) says who sees whom."""
+    q, k, v = q.double(), k.double(), v.double()
+    out = torch.zeros(q.shape, dtype=torch.float64)
+    for b in range(q.size(0)):
+        for head in range(q.size(1)):
+            shared = head // (q.size(1) // k.size(1))
+            scores = q[b, head] @ k[b, shared].T / math.sqrt(q.size(-1))
+            out[b, head] = scores.masked_fill(~allowed[b], -math.inf).softmax(-1) @ v[b, shared]
+    return out
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("n_kv_head", [6, 3, 2, 1])
+def test_attention_equals_the_formula(n_kv_head, dtype, tolerance):
+    """Both branches of attention give the formula's result within their dtype's precision."""
+    q = torch.randn(2, 6, 9, 8).to(dtype)
+    k, v = torch.randn(2, 2, n_kv_head, 9, 8).to(dtype)
+    causal = torch.ones(2, 9, 9, dtype=torch.bool).tril()
+    expected = explicit_attention(q, k, v, causal)
+    y = gpt.attention(q, k, v)
+    assert y.dtype == dtype and y.shape == q.shape
+    assert (y - expected).abs().max() < tolerance
+    in_float32 = gpt.attention(q.float(), k.float(), v.float())
+    assert (y.float() - in_float32).abs().max() < tolerance
+    with_mask = gpt.attention(q, k, v, mask=causal[:, None])
+    assert (with_mask - expected).abs().max() < tolerance
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_with_a_mask_of_its_own(dtype):
+    """A mask that differs from row to row, over more keys than queries, is obeyed."""
+    q = torch.randn(2, 4, 3, 8).to(dtype)
+    k, v = torch.randn(2, 2, 2, 7, 8).to(dtype)
+    allowed = torch.rand(2, 3, 7) < 0.5
+    allowed[:, :, 0] = True
+    y = gpt.attention(q, k, v, mask=allowed[:, None])
+    assert (y - explicit_attention(q, k, v, allowed)).abs().max() < (1e-6 if dtype == torch.float32 else 2e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_dropout_drops_and_rescales(dtype):
+    """With dropout the weights are dropped at random and the mean stays."""
+    q = torch.randn(1, 4, 6, 8).to(dtype).expand(3000, -1, -1, -1)
+    k, v = (torch.randn(1, 2, 6, 8).to(dtype).expand(3000, -1, -1, -1) for _ in range(2))
+    y = gpt.attention(q, k, v, dropout=0.3).float()
+    assert not torch.equal(y[0], y[1])
+    first = v[0, 0, 0].float()
+    dropped = y[:, 0, 0].abs().amax(-1) == 0
+    assert dropped.float().mean() == pytest.approx(0.3, abs=0.04)
+    assert torch.allclose(y[~dropped, 0, 0], (first / 0.7).expand(int((~dropped).sum()), -1), rtol=1e-2)
+    expected = gpt.attention(q[:1].float(), k[:1].float(), v[:1].float())
+    assert (y.mean(0) - expected[0]).abs().max() < 0.1
+
+
+# ---- Rotary positions ----
+def rotary_at(positions, head_dim=8, block_size=64):
+    table = gpt.rotary_table(gpt.GPTConfig(block_size=block_size, n_embd=head_dim, n_head=1, n_kv_head=1))
+    return table[:, positions][:, None, None]
+
+
+def test_rotary_scores_depend_on_the_distance_only():
+    """q.k after rotation is Re sum q_i conj(k_i) exp(1j (m - n) theta_i), whatever m and n are."""
+    q, k = torch.randn(2, 8)
+    a, b = torch.complex(q[:4], q[4:]), torch.complex(k[:4], k[4:])
+    theta = torch.tensor([10000 ** (-2 * i / 8) for i in range(4)])
+    for m, n in ((0, 0), (5, 0), (0, 5), (45, 40), (40, 45), (63, 1), (17, 13)):
+        turned_q = gpt.rotate(q.expand(1, 1, 1, 8), rotary_at([m])).flatten()
+        turned_k = gpt.rotate(k.expand(1, 1, 1, 8), rotary_at([n])).flatten()
+        expected = (a * b.conj() * torch.exp(1j * (m - n) * theta)).sum().real
+        assert turned_q @ turned_k == pytest.approx(float(expected), abs=2e-5)
+
+
+def test_rotation_keeps_norms_and_position_zero():
+    """Every pair keeps its length, and position 0 its components."""
+    x = torch.randn(2, 3, 64, 8)
+    y = gpt.rotate(x, rotary_at(list(range(64))))
+    assert torch.equal(y[:, :, 0], x[:, :, 0])
+    assert not torch.allclose(y[:, :, 1:], x[:, :, 1:], atol=0.1)
+    assert torch.allclose(y[..., :4] ** 2 + y[..., 4:] ** 2, x[..., :4] ** 2 + x[..., 4:] ** 2, atol=1e-5)
+
+
+# ---- Initial weights and loss ----
+CHAR = {"vocab_size": 65, "block_size": 256, "n_layer": 4, "n_head": 4, "n_kv_head": 2, "n_embd": 128,
+        "dropout": 0.0, "qk_norm": True}
+
+
+@pytest.mark.parametrize(("values", "tolerance"), [
+    (CHAR, 2e-2),
+    (CHAR | {"n_layer": 6, "n_head": 6, "n_kv_head": 6, "n_embd": 384}, 2e-2),
+    (CHAR | {"vocab_size": 50257, "block_size": 64, "n_layer": 2, "n_embd": 64}, 2e-2),
+    (CHAR | {"tie_weights": False}, 1e-6),
+], ids=["char", "char-wide", "bpe-narrow", "untied"])
+def test_first_loss_is_that_of_a_uniform_guess(values, tolerance):
+    """Before training the mean loss over all targets is ln(vocab_size)."""
+    model = gpt.GPT(gpt.GPTConfig(**values)).eval()
+    ids = random_ids(model.config, 2, model.config.block_size)
+    with torch.no_grad():
+        logits = model(ids)[0].double()
+    loss = float((logits.logsumexp(-1) - logits.mean(-1)).mean())
+    assert loss == pytest.approx(math.log(values["vocab_size"]), rel=tolerance)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("n_layer", [2, 8])
+def test_initial_standard_deviations(n_layer, tied):
+    """c_proj is drawn with std 0.02 / sqrt(2 n_layer), other matrices with 0.02; norms are 1, biases 0."""
+    c = gpt.GPTConfig(vocab_size=500, block_size=64, n_layer=n_layer, n_embd=192, n_head=6, bias=True,
+                      use_rms_norm=False, use_rope=False, tie_weights=tied)
+    for name, p in gpt.GPT(c).named_parameters():
+        if name.endswith("bias"):
+            assert torch.all(p == 0), name
+        elif "ln_" in name:
+            assert torch.all(p == 1), name
+        elif name == "lm_head.weight":
+            assert not tied and torch.all(p == 0)
+        else:
+            std = 0.02 / math.sqrt(2 * n_layer) if "c_proj" in name else 0.02
+            assert float(p.std()) == pytest.approx(std, rel=0.05), name
+            assert abs(float(p.mean())) < 5 * std / math.sqrt(p.numel()), name
+
+
+# ---- Loss, gradients ----
+def test_loss_is_the_mean_over_targets_that_count():
+    """The loss is the mean of -log softmax at the targets, without those of -1."""
+    model = random_model(**LLAMA_LIKE)
+    ids, targets = random_ids(model.config, 3, 9), random_ids(model.config, 3, 9, seed=3)
+    targets[0, 2:5] = targets[2, 8] = -1
+    with torch.no_grad():
+        logits, loss = model(ids, targets)
+    total = count = 0.0
+    for row, wanted in zip(logits.double(), targets):
+        for scores, target in zip(row.tolist(), wanted.tolist()):
+            if target >= 0:
+                total += math.log(sum(math.exp(s) for s in scores)) - scores[target]
+                count += 1
+    assert count == 23
+    assert float(loss) == pytest.approx(total / count, abs=1e-6)
+
+
+def gradients(model, ids, targets, forward=None):
+    """Return the gradients of the loss as one vector."""
+    model.zero_grad()
+    (forward or model)(ids, targets)[1].backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters()]).clone()
+
+
+def test_gradients_equal_finite_differences():
+    """The loss's gradient is its slope, along random directions, in float64."""
+    model = random_model(**LLAMA_LIKE | {"qk_norm": True}).double()
+    ids, targets = random_ids(model.config, 2, 8), random_ids(model.config, 2, 8, seed=3)
+    with torch.no_grad():
+        model.rotary.copy_(model.rotary.double())
+    slopes = gradients(model, ids, targets)
+    at, step = torch.cat([p.detach().flatten() for p in model.parameters()]), 1e-3
+    for _ in range(3):
+        direction = torch.randn_like(at)
+        losses = []
+        for sign in (1, -1):
+            torch.nn.utils.vector_to_parameters(at + sign * step * direction, model.parameters())
+            with torch.no_grad():
+                scores = model(ids)[0].log_softmax(-1)
+            losses.append(-scores.gather(-1, targets[..., None]).mean())
+        assert float(slopes @ direction) == pytest.approx(float(losses[0] - losses[1]) / 2 / step, rel=2e-3)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("values", [LLAMA_LIKE, GPT2_LIKE], ids=["llama", "gpt2"])
+def test_gradient_checkpointing_changes_no_gradient(values, dropout):
+    """Blocks that are run again in the backward pass draw the same dropout and give the same gradients."""
+    plain = random_model(**values | {"dropout": dropout}).train()
+    saving = random_model(**values | {"dropout": dropout, "gradient_checkpointing": True}).train()
+    ids, targets = random_ids(plain.config, 3, 12), random_ids(plain.config, 3, 12, seed=3)
+    runs = []
+    saving.h[1].register_forward_pre_hook(lambda *_: runs.append(1))
+    torch.manual_seed(5)
+    expected = gradients(plain, ids, targets)
+    torch.manual_seed(5)
+    found = gradients(saving, ids, targets)
+    assert len(runs) == 2
+    assert torch.allclose(found, expected, rtol=0, atol=1e-6)
+    assert expected.norm() > 0.1
+    saving.eval()
+    gradients(saving, ids, targets)
+    assert len(runs) == 3
+
+
+def test_dropout_acts_in_training_only():
+    """eval mode gives the logits of a model without dropout; training mode gives others each time."""
+    model = random_model(**LLAMA_LIKE | {"dropout": 0.3})
+    bare = random_model(**LLAMA_LIKE)
+    ids = random_ids(model.config, 2, 12)
+    with torch.no_grad():
+        assert torch.equal(model(ids)[0], bare(ids)[0])
+        model.train()
+        assert not torch.allclose(model(ids)[0], model(ids)[0], atol=0.1)
+        bare.train()
+        assert torch.equal(bare(ids)[0], bare.eval()(ids)[0])
+
+
+def test_accumulated_gradients_equal_those_of_one_batch():
+    """The gradient of 16 rows is the mean of those of four times 4."""
+    model = random_model(**LLAMA_LIKE)
+    ids, targets = random_ids(model.config, 16, 12), random_ids(model.config, 16, 12, seed=3)
+    whole = gradients(model, ids, targets)
+    model.zero_grad()
+    for x, y in zip(ids.split(4), targets.split(4)):
+        (model(x, y)[1] / 4).backward()
+    summed = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert (summed - whole).norm() / whole.norm() < 1e-5
+
+
+# ---- torch.compile ----
+@pytest.fixture(scope="module")
+def compiler():
+    """Skip the test where torch.compile cannot build anything."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.zeros(3))
+    except Exception as e:  # noqa: BLE001
+        pytest.skip(f"torch.compile finds no working C++ compiler ({type(e).__name__})")
+
+
+def test_compiled_gradients_equal_eager_ones(compiler):
+    """torch.compile changes loss and gradients by rounding only."""
+    model = random_model(**LLAMA_LIKE | {"n_layer": 1})
+    ids, targets = random_ids(model.config, 2, 12), random_ids(model.config, 2, 12, seed=3)
+    forward = torch.compile(model, dynamic=False)
+    expected, found = gradients(model, ids, targets), gradients(model, ids, targets, forward)
+    assert (found - expected).norm() / expected.norm() < 1e-4
+    assert torch.allclose(forward(ids, targets)[1], model(ids, targets)[1], rtol=1e-5)
+
+
+def test_checkpoints_of_a_compiled_model_load_into_a_plain_one(tmp_path):
+    """What is saved beside a compiled twin has the plain names."""
+    model = random_model(**LLAMA_LIKE)
+    torch.compile(model, dynamic=False)
+    data = SimpleNamespace(folder=tmp_path, meta={"sha256": ""}, tokenizer=gpt.Tokenizer("char", "ab"))
+    saved = gpt.snapshot(model, data, 1, 2.0)["model"]
+    assert not any("_orig_mod" in name for name in saved)
+    other = gpt.GPT(model.config).eval()
+    other.load_state_dict(saved)
+    ids = random_ids(model.config, 1, 12)
+    with torch.no_grad():
+        assert torch.equal(other(ids)[0], model(ids)[0])
+
+
+# ---- Configuration, sizes, FLOPs ----
+@pytest.mark.parametrize(("values", "named"), [
+    ({"n_embd": 30, "n_head": 4, "n_kv_head": 4}, ["n_embd", "30", "n_head", "4"]),
+    ({"n_embd": 24, "n_head": 6, "n_kv_head": 4}, ["n_head", "6", "n_kv_head", "4"]),
+    ({"n_embd": 24, "n_head": 2, "n_kv_head": 4}, ["n_head", "2", "n_kv_head", "4"]),
+    ({"n_embd": 28, "n_head": 4, "n_kv_head": 2}, ["n_embd", "n_head", "7", "even"]),
+    ({"dropout": 1.0}, ["dropout", "1.0"]),
+    ({"dropout": -0.1}, ["dropout", "-0.1"]),
+    ({"dropout": math.nan}, ["dropout", "nan"]),
+    *(({name: value}, [name, str(value)]) for value in (0, -3)
+      for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")),
+    ({"mlp_ratio": 0.0}, ["mlp_hidden", "0"]),
+])
+def test_impossible_sizes_are_refused_by_name(values, named):
+    """A config without meaning raises ValueError, which names the setting and its value."""
+    with pytest.raises(ValueError) as caught:
+        gpt.GPTConfig(**SMALL | values)
+    for part in named:
+        assert part in str(caught.value)
+
+
+def test_odd_heads_are_fine_without_rotary_positions():
+    """Learned positions need no pairs, and give the formula's logits for a head of 7."""
+    model = random_model(**GPT2_LIKE | {"n_embd": 28})
+    ids = random_ids(model.config, 1, 6)
+    with torch.no_grad():
+        assert (model(ids)[0][0] - reference_logits(model, ids[0])).abs().max() < 1e-5
+
+
+def test_more_tokens_than_block_size_are_refused():
+    """A sequence beyond block_size is an error, not a wrong answer."""
+    model = random_model(**LLAMA_LIKE)
+    with pytest.raises((AssertionError, ValueError), match="13.*12"):
+        model(random_ids(model.config, 1, 13))
+
+
+def on_meta(**values):
+    with torch.device("meta"):
+        return gpt.GPT(gpt.GPTConfig(**values))
+
+
+def test_parameter_count_of_gpt2():
+    """GPT-2's smallest model has its 124,439,808 parameters."""
+    model = on_meta(block_size=1024, vocab_size=50257, n_layer=12, n_head=12, n_kv_head=12, n_embd=768, bias=True,
+                    use_rope=False, use_rms_norm=False, use_swiglu=False)
+    assert model.n_params() == 124_439_808
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("n_embd", "n_head", "n_kv_head", "hidden"), [(384, 6, 2, 1024), (128, 4, 4, 352),
+                                                                       (4096, 32, 8, 10912)])
+def test_parameter_count_of_a_llama(n_embd, n_head, n_kv_head, hidden, tied):
+    """Embedding, and per layer q, k, v, o, three MLP matrices and two norms, and one norm at the end."""
+    model = on_meta(block_size=64, vocab_size=1000, n_layer=3, n_head=n_head, n_kv_head=n_kv_head, n_embd=n_embd,
+                    tie_weights=tied)
+    kv = n_embd // n_head * n_kv_head
+    layer = 2 * n_embd * n_embd + 2 * n_embd * kv + 3 * n_embd * hidden + 2 * n_embd
+    assert model.config.mlp_hidden == hidden
+    assert model.n_params() == (1 if tied else 2) * 1000 * n_embd + 3 * layer + n_embd
+    normed = gpt.GPTConfig(**vars(replace(model.config, qk_norm=True)))
+    with torch.device("meta"):
+        assert gpt.GPT(normed).n_params() - model.n_params() == 3 * 2 * n_embd // n_head
+
+
+@pytest.mark.parametrize("rope", [True, False], ids=["rope", "learned"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_flops_per_token_against_a_count_by_hand(tied, rope):
+    """6 FLOPs a multiplying weight, the head included and lookups not, and 12 L d T for attention."""
+    model = on_meta(block_size=12, vocab_size=17, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, mlp_ratio=3.0,
+                    tie_weights=tied, use_rope=rope)
+    layer = 32 * 64 + 32 * 32 + 32 * 128 + 64 * 32
+    norms = 5 * 32
+    expected = 6 * (17 * 32 + 2 * layer + norms) + 12 * 2 * 32 * 12
+    assert model.config.mlp_hidden == 64
+    assert model.flops_per_token() == expected
+
+
+def test_rms_norm_follows_the_dtype_of_its_input():
+    """RMSNorm returns bfloat16 for bfloat16, within its precision of the formula."""
+    norm = gpt.RMSNorm(16, 1e-5)
+    with torch.no_grad():
+        norm.weight.copy_(torch.randn(16))
+        x = torch.randn(5, 16).bfloat16()
+        y = norm(x)
+    expected = torch.stack([rms(row, norm.weight.double(), 1e-5) for row in x.double()])
+    assert y.dtype == torch.bfloat16
+    assert torch.allclose(y.double(), expected, rtol=2e-2, atol=2e-2)
+    assert torch.allclose(norm(x.float()), F.rms_norm(x.float(), (16,), norm.weight, 1e-5))

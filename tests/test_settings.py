@@ -1,0 +1,484 @@
+"""Settings: config files and flags pass one check, and a mistake is one sentence."""
+import ast
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+import configurator
+import gpt
+import prepare
+import sample
+
+ROOT = Path(__file__).resolve().parent.parent
+TOY = '''"""toy.py: a script of the tests."""
+import os
+
+# ---- settings ----
+n_layer = 4  # blocks
+learning_rate = 1e-3  # step size; 1e-3 = small
+bias = False  # biases in linear layers
+name = "a"  # of the run
+shift = -1  # may be negative
+compile: bool | None = None  # None: by hardware
+limit: int | None = 3  # None: no limit
+
+HERE = "x"  # a constant
+nothing = 7
+
+def main():
+    """Do nothing."""
+
+late = 3  # assigned below the first def
+'''
+
+
+@pytest.fixture
+def toy(tmp_path):
+    """Return a function that gives the globals of a toy script after configure(argv)."""
+    path = tmp_path / "toy.py"
+    path.write_text(TOY, encoding="utf-8")
+
+    def run(*argv, **options):
+        script = {"__file__": str(path)}
+        exec(compile(TOY, str(path), "exec"), script)
+        configurator.configure(script, list(argv), **options)
+        return script
+
+    return run
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Return a function that writes a config file and gives its path as a string."""
+
+    def write(text, name="config.py"):
+        path = tmp_path / name
+        path.write_text(text, encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def launch(tmp_path, monkeypatch):
+    """Return a function that runs configurator.run_script on the toy script as a command line would."""
+    path = tmp_path / "toy.py"
+    path.write_text(TOY, encoding="utf-8")
+
+    def run(main, *argv):
+        script = {"__file__": str(path)}
+        exec(compile(TOY, str(path), "exec"), script)
+        monkeypatch.setattr(sys, "argv", ["toy.py", *argv])
+        configurator.run_script(script, lambda: main(script))
+        return script
+
+    return run
+
+
+def test_read_settings_finds_names_types_and_help():
+    """Only commented lower-case assignments above the first def are settings."""
+    assert configurator.read_settings(TOY) == {
+        "n_layer": (int, False, "blocks"), "learning_rate": (float, False, "step size; 1e-3 = small"),
+        "bias": (bool, False, "biases in linear layers"), "name": (str, False, "of the run"),
+        "shift": (int, False, "may be negative"), "compile": (bool, True, "None: by hardware"),
+        "limit": (int, True, "None: no limit")}
+
+
+def plain_globals(module):
+    """Return the names of a module's lower-case globals that hold a plain value."""
+    plain = bool | int | float | str | None
+    return [k for k, v in vars(module).items() if k[0].islower() and isinstance(v, plain)]
+
+
+@pytest.mark.parametrize("module", [gpt, sample, prepare], ids=lambda module: module.__name__)
+def test_every_plain_global_of_a_script_is_a_setting_with_a_help_text(module):
+    """No setting escapes the flags, and each has the type of its default."""
+    settings = configurator.read_settings(Path(module.__file__).read_text(encoding="utf-8"))
+    assert list(settings) == plain_globals(module)
+    assert len(settings) >= 5
+    for name, setting in settings.items():
+        value = getattr(module, name)
+        assert len(setting.help) > 3, name
+        assert type(value) is setting.type or (value is None and setting.optional), name
+
+
+def test_the_settings_of_gpt_are_those_it_saves():
+    """gpt.SETTINGS, which checkpoints hold, and the flags are the same list in the same order."""
+    settings = configurator.read_settings((ROOT / "gpt.py").read_text(encoding="utf-8"))
+    assert list(settings) == gpt.SETTINGS
+    assert {"dataset", "n_kv_head", "muon_lr", "compile"} <= set(settings)
+    assert settings["compile"][:2] == (bool, True)
+    assert [name for name, setting in settings.items() if setting.optional] == ["compile"]
+
+
+VALID = [
+    (["--n_layer=6"], "n_layer", 6),
+    (["--n_layer", "6"], "n_layer", 6),
+    (["--shift=-12"], "shift", -12),
+    (["--shift", "-12"], "shift", -12),
+    (["--learning_rate=3"], "learning_rate", 3.0),
+    (["--learning_rate=-2.5e-2"], "learning_rate", -0.025),
+    (["--learning_rate", "-.5"], "learning_rate", -0.5),
+    (["--bias"], "bias", True),
+    (["--bias=true"], "bias", True),
+    (["--bias=False"], "bias", False),
+    (["--bias=1"], "bias", True),
+    (["--bias=0"], "bias", False),
+    (["--bias", "TRUE"], "bias", True),
+    (["--bias", "--n_layer=2"], "bias", True),
+    (["--compile"], "compile", True),
+    (["--compile=None"], "compile", None),
+    (["--compile", "false"], "compile", False),
+    (["--limit=none"], "limit", None),
+    (["--limit=9"], "limit", 9),
+    (["--name=a=b==c"], "name", "a=b==c"),
+    (["--name", "k=v"], "name", "k=v"),
+    (["--name="], "name", ""),
+    (["--name=12"], "name", "12"),
+    (["--name=None"], "name", "None"),
+    (["--name=true"], "name", "true"),
+    (["--name=--n_layer=2"], "name", "--n_layer=2"),
+    (["--name= two words "], "name", " two words "),
+    (["--n_layer=5", "--n_layer=7"], "n_layer", 7),
+]
+
+
+@pytest.mark.parametrize(("argv", "name", "expected"), VALID, ids=lambda v: " ".join(v) if type(v) is list else "")
+def test_flags_take_values_of_the_right_type(toy, argv, name, expected):
+    """All three forms of a flag work, strings stay raw, and the value has the setting's type."""
+    value = toy(*argv)[name]
+    assert (type(value), value) == (type(expected), expected)
+
+
+def test_several_flags_leave_the_rest_alone(toy):
+    """What no flag names keeps its default."""
+    script = toy("--n_layer", "2", "--bias", "--name=x")
+    assert [script[k] for k in ("n_layer", "learning_rate", "bias", "name", "shift", "compile", "limit")] == [
+        2, 1e-3, True, "x", -1, None, 3]
+
+
+INVALID_FLAGS = [
+    ("--n_layer=2.5", "n_layer is '2.5': expected int"),
+    ("--n_layer=two", "n_layer is 'two': expected int"),
+    ("--n_layer=true", "n_layer is True: expected int"),
+    ("--n_layer=None", "n_layer is None: expected int"),
+    ("--n_layer=", "n_layer is '': expected int"),
+    ("--learning_rate=fast", "learning_rate is 'fast': expected float"),
+    ("--learning_rate=true", "learning_rate is True: expected float"),
+    ("--learning_rate=None", "learning_rate is None: expected float"),
+    ("--bias=2", "bias is 2: expected bool"),
+    ("--bias=yes", "bias is 'yes': expected bool"),
+    ("--bias=None", "bias is None: expected bool"),
+    ("--compile=maybe", "compile is 'maybe': expected bool or None"),
+    ("--limit=1.5", "limit is '1.5': expected int or None"),
+]
+INVALID_LINES = [
+    ("n_layer = 2.5", "n_layer is 2.5: expected int"),
+    ("n_layer = 6.0", "n_layer is 6.0: expected int"),
+    ("n_layer = '6'", "n_layer is '6': expected int"),
+    ("n_layer = True", "n_layer is True: expected int"),
+    ("n_layer = None", "n_layer is None: expected int"),
+    ("n_layer = [6]", "n_layer is [6]: expected int"),
+    ("learning_rate = '1e-3'", "learning_rate is '1e-3': expected float"),
+    ("learning_rate = True", "learning_rate is True: expected float"),
+    ("bias = 2", "bias is 2: expected bool"),
+    ("bias = 'true'", "bias is 'true': expected bool"),
+    ("bias = None", "bias is None: expected bool"),
+    ("name = 3", "name is 3: expected str"),
+    ("name = None", "name is None: expected str"),
+    ("compile = 'yes'", "compile is 'yes': expected bool or None"),
+]
+
+
+@pytest.mark.parametrize(("flag", "message"), INVALID_FLAGS)
+def test_a_flag_of_the_wrong_type_names_key_value_and_type(toy, flag, message):
+    """The message holds all that is needed to mend the flag."""
+    with pytest.raises(ValueError) as e:
+        toy(flag)
+    assert str(e.value) == message
+
+
+@pytest.mark.parametrize(("line", "message"), INVALID_LINES)
+def test_a_config_file_passes_the_same_check(toy, config, line, message):
+    """A file's wrong type is refused with the file's name before the same sentence."""
+    path = config(line + "\n")
+    with pytest.raises(ValueError) as e:
+        toy(path)
+    assert str(e.value) == f"{path}: {message}"
+
+
+def test_a_config_file_converts_as_flags_do(toy, config):
+    """Whole numbers are fine for float, 0 and 1 for bool, None where the default allows it."""
+    script = toy(config("learning_rate = 2\nbias = 1\ncompile = None\nlimit = None\nshift = -3\n"))
+    values = [script[k] for k in ("learning_rate", "bias", "compile", "limit", "shift")]
+    assert values == [2.0, True, None, None, -3]
+    assert [type(v) for v in values[:2]] == [float, bool]
+
+
+@pytest.mark.parametrize("text", ["--n_layr=3", "--n_layr 3", "--n_layr"])
+def test_an_unknown_flag_gets_a_suggestion(toy, text):
+    """The closest known name is proposed."""
+    with pytest.raises(ValueError, match="'n_layr'.*did you mean n_layer"):
+        toy(*text.split())
+
+
+def test_an_unknown_name_without_a_neighbour_points_to_help(toy, config):
+    """Where nothing is close, --help is named; constants and late names are no settings."""
+    with pytest.raises(ValueError, match="'zzzzzz'.*--help"):
+        toy("--zzzzzz=3")
+    for name in ("HERE", "late", "nothing"):
+        with pytest.raises(ValueError, match=f"unknown setting '{name}'"):
+            toy(f"--{name}=3")
+    with pytest.raises(ValueError, match=r"config\.py: unknown setting 'n_head'"):
+        toy(config("n_head = 4\n"))
+
+
+def test_a_flag_that_lacks_its_value_says_so(toy):
+    """A name at the end, or before another flag, is no value."""
+    for argv in (["--n_layer"], ["--name", "--n_layer=3"]):
+        with pytest.raises(ValueError, match="needs a value"):
+            toy(*argv)
+
+
+@pytest.mark.parametrize("word", ["n_layer=3", "-n_layer=3", "none.py", "3"])
+def test_a_word_that_is_neither_flag_nor_file_is_named(toy, word):
+    """The message shows how settings are given."""
+    with pytest.raises(FileNotFoundError, match=re.escape(word) + ".*--key=value"):
+        toy(word)
+
+
+def test_files_run_left_to_right_and_see_what_went_before(toy, config):
+    """A later file starts with the values that an earlier one left."""
+    first, second = config("n_layer = 10\nname = 'first'\n", "1.py"), config("n_layer = n_layer + 1\n", "2.py")
+    script = toy(first, second)
+    assert (script["n_layer"], script["name"]) == (11, "first")
+    assert toy(second, first)["n_layer"] == 10
+
+
+def test_flags_win_wherever_they_stand_and_files_see_them(toy, config):
+    """A flag holds before and after a file, and the file can branch on it."""
+    path = config("shift = n_layer * 2\nn_layer = 99\n")
+    for argv in (["--n_layer=8", path], [path, "--n_layer=8"]):
+        script = toy(*argv)
+        assert (script["n_layer"], script["shift"]) == (8, 16)
+
+
+def test_a_flag_holds_for_every_one_of_several_files(toy, config):
+    """The second file sees the flag too, not what the first file assigned."""
+    first, second = config("n_layer = 50\n", "1.py"), config("shift = n_layer\n", "2.py")
+    assert toy(first, second, "--n_layer=8")["shift"] == 8
+
+
+def test_files_may_read_what_derive_returns_but_not_set_it(toy, config):
+    """derive() runs once the flags are set; its names are for reading."""
+    script = {}
+
+    def derive():
+        return {"device_type": "gpu" if script["bias"] else "cpu"}
+
+    path = config("if device_type == 'cpu':\n    n_layer = 1\nelse:\n    n_layer = 2\n")
+    for argv, expected in (([path], 1), ([path, "--bias"], 2)):
+        script.clear()
+        exec(TOY, script)
+        script["__file__"] = str(Path(path).with_name("toy.py"))
+        configurator.configure(script, argv, derive=derive)
+        assert script["n_layer"] == expected
+        assert "device_type" not in script
+    with pytest.raises(ValueError, match="unknown setting 'device_type'"):
+        toy(config("device_type = 'tpu'\n"), derive=lambda: {"device_type": "cpu"})
+
+
+HELPERS = """\
+import math
+import os.path as p
+from math import sqrt
+from pathlib import Path
+_width = 3
+class Size:
+    big = 8
+def twice(n):
+    return 2 * n
+half = lambda n: n // 2
+n_layer = twice(_width) + half(Size.big) + int(sqrt(4)) + int(math.pi)
+"""
+
+
+def test_config_files_may_hold_helpers(toy, config):
+    """Imports, functions, classes and _names are no settings."""
+    script = toy(config(HELPERS))
+    assert script["n_layer"] == 6 + 4 + 2 + 3
+    assert not {"math", "sqrt", "twice", "half", "Size", "_width", "Path"} & set(script)
+
+
+def test_a_config_file_sees_its_own_path(toy, config):
+    """__file__ is the file's path and __name__ is not __main__."""
+    path = config("name = __file__\nif __name__ == '__main__':\n    n_layer = 0\n")
+    script = toy(path)
+    assert (script["name"], script["n_layer"]) == (path, 4)
+
+
+def test_config_files_are_found_beside_the_script_too(toy, config, tmp_path, monkeypatch):
+    """A path is tried from the current folder first, then from the script's."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    config("n_layer = 21\n", "beside.py")
+    assert toy("beside.py")["n_layer"] == 21
+    (elsewhere / "beside.py").write_text("n_layer = 22\n", encoding="utf-8")
+    assert toy("beside.py")["n_layer"] == 22
+
+
+def test_errors_inside_a_config_file_name_file_and_place(toy, config):
+    """A syntax error has its line, any other its type, and nothing is set."""
+    path = config("n_layer = 3\nname = = 2\n", "broken.py")
+    with pytest.raises(ValueError, match=re.escape(f"{path}, line 2: ") + "."):
+        toy(path)
+    for text, kind in (("n_layer = 1 // 0\n", "ZeroDivisionError"), ("n_layer = missing\n", "NameError"),
+                       ("raise KeyError('x')\n", "KeyError"), ("import no_such_module_at_all\n", "ModuleNotFound")):
+        path = config(text, "fails.py")
+        with pytest.raises(ValueError, match=re.escape(f"{path}: {kind}")):
+            toy(path)
+
+
+def test_a_config_file_in_another_encoding_is_named(toy, tmp_path):
+    """Bytes that are not UTF-8 end in a sentence with the file's name."""
+    path = tmp_path / "latin.py"
+    path.write_bytes(b"name = 'caf\xe9'\n")
+    with pytest.raises(ValueError, match=re.escape(str(path))):
+        toy(str(path))
+
+
+def test_word_setting_takes_the_first_word_and_only_one(toy):
+    """With word_setting, a word is that setting's value instead of a config file."""
+    assert toy("pydoc", "--n_layer=2", word_setting="name")["name"] == "pydoc"
+    assert toy("--n_layer=2", word_setting="name")["name"] == "a"
+    with pytest.raises(ValueError, match="'more' is one word too many"):
+        toy("pydoc", "more", word_setting="name")
+
+
+def test_run_script_runs_main_with_the_settings(launch, capsys):
+    """Without a mistake nothing is printed and no exit is raised."""
+    seen = []
+    launch(lambda script: seen.append(script["n_layer"]), "--n_layer=9")
+    assert seen == [9]
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("mistake", [ValueError("it is 7"), FileNotFoundError("it is 7"), OSError("it is 7")])
+def test_run_script_turns_a_mistake_into_one_line_and_exit_code_2(launch, capsys, mistake):
+    """A ValueError or OSError of main is a user's mistake."""
+
+    def main(script):
+        raise mistake
+
+    with pytest.raises(SystemExit) as e:
+        launch(main)
+    assert e.value.code == 2
+    assert capsys.readouterr() == ("", "error: it is 7\n")
+
+
+def test_run_script_does_not_run_main_after_a_mistake_in_the_settings(launch, capsys):
+    """The settings are checked before anything is done."""
+    seen = []
+    with pytest.raises(SystemExit) as e:
+        launch(seen.append, "--n_layr=9")
+    assert (e.value.code, seen) == (2, [])
+    assert capsys.readouterr().err == "error: unknown setting 'n_layr': did you mean n_layer?\n"
+
+
+def test_run_script_passes_on_other_exits(launch):
+    """Ctrl-C is 130, main's own exit code stays, and a bug keeps its traceback."""
+
+    def fail(error):
+        def main(script):
+            raise error
+
+        return main
+
+    for error, code in ((KeyboardInterrupt(), 130), (SystemExit(143), 143)):
+        with pytest.raises(SystemExit) as e:
+            launch(fail(error))
+        assert e.value.code == code
+    with pytest.raises(KeyError):
+        launch(fail(KeyError("a bug")))
+
+
+def test_only_the_first_process_prints_the_mistake(launch, capsys, monkeypatch):
+    """Of the processes that torchrun starts, all exit with 2 and one speaks."""
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as e:
+        launch(lambda script: None, "--n_layr=9")
+    assert e.value.code == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_traceback_in_the_environment_shows_where(launch, monkeypatch):
+    """TRACEBACK=1 lets the exception through."""
+    monkeypatch.setenv("TRACEBACK", "1")
+    with pytest.raises(ValueError, match="n_layr"):
+        launch(lambda script: None, "--n_layr=9")
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_lists_every_setting_and_runs_nothing(launch, capsys, flag):
+    """Each line is the flag with its default, then the comment."""
+    seen = []
+    launch(seen.append, "--n_layer=x", flag)
+    out = capsys.readouterr().out
+    assert seen == []
+    assert out.startswith("toy.py: a script of the tests.\n\n")
+    assert out.splitlines()[2:] == [
+        "--n_layer=4                          blocks",
+        "--learning_rate=0.001                step size; 1e-3 = small",
+        "--bias=False                         biases in linear layers",
+        "--name='a'                           of the run",
+        "--shift=-1                           may be negative",
+        "--compile=None                       None: by hardware",
+        "--limit=3                            None: no limit"]
+
+
+@pytest.mark.parametrize("name", ["gpt.py", "sample.py", "prepare.py"])
+def test_help_of_the_scripts_shows_defaults_and_comments(name, monkeypatch, capsys):
+    """Every commented assignment at the top of the source stands in --help, in at most 110 columns."""
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    runpy.run_path(str(ROOT / name), run_name="__main__")
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 110
+    flat = " ".join(out.split())
+    above = re.split(r"^(?:def|class|@)", (ROOT / name).read_text(encoding="utf-8"), flags=re.MULTILINE)[0]
+    lines = re.findall(r"^([a-z]\w*)(?:: [\w |]+)? = (.+?)  # (.+)$", above, re.MULTILINE)
+    assert len(lines) >= 5
+    for key, default, comment in lines:
+        assert " ".join(f"--{key}={ast.literal_eval(default)!r} {comment}".split()) in flat
+
+
+CONFIGS = sorted((ROOT / "config").glob("*.py"))
+
+
+def test_there_are_config_files():
+    """The glob below finds at least the Shakespeare run."""
+    assert "train_shakespeare.py" in [path.name for path in CONFIGS]
+
+
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_file_gives_valid_settings(path, device_type, monkeypatch):
+    """The file runs for both kinds of device, changes something, and gpt.py accepts what it sets."""
+    script = vars(gpt) | {"__file__": str(ROOT / "gpt.py")}
+    before = {name: script[name] for name in gpt.SETTINGS}
+    configurator.configure(script, [f"config/{path.name}"], derive=lambda: {"device_type": device_type})
+    after = {name: script[name] for name in gpt.SETTINGS}
+    assert after != before
+    for name, value in after.items():
+        monkeypatch.setattr(gpt, name, value)
+    gpt.check_settings()
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_file_begins_with_its_command(path):
+    """The first line is a comment that can be pasted into a shell."""
+    first = path.read_text(encoding="utf-8").splitlines()[0]
+    assert re.match(rf"# .*\b(python|torchrun) .*gpt\.py config/{re.escape(path.name)}\b", first), first

@@ -1,0 +1,402 @@
+"""Training as a whole: schedule, resume, signals, time budget, world size, learning, checkpoints, the notebook cell."""
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import gpt
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def read_log(out):
+    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def losses(out):
+    """Return {step: loss} and {step: val_loss} of a run's log."""
+    lines = read_log(out)
+    return ({r["step"]: r["loss"] for r in lines if "loss" in r}, {r["step"]: r["val_loss"] for r in lines if "val_loss" in r})
+
+
+def assert_same(a, b, where=""):
+    """Compare nested dicts, lists and tensors bit for bit."""
+    assert type(a) is type(b), where
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b)):
+            assert_same(x, y, f"{where}/{i}")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    else:
+        assert a == b, where
+
+
+def assert_same_state(a, b):
+    a, b = gpt.read_checkpoint(a), gpt.read_checkpoint(b)
+    for key in ("model", "optimizers", "step", "tokenizer", "model_args", "best_val_loss"):
+        assert_same(a[key], b[key], key)
+
+
+# ---- schedule ----
+
+
+@pytest.mark.parametrize("schedule, expected", [
+    ("linear", {0.0: 1.0, 0.25: 0.75 + 0.25 * 0.1, 0.5: 0.55, 1.0: 0.1}),
+    ("cosine", {0.0: 1.0, 0.5: 0.55, 1.0: 0.1, 1.5: 0.1}),
+    ("wsd", {0.0: 1.0, 0.5: 1.0, 0.8: 1.0, 0.9: 0.55, 1.0: 0.1}),
+    ("constant", {0.0: 1.0, 0.5: 1.0, 1.0: 1.0}),
+])
+def test_schedule_values(settings, schedule, expected):
+    settings(lr_schedule=schedule, warmup_iters=0, learning_rate=1.0, min_lr=0.1)
+    for progress, value in expected.items():
+        assert gpt.lr_scale(10, progress) == pytest.approx(value)
+
+
+def test_warmup_is_linear_and_never_zero(settings):
+    settings(warmup_iters=4, learning_rate=1.0, min_lr=0.0, lr_schedule="constant")
+    assert [gpt.lr_scale(step, 0.0) for step in range(6)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
+
+
+def test_rates_of_a_run_follow_the_schedule_and_each_step_has_its_own(settings, tmp_path):
+    settings(max_iters=10, warmup_iters=0, lr_schedule="linear", learning_rate=1e-3, min_lr=0.0,
+             gradient_accumulation_steps=2)
+    gpt.train()
+    rates = [r["lr"] for r in read_log(tmp_path / "out") if "lr" in r]
+    assert rates == pytest.approx([1e-3 * (1 - step / 10) for step in range(10)])
+    assert len(rates) == 10
+
+
+# ---- what a run leaves behind ----
+
+
+def test_a_run_makes_max_iters_updates_and_saves_and_evaluates_the_last(settings, tmp_path):
+    settings(max_iters=7, eval_interval=3)
+    figures = gpt.train()
+    state = gpt.read_checkpoint(tmp_path / "out" / "ckpt.pt")
+    assert figures["step"] == state["step"] == 7
+    assert all(int(s["step"]) == 7 for s in state["optimizers"][0]["state"].values())  # AdamW's own count
+    assert sorted(losses(tmp_path / "out")[1]) == [0, 3, 6, 7]
+    model, tokenizer, _ = gpt.load_checkpoint(tmp_path / "out" / "ckpt.pt")
+    data = gpt.Data(tmp_path / "data" / "toy", 16)
+    tokens = torch.from_numpy(np.fromfile(tmp_path / "data" / "toy" / "val.bin", dtype="<u2").astype(np.int64))
+    total = 0.0
+    for start in range(0, len(tokens) - 1, 16):
+        window = tokens[start : start + 17]
+        with torch.no_grad():
+            logits = model(window[None, :-1])[0][0]
+        total -= logits.double().log_softmax(-1)[torch.arange(len(window) - 1), window[1:]].sum().item()
+    expected = total / (len(tokens) - 1)
+    assert figures["val_loss"] == pytest.approx(expected, abs=1e-5)
+    assert figures["perplexity"] == pytest.approx(math.exp(expected), rel=1e-4)
+    n_bytes = len(tokenizer.decode(tokens.tolist()).encode())
+    assert figures["bits_per_byte"] == pytest.approx(expected / math.log(2) * len(tokens) / n_bytes, rel=1e-4)
+    assert data.meta["val_tokens"] == len(tokens)
+
+
+def test_log_begins_with_the_run_and_ends_with_the_figures(settings, tmp_path):
+    settings(max_iters=3)
+    figures = gpt.train()
+    first, *_, last = read_log(tmp_path / "out")
+    assert first["config"]["n_layer"] == 2 and first["config"]["dataset"] == "toy"
+    assert first["torch"] == torch.__version__ and len(first["dataset_sha256"]) == 64 and "machine" in first
+    assert last["val_loss"] == figures["val_loss"] and {"perplexity", "bits_per_byte"} <= last.keys()
+    steps = [r for r in read_log(tmp_path / "out") if "loss" in r]
+    assert [r["step"] for r in steps] == [1, 2, 3]
+    assert all({"elapsed_s", "lr", "grad_norm", "tokens_per_s", "mfu"} <= r.keys() for r in steps)
+
+
+def test_best_keeps_the_best_weights(settings, tmp_path, monkeypatch):
+    settings(max_iters=6, eval_interval=2)
+    scripted = iter([9.0, 3.0, 5.0, 4.0, 4.0])
+    monkeypatch.setattr(gpt, "evaluate", lambda *_: next(scripted))
+    figures = gpt.train()
+    assert figures["best_val_loss"] == 3.0
+    assert gpt.read_checkpoint(tmp_path / "out" / "best.pt")["step"] == 2
+    assert gpt.read_checkpoint(tmp_path / "out" / "ckpt.pt")["step"] == 6
+
+
+def test_a_new_run_keeps_the_files_of_the_one_before(settings, tmp_path):
+    settings(max_iters=2)
+    gpt.train()
+    before = (tmp_path / "out" / "ckpt.pt").read_bytes()
+    gpt.train()
+    assert (tmp_path / "out" / "ckpt.pt.old").read_bytes() == before
+    assert len([r for r in read_log(tmp_path / "out") if "config" in r]) == 1
+
+
+def test_checkpoint_is_plain_and_its_keys_are_those_of_the_model(settings, tmp_path):
+    settings(max_iters=1)
+    gpt.train()
+    state = torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)
+    assert state["model"].keys() == gpt.GPT(gpt.GPTConfig(**state["model_args"])).state_dict().keys()
+
+    def check(value):
+        assert isinstance(value, dict | list | tuple | str | int | float | bool | None | torch.Tensor), type(value)
+        for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ():
+            check(inner)
+
+    check(state)
+
+
+def test_eval_only_gives_the_figures_of_the_best_checkpoint_and_writes_nothing(settings, tmp_path, capsys):
+    settings(max_iters=10)
+    figures = gpt.train()
+    before = sorted(p.name for p in (tmp_path / "out").iterdir())
+    settings(eval_only=True)
+    assert gpt.train()["val_loss"] == figures["val_loss"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == before
+    assert f"{figures['val_loss']:.4f}" in capsys.readouterr().out
+
+
+def test_samples_are_printed_at_evaluations_and_at_the_end(settings, capsys):
+    settings(max_iters=4, eval_interval=2, sample_tokens=5, sample_at_eval=True)
+    gpt.train()
+    assert capsys.readouterr().out.count("-" * 80) == 2 * 3
+    settings(sample_at_eval=False)
+    gpt.train()
+    assert capsys.readouterr().out.count("-" * 80) == 2
+
+
+def test_a_loss_that_is_not_finite_is_never_saved(settings, tmp_path, monkeypatch):
+    settings(max_iters=20, eval_interval=5)
+    forward = gpt.GPT.forward
+
+    def poisoned(self, idx, targets=None, cache=None):
+        logits, loss = forward(self, idx, targets, cache)
+        if self.training and loss is not None:
+            poisoned.calls += 1
+            loss = loss * (math.nan if poisoned.calls > 7 else 1)
+        return logits, loss
+
+    poisoned.calls = 0
+    monkeypatch.setattr(gpt.GPT, "forward", poisoned)
+    with pytest.raises(ValueError, match="nan.*step 10"):
+        gpt.train()
+    state = gpt.read_checkpoint(tmp_path / "out" / "ckpt.pt")
+    assert state["step"] == 5
+    assert all(torch.isfinite(w).all() for w in state["model"].values())
+
+
+# ---- resume ----
+
+
+@pytest.mark.parametrize("changes", [
+    {"optimizer": "muon"},
+    {"optimizer": "adamw", "dropout": 0.2},
+    {"optimizer": "muon", "gradient_accumulation_steps": 3, "dropout": 0.1, "tie_weights": False},
+    {"optimizer": "muon", "dtype": "bfloat16"},
+])
+def test_resume_is_bit_exact(settings, tmp_path, changes):
+    settings(max_iters=40, eval_interval=10, lr_decay_iters=40, warmup_iters=5, out_dir=str(tmp_path / "a"), **changes)
+    gpt.train()
+    settings(max_iters=20, out_dir=str(tmp_path / "b"))
+    gpt.train()
+    settings(max_iters=40, init_from="resume")
+    gpt.train()
+    assert_same_state(tmp_path / "a" / "ckpt.pt", tmp_path / "b" / "ckpt.pt")
+    straight, resumed = losses(tmp_path / "a"), losses(tmp_path / "b")
+    assert resumed == straight
+    assert sorted(straight[0]) == list(range(1, 41))
+
+
+def test_resume_after_sigterm_is_bit_exact(settings, tmp_path, run_script):
+    settings()
+    common = [f"--data_dir={tmp_path / 'data'}", "--dataset=toy", "--n_layer=2", "--n_embd=32", "--n_head=4",
+              "--block_size=16", "--batch_size=4", "--max_iters=3000", "--lr_decay_iters=3000", "--log_interval=1",
+              "--eval_interval=500", "--eval_iters=2", "--sample_tokens=0", "--dtype=float32", "--dropout=0.1"]
+    process = subprocess.Popen([sys.executable, "gpt.py", *common, f"--out_dir={tmp_path / 'cut'}"], cwd=ROOT,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step    3"):
+            break
+    process.send_signal(signal.SIGTERM)
+    rest, _ = process.communicate(timeout=60)
+    stopped = gpt.read_checkpoint(tmp_path / "cut" / "ckpt.pt")["step"]
+    assert process.returncode == 128 + signal.SIGTERM and f"stopped at step {stopped:,}" in rest
+    assert 0 < stopped < 3000
+    end = stopped + 40
+    for name, init in (("cut", "resume"), ("whole", "scratch")):
+        done = run_script("gpt.py", *common, f"--max_iters={end}", f"--out_dir={tmp_path / name}", f"--init_from={init}")
+        assert done.returncode == 0, done.stderr
+    assert_same_state(tmp_path / "cut" / "ckpt.pt", tmp_path / "whole" / "ckpt.pt")
+    assert losses(tmp_path / "cut")[0] == losses(tmp_path / "whole")[0]
+
+
+def test_a_second_interrupt_is_not_swallowed_and_handlers_are_restored(settings, monkeypatch):
+    settings(max_iters=1000, eval_interval=1000)
+    before = signal.getsignal(signal.SIGINT)
+    step = torch.optim.AdamW.step
+
+    def interrupting(self, *args, **kwargs):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", interrupting)
+    with pytest.raises(KeyboardInterrupt):
+        gpt.train()
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("name, value", [("n_layer", 3), ("n_embd", 64), ("qk_norm", False), ("block_size", 8),
+                                         ("optimizer", "adamw"), ("tie_weights", False)])
+def test_resume_with_a_changed_architecture_is_refused(settings, name, value):
+    settings(max_iters=2)
+    gpt.train()
+    settings(init_from="resume", **{name: value})
+    with pytest.raises(ValueError, match=f"^{name} is {value} but was"):
+        gpt.train()
+
+
+# ---- time budget ----
+
+
+def test_max_minutes_ends_on_time_with_the_schedule_at_its_end(settings, tmp_path):
+    settings(max_minutes=0.2, max_iters=3, eval_interval=200, warmup_iters=2, lr_schedule="linear", log_interval=5)
+    began = time.time()
+    gpt.train(began)
+    took = time.time() - began
+    assert 0.85 * 12 < took < 1.05 * 12
+    rates = [r["lr"] for r in read_log(tmp_path / "out") if "lr" in r]
+    assert rates[-1] < 0.15 * max(rates) and len(rates) > 3
+
+
+# ---- distributed ----
+
+
+@pytest.mark.parametrize("changes", [["--optimizer=muon"], ["--optimizer=adamw", "--dropout=0.1"]])
+def test_two_processes_see_the_same_batches_and_losses_as_one(settings, tmp_path, run_script, changes):
+    settings()
+    common = [f"--data_dir={tmp_path / 'data'}", "--dataset=toy", "--n_layer=2", "--n_embd=32", "--n_head=4",
+              "--block_size=16", "--batch_size=4", "--gradient_accumulation_steps=4", "--max_iters=30",
+              "--log_interval=1", "--eval_interval=10", "--eval_iters=3", "--sample_tokens=0", "--dtype=float32",
+              "--device=cpu", *changes]
+    one = run_script("gpt.py", *common, f"--out_dir={tmp_path / 'one'}")
+    assert one.returncode == 0, one.stderr
+    two = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "gpt.py",
+                          *common, f"--out_dir={tmp_path / 'two'}"], cwd=ROOT, capture_output=True, text=True,
+                         env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120, check=False)
+    assert two.returncode == 0, two.stderr
+    assert two.stdout.count("full validation split") == 1
+    for a, b in zip(losses(tmp_path / "one"), losses(tmp_path / "two")):
+        assert a.keys() == b.keys()
+        assert max(abs(a[step] - b[step]) for step in a) < 1e-5
+    keys = [gpt.read_checkpoint(tmp_path / run / "ckpt.pt")["model"].keys() for run in ("one", "two")]
+    assert keys[0] == keys[1]
+
+
+@pytest.mark.parametrize("world_size, accumulation, expected", [(1, 4, (4, 12)), (2, 4, (2, 12)), (2, 1, (1, 6)),
+                                                                (4, 1, (1, 3)), (2, 5, (3, 10))])
+def test_processes_share_the_global_batch(settings, world_size, accumulation, expected):
+    settings(batch_size=12, gradient_accumulation_steps=accumulation)
+    n_micro, rows = gpt.split_batch(world_size)
+    assert (n_micro, rows) == expected
+    assert n_micro * rows * world_size == 12 * accumulation
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(settings):
+    settings(batch_size=3, gradient_accumulation_steps=1)
+    with pytest.raises(ValueError, match="2 processes"):
+        gpt.split_batch(2)
+
+
+# ---- learning ----
+
+
+def test_overfits_one_batch(settings):
+    settings(learning_rate=3e-3)
+    data = gpt.Data(Path(gpt.data_dir) / "toy", 16)
+    machine = gpt.set_up_machine()
+    model = gpt.build_model(data, None)
+    optimizers = gpt.make_optimizers(model, machine)
+    x, y = data.get_batch("train", 0, 4)
+    for _ in range(200):
+        loss = model(x, y)[1]
+        loss.backward()
+        for o in optimizers:
+            o.step()
+            o.zero_grad()
+    assert loss.item() < 0.05
+
+
+def test_learns_pydoc(settings, tmp_path):
+    settings(dataset="pydoc", block_size=64, n_embd=64, batch_size=16, max_iters=200, eval_interval=200, eval_iters=5,
+             muon_lr=0.035, learning_rate=8e-3)
+    torch.set_num_threads(2)
+    figures = gpt.train()
+    assert figures["val_loss"] < 2.3
+    assert json.loads((tmp_path / "data" / "pydoc" / "meta.json").read_text())["source"]
+
+
+# ---- the machine ----
+
+
+def test_mfu_counts_the_known_gpus_and_is_none_elsewhere(monkeypatch):
+    machine = gpt.Machine(torch.device("cpu"), torch.bfloat16, False, 0, 2)
+    assert machine.mfu(1e12) is None
+    monkeypatch.setattr(gpt.Machine, "name", lambda self: "NVIDIA A100-SXM4-80GB")
+    assert machine.mfu(312e12) == pytest.approx(0.5)
+    assert gpt.Machine(torch.device("cpu"), torch.float32, False, 0, 1).mfu(1e12) is None
+
+
+@pytest.mark.parametrize("capability, expected", [((9, 0), (torch.bfloat16, True)), ((8, 0), (torch.bfloat16, True)),
+                                                  ((7, 5), (torch.float16, True)), ((6, 1), (torch.float32, False))])
+def test_dtype_and_compile_follow_the_gpu(settings, monkeypatch, capability, expected):
+    settings(dtype="auto", device="cuda")
+    monkeypatch.setattr(gpt, "pick_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    machine = gpt.set_up_machine()
+    assert (machine.dtype, machine.compile) == expected
+
+
+def test_compile_failure_is_one_line_and_trains_on(settings, monkeypatch, capsys):
+    settings(compile=True, max_iters=2)
+
+    def broken(model, **_):
+        def forward(*args):
+            raise RuntimeError("no compiler\nwith a long story")
+
+        return forward
+
+    monkeypatch.setattr(torch, "compile", broken)
+    assert gpt.train()["step"] == 2
+    out = capsys.readouterr().out
+    assert out.count("torch.compile failed (RuntimeError)") == 1 and "long story" not in out
+
+
+# ---- from Python, from a notebook ----
+
+
+def test_import_prints_nothing_and_trains_nothing(tmp_path):
+    done = subprocess.run([sys.executable, "-c", "from gpt import GPT, GPTConfig, Tokenizer, load_checkpoint, train"],
+                          cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+                          timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert not list(tmp_path.iterdir())
+
+
+def test_pasted_into_a_notebook_cell_it_trains_and_samples(tmp_path):
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    source = (ROOT / "gpt.py").read_text(encoding="utf-8")
+    for line in ('dataset = "shakespeare"', "max_iters = 1000 ", "eval_interval = 250 ", "sample_tokens = 300 "):
+        assert source.count(f"\n{line}") == 1, line
+    small = source.replace("\nmax_iters = 1000 ", "\nmax_iters = 3 ").replace("\nsample_tokens = 300 ", "\nsample_tokens = 20 ")
+    small = small.replace('\ndataset = "shakespeare"', '\ndataset = "pydoc"').replace("\neval_iters = 20 ", "\neval_iters = 1 ")
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(small)])
+    nbclient.NotebookClient(notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
+    text = "".join(output.get("text", "") for output in notebook.cells[0].outputs)
+    assert "full validation split" in text and text.count("-" * 80) == 2
+    assert (tmp_path / "out" / "pydoc" / "ckpt.pt").exists() and (tmp_path / "data" / "pydoc" / "meta.json").exists()
