@@ -2,8 +2,8 @@
 
 A script's settings are its assignments `name = value  # help text` above the first def or class. A config
 file is plain Python that assigns to the same names; it starts from their current values, so it can branch on
-them (`if device_type == "cpu": ...`). Flags win over files wherever they stand. Both pass one check: known name,
-right type.
+them (`if device_type == "cpu": ...`). Flags win over files wherever they stand. Both pass one check: known
+name, right type.
 """
 import ast
 import difflib

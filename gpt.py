@@ -7,7 +7,6 @@
     python gpt.py config/train_shakespeare.py           train; each setting below is also a flag, --key=value
     torchrun --standalone --nproc_per_node=8 gpt.py     train on 8 GPUs, with the same global batches
     python sample.py --prompt "ROMEO:"                  let the newest run continue a text
-
 Or paste this file into a notebook cell and run it.
 """
 import time
@@ -303,21 +302,22 @@ class GPT(nn.Module):
     def init_weights(self):
         """Draw the weights anew.
 
-        embeddings, matrices    normal, std 0.02
+        matrices                normal, std 0.02
         c_proj                  normal, std 0.02 / sqrt(2 n_layer): depth does not swell the residual stream
+        embeddings              normal, std 0.01: with a tied head, too, the first loss is near ln(vocab_size)
         lm_head, if not tied    zeros: the first loss is ln(vocab_size)
         norms, biases           ones, zeros
         """
         for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
+            if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02)
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
-        for block in self.h:
-            for proj in (block.attn.c_proj, block.mlp.c_proj):
-                nn.init.normal_(proj.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
-        if not self.config.tie_weights:
-            nn.init.zeros_(self.lm_head.weight)
+        for proj in (proj for block in self.h for proj in (block.attn.c_proj, block.mlp.c_proj)):
+            nn.init.normal_(proj.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
+        nn.init.zeros_(self.lm_head.weight)
+        for table in (self.wte, self.wpe or self.wte):  # after lm_head, whose weight wte's may be
+            nn.init.normal_(table.weight, std=0.01)
 
     def forward(self, idx, targets=None, cache=None):
         """Return logits (B, T, vocab_size) and the mean loss in nats per token, None without targets.
@@ -328,10 +328,11 @@ class GPT(nn.Module):
         assert T <= block_size, f"{T} tokens do not fit block_size {block_size}"
         positions = torch.arange(T, device=idx.device)[None] + (0 if cache is None else cache.pos[:, None])
         x = self.wte(idx) if self.wpe is None else self.wte(idx) + self.wpe(positions)  # (B, T, n_embd)
-        if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16:
-            x = x.bfloat16()  # the residual stream too: twice as fast on CPU; float16 lacks the range
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        if dtype == torch.bfloat16:  # the residual stream, too: twice as fast on CPU; float16 lacks the range
+            x = x.to(dtype)
         x = self.drop(x)
-        rotary = None if self.rotary is None else self.rotary[:, positions].unsqueeze(2).to(x.dtype)
+        rotary = None if self.rotary is None else self.rotary[:, positions].unsqueeze(2).to(dtype)
         mask = None
         if cache is not None:  # a query sees what came before it and itself, not the unused rest
             mask = torch.arange(block_size, device=idx.device) <= positions[:, None, :, None]
@@ -586,10 +587,8 @@ class Data:
                 raise ValueError(f"{path} holds id {largest}, vocab_size is {vocab_size}: prepare it again")
 
     def get_batch(self, split, step, batch_size):
-        """Return the step-th inputs and targets (batch_size, block_size).
-
-        train: every window once an epoch, in an order drawn from `seed`; val: the whole split in order.
-        """
+        """Return the step-th inputs and targets (batch_size, block_size): of "val" in order, of "train" every
+        window once an epoch in an order drawn from `seed`."""
         tokens, rows = self.tokens[split], step * batch_size + np.arange(batch_size)
         if split == "val":
             return gather(tokens, rows * self.block_size, self.block_size)
@@ -715,10 +714,9 @@ def pick_device(name):
 
 def native_bfloat16(device):
     """Tell whether the hardware itself multiplies bfloat16; a T4, say, emulates it."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    cpu = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return device.type == "cpu" and cpu
+    if device.type == "cpu":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 def set_up_machine():
     """Choose device, dtype and compile, as the settings say; under torchrun, join the other processes."""
@@ -988,8 +986,7 @@ def training_run(started, machine, caught):
     return result | figures
 
 def main():
-    stopped_by = train(__started__).get("stopped_by")
-    if stopped_by:
+    if stopped_by := train(__started__).get("stopped_by"):
         raise SystemExit(128 + stopped_by)
 
 if __name__ == "__main__":

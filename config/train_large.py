@@ -1,5 +1,5 @@
 # python prepare.py --input=FOLDER --name=mytext --tokenizer=gpt2 && python gpt.py config/train_large.py
-# 350M parameters with GPT-2's 50,257 tokens. Loss and time: not yet measured; meant for several large GPUs.
+# 350.6M parameters with GPT-2's 50,257 tokens. Loss and time: not yet measured; meant for several large GPUs.
 dataset = "mytext"
 block_size = 1024
 n_layer, n_head, n_kv_head, n_embd = 26, 16, 8, 1024

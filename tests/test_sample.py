@@ -1,0 +1,358 @@
+"""sample.py: continue texts with a checkpoint, once or at the keyboard."""
+import math
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+import gpt
+import sample
+from configurator import read_settings
+
+CHARS = "\n abcdefghijklmnopqrstuvwxyz"
+BLOCK = 16
+SETTINGS = read_settings(Path(sample.__file__).read_text(encoding="utf-8"))
+
+
+def save_alphabet(path, shift=1):
+    """Save a model that says, after any letter, the one `shift` places on, with a probability of nearly 1."""
+    args = {"block_size": BLOCK, "vocab_size": len(CHARS), "n_layer": 1, "n_head": 1, "n_kv_head": 1,
+            "n_embd": 32, "tie_weights": False}
+    model = gpt.GPT(gpt.GPTConfig(**args))
+    with torch.no_grad():
+        model.h[0].attn.c_proj.weight.zero_()
+        model.h[0].mlp.c_proj.weight.zero_()
+        model.wte.weight.copy_(torch.eye(len(CHARS), 32))
+        model.lm_head.weight.copy_(20 * torch.eye(len(CHARS), 32).roll(shift, 0))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    gpt.save_checkpoint(path, {"step": 1234, "best_val_loss": 1.5, "model": model.state_dict(),
+                               "model_args": args, "tokenizer": {"kind": "char", "chars": CHARS}})
+    return str(path)
+
+
+@pytest.fixture
+def say(monkeypatch, tmp_path, capsys):
+    """Return a function that runs sample.main() with some settings, by default on the alphabet model."""
+    path = tmp_path / "out" / "abc" / "best.pt"
+    save_alphabet(path)
+    for name in SETTINGS:  # interactive mode changes some
+        monkeypatch.setattr(sample, name, getattr(sample, name))
+
+    def run(**values):
+        defaults = {"checkpoint": str(path), "device": "cpu", "max_tokens": 5, "dtype": "float32"}
+        assert set(values) <= set(SETTINGS), values
+        for name, value in (defaults | values).items():
+            monkeypatch.setattr(sample, name, value)
+        capsys.readouterr()
+        sample.main()
+        return capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def trained(settings):
+    """The folder of a run that gpt.train made in a few steps."""
+    settings(max_iters=4)
+    gpt.train()
+    return gpt.out_dir
+
+
+def test_prompt_and_continuation_are_all_that_stdout_holds(say):
+    """What is said about the model goes to stderr."""
+    out, err = say(prompt="abc")
+    assert out == "abcdefgh\n"
+    assert "best.pt: step 1,234" in err
+    assert "val loss 1.5000" in err
+    assert "cpu, float32" in err
+
+
+def test_a_trained_checkpoint_needs_no_data(say, trained, settings, tmp_path):
+    """The tokenizer is in the checkpoint: with the data gone, sampling is the same."""
+    (tmp_path / "data").rename(tmp_path / "elsewhere")
+    out, err = say(checkpoint="", out_dir=trained, prompt="7 times", max_tokens=40)
+    assert out.startswith("7 times")
+    assert len(out) == 7 + 40 + 1
+    assert "step 4," in err
+
+
+def test_the_same_seed_gives_the_same_text(say, trained):
+    """Another seed gives another one, and the samples of one run differ."""
+    options = {"checkpoint": "", "out_dir": trained, "prompt": "7", "max_tokens": 60}
+    first = say(**options, seed=1337).out
+    assert say(**options, seed=1337).out == first
+    assert say(**options, seed=1).out != first
+    samples = say(**options, seed=1337, num_samples=3).out.split("\n" + "-" * 80 + "\n")
+    assert len(set(samples)) == len(samples) == 3
+    assert samples[0] + "\n" == first
+
+
+def test_temperature_0_is_greedy(say, trained):
+    """The seed changes nothing, and each character is the likeliest by the model's own logits."""
+    options = {"checkpoint": "", "out_dir": trained, "prompt": "7 t", "max_tokens": 12, "temperature": 0.0}
+    out = say(**options).out
+    assert say(**options, seed=1).out == out
+    model, tokenizer, _ = gpt.load_checkpoint(f"{trained}/best.pt")
+    ids = tokenizer.encode("7 t")
+    with torch.no_grad():
+        for _ in range(12):
+            ids.append(int(model(torch.tensor([ids]))[0][0, -1].argmax()))
+    assert out == tokenizer.decode(ids) + "\n"
+
+
+def test_an_output_file_takes_the_samples(say, tmp_path):
+    """With --output stdout stays empty and stderr says what was written."""
+    path = tmp_path / "long.txt"
+    out, err = say(prompt="abc", output=str(path), num_samples=2)
+    assert out == ""
+    assert path.read_text(encoding="utf-8") == "abcdefgh\n" + "-" * 80 + "\nabcdefgh\n"
+    assert f"wrote {path}" in err
+
+
+def test_several_samples_are_separated(say):
+    """A line of 80 dashes stands between two samples."""
+    assert say(prompt="x", max_tokens=2, num_samples=3).out == f"xyz\n{'-' * 80}\nxyz\n{'-' * 80}\nxyz\n"
+
+
+def test_the_prompt_may_be_in_a_file(say, tmp_path):
+    """FILE:path is read as UTF-8 text."""
+    (tmp_path / "start.txt").write_text("hij", encoding="utf-8")
+    assert say(prompt=f"FILE:{tmp_path / 'start.txt'}", max_tokens=2).out == "hijkl\n"
+
+
+def test_a_prompt_file_that_cannot_be_read_is_named(say, tmp_path):
+    """Neither a missing file nor one in another encoding is a traceback."""
+    with pytest.raises(FileNotFoundError, match=r"none\.txt"):
+        say(prompt=f"FILE:{tmp_path / 'none.txt'}")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match=r"latin\.txt.*byte 3"):
+        say(prompt=f"FILE:{tmp_path / 'latin.txt'}")
+
+
+def test_an_empty_prompt_is_a_newline(say):
+    """The model needs one token at least."""
+    assert say(prompt="", max_tokens=3).out == "\n ab\n"
+
+
+@pytest.mark.parametrize(("stop", "expected"), [
+    ("fg", "abcde\n"), ("z||fg", "abcde\n"), ("e||h", "abcd\n"), ("h||e", "abcd\n"), ("d", "abc\n"),
+    ("fgz", "abcdefghij\n"), ("b", "abcdefghij\n"), ("cd", "abcdefghij\n"),
+    ("||", "abcdefghij\n"), ("j", "abcdefghi\n"),
+])
+def test_stop_strings_end_a_sample_and_do_not_appear(say, stop, expected):
+    """The first to come counts, wherever it stands in the list; the prompt is not searched."""
+    assert say(prompt="abc", max_tokens=7, stop=stop).out == expected
+
+
+def test_max_tokens_0_gives_the_prompt(say):
+    """No token is a possible length."""
+    assert say(prompt="abc", max_tokens=0).out == "abc\n"
+
+
+def test_the_options_reach_the_model(say, trained, monkeypatch):
+    """Each sampling setting arrives in gpt.sample_next or GPT.generate under its own name."""
+    seen = []
+    original = gpt.sample_next
+
+    def spy(logits, **options):
+        seen.append(options)
+        return original(logits, **options)
+
+    monkeypatch.setattr(gpt, "sample_next", spy)
+    say(prompt="a", max_tokens=1, temperature=0.7, top_k=3, top_p=0.6, min_p=0.05)
+    assert {k: v for k, v in seen[0].items() if k != "generator"} == {
+        "temperature": 0.7, "top_k": 3, "top_p": 0.6, "min_p": 0.05}
+    assert seen[0]["generator"].initial_seed() == sample.seed
+
+
+def test_the_newest_run_is_taken(say, monkeypatch, tmp_path):
+    """Of several folders under out/, the one whose checkpoint is newest; other files do not count."""
+    for name, shift, age in (("old", 2, 300), ("new", 3, 100), ("older", 4, 900)):
+        save_alphabet(tmp_path / "here" / "out" / name / "ckpt.pt", shift)
+        os.utime(tmp_path / "here" / "out" / name / "ckpt.pt", (1e9 - age, 1e9 - age))
+    save_alphabet(tmp_path / "here" / "out" / "old" / "other.pt", 5)
+    save_alphabet(tmp_path / "here" / "out" / "old" / "ckpt.pt.old", 5)
+    monkeypatch.setattr(sample, "HERE", tmp_path / "here")
+    assert say(checkpoint="", prompt="a", max_tokens=3).out == "adgj\n"
+    old = str(tmp_path / "here" / "out" / "old")
+    assert say(checkpoint="", out_dir=old, prompt="a", max_tokens=3).out == "aceg\n"
+
+
+def test_best_is_preferred_over_a_newer_ckpt_of_the_same_run(say, monkeypatch, tmp_path):
+    """The newest file chooses the run, best.pt of that run is used; another run's best.pt is not."""
+    for path, shift, age in (("a/best.pt", 2, 300), ("b/best.pt", 3, 200), ("b/ckpt.pt", 4, 100)):
+        save_alphabet(tmp_path / "here" / "out" / path, shift)
+        os.utime(tmp_path / "here" / "out" / path, (1e9 - age, 1e9 - age))
+    monkeypatch.setattr(sample, "HERE", tmp_path / "here")
+    out, err = say(checkpoint="", prompt="a", max_tokens=3)
+    assert out == "adgj\n"
+    assert os.path.join("b", "best.pt") in err
+
+
+def test_no_checkpoint_names_the_command_that_makes_one(say, monkeypatch, tmp_path):
+    """Neither an empty out/ nor an absent one is a traceback."""
+    monkeypatch.setattr(sample, "HERE", tmp_path / "here")
+    with pytest.raises(FileNotFoundError, match=r"holds no checkpoint.*gpt\.py"):
+        say(checkpoint="")
+    (tmp_path / "here" / "out" / "empty").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
+        say(checkpoint="")
+    with pytest.raises(FileNotFoundError, match="missing"):
+        say(checkpoint="", out_dir=str(tmp_path / "missing"))
+
+
+def test_an_unknown_character_is_named_before_anything_is_written(say, tmp_path, capsys):
+    """The message names the character, and an older output file stays as it was."""
+    path = tmp_path / "long.txt"
+    path.write_text("an earlier text", encoding="utf-8")
+    with pytest.raises(ValueError, match="'~'"):
+        say(prompt="ab~c")
+    assert capsys.readouterr().out == ""
+    with pytest.raises(ValueError, match="'~'"):
+        say(prompt="ab~c", output=str(path))
+    assert path.read_text(encoding="utf-8") == "an earlier text"
+
+
+def test_an_empty_prompt_file_is_refused(say, tmp_path):
+    """A prompt without a token is a sentence."""
+    (tmp_path / "empty.txt").write_text("", encoding="utf-8")
+    with pytest.raises(ValueError, match="empty"):
+        say(prompt=f"FILE:{tmp_path / 'empty.txt'}")
+
+
+def test_a_prompt_longer_than_the_context_is_said(say):
+    """Of 20 tokens in a context of 16 the last 12 are seen; one that fits may not leave room for more."""
+    out, err = say(prompt="abcdefghijklmnopqrst", max_tokens=3)
+    assert out == "abcdefghijklmnopqrstuvw\n"
+    assert "prompt has 20 tokens" in err
+    assert "the last 12" in err
+    out, err = say(prompt="abc", max_tokens=14)
+    assert out == "abcdefghijklmnopq\n"
+    assert "note: the model sees 16 tokens at most" in err
+    assert "note" not in say(prompt="abc", max_tokens=13).err
+    assert "note" not in say(prompt="abcdefghijklmnop", max_tokens=0).err
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("temperature", -0.1), ("temperature", math.nan), ("temperature", math.inf), ("top_k", -1),
+    ("top_p", 0.0), ("top_p", 1.5), ("top_p", math.nan), ("min_p", -0.1), ("min_p", 1.1), ("repetition_penalty", 0.0),
+    ("repetition_penalty", -1.0), ("max_tokens", -1), ("num_samples", 0),
+])
+def test_a_setting_out_of_range_is_named(say, capsys, name, value):
+    """Nothing is loaded or printed before the ranges are checked."""
+    with pytest.raises(ValueError, match=rf"{name} is {value}: it must be"):
+        say(**{name: value}, checkpoint="no file")
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("temperature", 0.0), ("top_k", 0), ("top_k", 10_000), ("top_p", 1.0), ("min_p", 0.0), ("min_p", 1.0),
+    ("repetition_penalty", 0.5), ("repetition_penalty", 1.5),
+])
+def test_the_bounds_themselves_are_fine(say, name, value):
+    """The ends of each range work."""
+    assert say(prompt="abc", **{name: value}).out == "abcdefgh\n"
+
+
+def test_dtype(say):
+    """bfloat16 says the same, float32 is what auto means on a CPU, and others are named."""
+    out, err = say(prompt="abc", dtype="bfloat16")
+    assert out == "abcdefgh\n"
+    assert "bfloat16" in err
+    assert "cpu, float32" in say(prompt="abc", dtype="auto").err
+    with pytest.raises(ValueError, match="dtype is 'int8'"):
+        say(dtype="int8")
+
+
+@pytest.fixture
+def chat(say, monkeypatch):
+    """Return a function that types lines into interactive mode and gives (stdout, stderr); then comes EOF."""
+
+    def run(*lines, **values):
+        left = list(lines)
+
+        def read(prompt=""):
+            if not left:
+                raise EOFError
+            line = left.pop(0)
+            if isinstance(line, BaseException):
+                raise line
+            return line
+
+        monkeypatch.setattr("builtins.input", read)
+        result = say(interactive=True, **values)
+        assert not left or lines[-len(left) - 1].strip() in ("quit", "exit", "q")
+        return result
+
+    return run
+
+
+def test_interactive_answers_each_line(chat):
+    """Every prompt is continued; empty lines ask again."""
+    greeting, *answers = chat("abc", "", "x").out.splitlines()
+    assert "quit" in greeting
+    assert answers == ["abcdefgh", "xyz", " a", ""]
+
+
+@pytest.mark.parametrize("word", ["quit", "exit", "q", " quit "])
+def test_interactive_is_left_by_a_word(chat, word):
+    """What comes after the word is not answered."""
+    assert chat("abc", word, "xyz").out.splitlines()[1:] == ["abcdefgh"]
+
+
+def test_interactive_is_left_by_the_end_of_input(chat):
+    """Ctrl-D at once is fine."""
+    assert len(chat().out.splitlines()) == 2
+
+
+def test_interactive_goes_on_after_ctrl_c(chat):
+    """Ctrl-C ends the text at hand, not the program."""
+    assert "abcdefgh" in chat(KeyboardInterrupt(), "abc").out.splitlines()
+
+
+def test_interactive_settings_change(chat):
+    """A slash changes a setting for what follows, with a space or an equals sign."""
+    out, _ = chat("/temperature 0", "/top_k=5", "/max_tokens 2", "abc", "/max_tokens=3", "abc")
+    assert out.splitlines()[1:3] == ["abcde", "abcdef"]
+    assert (sample.temperature, sample.top_k, sample.max_tokens) == (0.0, 5, 3)
+    assert (type(sample.temperature), type(sample.top_k)) == (float, int)
+
+
+@pytest.mark.parametrize(("line", "fragments"), [
+    ("/foo 1", ("/temperature 0.8", "can be changed")), ("/", ("/temperature 0.8", "/max_tokens 5")),
+    ("/seed 1", ("can be changed",)), ("/temperature", ("can be changed",)),
+    ("/temperature 0.5 0.6", ("can be changed",)), ("/temperature -1", ("temperature stays 0.8", "-1")),
+    ("/top_p 0", ("top_p stays 0.9", "above 0")), ("/top_k 2.5", ("top_k stays 200", "2.5")),
+    ("/temperature nan", ("temperature stays 0.8", "nan")), ("/max_tokens x", ("max_tokens stays 5", "x")),
+])
+def test_interactive_refuses_by_a_sentence_and_goes_on(chat, line, fragments):
+    """Nothing changes, one line says why, and the next prompt is answered."""
+    lines = chat(line, "abc").out.splitlines()
+    assert len(lines) == 4
+    for fragment in fragments:
+        assert fragment in lines[1]
+    assert lines[2] == "abcdefgh"
+
+
+def test_interactive_names_an_unknown_character_and_goes_on(chat):
+    """The line is refused by a sentence, the next one answered."""
+    lines = chat("a~c", "abc").out.splitlines()
+    assert "'~'" in lines[1]
+    assert lines[2] == "abcdefgh"
+
+
+def test_sample_as_a_command(run_script, tmp_path):
+    """The real script reads prompts from stdin, far from any data, and keeps the streams apart."""
+    path = save_alphabet(tmp_path / "run" / "best.pt")
+    done = run_script("sample.py", "--out_dir=run", "--interactive", "--max_tokens", "2", "--device=cpu",
+                      cwd=tmp_path, stdin="abc\n/foo 1\nxyz\nquit\nabc\n")
+    assert done.returncode == 0
+    assert "> abcde\n" in done.stdout
+    assert "can be changed" in done.stdout
+    assert "xyz\n " in done.stdout
+    assert done.stdout.count("abcde") == 1
+    assert "step 1,234" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
+    assert os.path.exists(path)
