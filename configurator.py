@@ -7,6 +7,7 @@ name, right type.
 """
 import ast
 import difflib
+import math
 import os
 import re
 import sys
@@ -46,10 +47,12 @@ def checked(settings, name, value):
         hint = f"did you mean {close[0]}?" if close else "--help lists all"
         raise ValueError(f"unknown setting {name!r}: {hint}")
     kind = settings[name].type
+    if (kind is bool and type(value) is int and value in (0, 1)) or (kind is float and type(value) is int):
+        value = kind(value)
+    if type(value) is float and not math.isfinite(value):
+        raise ValueError(f"{name} is {value}: expected a finite number")
     if type(value) is kind or (value is None and settings[name].optional):
         return value
-    if (kind is bool and type(value) is int and value in (0, 1)) or (kind is float and type(value) is int):
-        return kind(value)
     expected = kind.__name__ + (" or None" if settings[name].optional else "")
     raise ValueError(f"{name} is {value!r}: expected {expected}")
 
@@ -97,10 +100,10 @@ def read_config(path, settings, names):
         raise ValueError(f"{path}, line {e.lineno}: {e.msg}") from e
     except Exception as e:  # a config file may raise anything
         raise ValueError(f"{path}: {type(e).__name__}: {e}") from e
-    no_settings = types.ModuleType | types.FunctionType | type  # what config files import or define
-    changed = [k for k, v in after.items() if k[0] != "_" and (k not in names or v is not names[k])]
+    changed = {k: v for k, v in after.items() if k[0] != "_" and (k not in names or v is not names[k])}
+    helpers = {k for k, v in changed.items() if isinstance(v, types.ModuleType) or callable(v)}
     try:
-        return {k: checked(settings, k, after[k]) for k in changed if not isinstance(after[k], no_settings)}
+        return {k: checked(settings, k, v) for k, v in changed.items() if k not in helpers}
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from e
 
@@ -155,7 +158,7 @@ def run_script(script, main, **options):
         if os.environ.get("TRACEBACK"):
             raise
         if os.environ.get("RANK", "0") == "0":
-            print(f"error: {e}", file=sys.stderr)
+            print("error:", *str(e).split(), file=sys.stderr)  # on one line
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -217,10 +217,8 @@ def attention(q, k, v, mask=None, dropout=0.0):
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None)
 
 class KVCache:
-    """Keys and values of every layer, allocated once; pos (B,) counts the tokens that each row holds.
-
-    GPT.forward appends T tokens to every row and advances pos; lowering pos[b] forgets row b's last ones.
-    """
+    """Keys and values of every layer, allocated once; pos (B,) counts the tokens in each row. GPT.forward appends
+    T tokens to every row and advances pos; lowering pos[b] forgets row b's last ones."""
 
     def __init__(self, config, batch_size, device="cpu", dtype=torch.float32):
         shape = (2, config.n_layer, batch_size, config.n_kv_head, config.block_size, config.head_dim)
@@ -509,7 +507,7 @@ def download(urls, sha256):
             if hashlib.sha256(content).hexdigest() == sha256:
                 return content
             problem = "its sha256 is wrong"
-        except OSError as e:
+        except Exception as e:  # noqa: BLE001  # networks fail in many ways
             problem = e
     raise ConnectionError(f"{url} could not be downloaded ({problem}): python prepare.py shakespeare "
                           "--input=FILE takes a copy from elsewhere")
@@ -536,20 +534,20 @@ def write_dataset(folder, text, tokenizer, source, val_fraction=0.1):
     (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
     return meta
 
-def prepare_if_missing():
-    """Return the folder of `dataset`, made first, if need be, where gpt.py knows how; or else pydoc's."""
-    root, name = Path(data_dir or HERE / "data"), dataset
-    if name not in ("shakespeare", "pydoc") or (root / name / "meta.json").exists():
-        return root / name
+def prepare_if_missing(name):
+    """Return the folder of a data set, made first, if need be, where gpt.py knows how; or else pydoc's."""
+    folder = Path(data_dir or HERE / "data") / name
+    if name not in ("shakespeare", "pydoc") or (folder / "meta.json").exists():
+        return folder
     try:
         text, source = corpus(name)
     except ConnectionError as e:
         if not offline_fallback:
             raise
         print(f"{e}; training on pydoc, Python's own documentation, instead")
-        name, (text, source) = "pydoc", corpus("pydoc")
-    write_dataset(root / name, text, Tokenizer("char", "".join(sorted(set(text)))), source)
-    return root / name
+        return prepare_if_missing("pydoc")
+    write_dataset(folder, text, Tokenizer("char", "".join(sorted(set(text)))), source)
+    return folder
 
 def gather(tokens, starts, block_size):
     """Return inputs and targets (len(starts), block_size) int64; past the end inputs are 0, targets -1."""
@@ -573,9 +571,12 @@ class Data:
         if not (folder / "meta.json").exists():
             raise FileNotFoundError(f"{folder} holds no data set: python prepare.py --input=FILE "
                                     f"--name={folder.name} makes one")
-        self.meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        self.tokenizer = Tokenizer(**self.meta["tokenizer"])
-        dtype, vocab_size = np.dtype(self.meta["dtype"]).newbyteorder("<"), self.meta["vocab_size"]
+        try:
+            self.meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+            self.tokenizer = Tokenizer(**self.meta["tokenizer"])
+            dtype, vocab_size = np.dtype(self.meta["dtype"]).newbyteorder("<"), self.meta["vocab_size"]
+        except (KeyError, TypeError, json.JSONDecodeError) as e:
+            raise ValueError(f"{folder / 'meta.json'} is damaged ({e}): prepare the data set again") from e
         for split in ("train", "val"):
             path = folder / f"{split}.bin"
             n = path.stat().st_size // dtype.itemsize if path.exists() else 0
@@ -606,8 +607,7 @@ def lr_scale(step, progress):
         return (step + 1) / (warmup_iters + 1)
     falls = {"cosine": 0.5 + 0.5 * math.cos(math.pi * min(progress, 1)), "linear": 1 - progress,
              "wsd": min(1, 5 * (1 - progress)), "constant": 1}
-    floor = min_lr / learning_rate
-    return floor + (1 - floor) * max(0, falls[lr_schedule])
+    return min_lr / learning_rate + (1 - min_lr / learning_rate) * max(0, falls[lr_schedule])
 
 @torch.no_grad()
 def evaluate(model, forward, data, machine, n_batches):
@@ -649,21 +649,24 @@ def save_checkpoint(path, state):
         part.unlink(missing_ok=True)
         raise OSError(f"{path} could not be saved ({e}); the one saved before it is untouched") from e
 
-def read_checkpoint(path):
-    """Return what save_checkpoint wrote. Raises FileNotFoundError, or ValueError for a damaged file."""
+def read_checkpoint(path, *more):
+    """Return what save_checkpoint wrote. Raises FileNotFoundError; ValueError if damaged, or without `more`."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist: train first, or name another checkpoint or out_dir")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        return state | {name: state[name] for name in ("model", "model_args", "tokenizer")}
+        return state | {name: state[name] for name in ("model", "model_args", "tokenizer", *more)}
     except Exception as e:  # torch raises half a dozen types
         raise ValueError(f"{path} is damaged or no checkpoint ({type(e).__name__}): use another") from e
 
 def load_checkpoint(path, device="cpu"):
     """Return (model, tokenizer, checkpoint), the model ready for use. Raises as read_checkpoint does."""
     state = read_checkpoint(path)
-    model = GPT(GPTConfig(**state["model_args"]))
-    model.load_state_dict(state["model"])
+    try:
+        model = GPT(GPTConfig(**state["model_args"]))
+        model.load_state_dict(state["model"])
+    except (TypeError, RuntimeError) as e:
+        raise ValueError(f"{path} does not fit this gpt.py's GPT: use the version it was made with") from e
     return model.eval().to(device), Tokenizer(**state["tokenizer"]), state
 
 # ---- The machine: what is chosen by hardware is chosen here ------------------------------------------------
@@ -709,7 +712,7 @@ def pick_device(name):
         name = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     try:
         return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
+    except Exception as e:  # torch raises half a dozen types
         raise ValueError(f"device {name!r} is not there: use --device=auto or cpu") from e
 
 def native_bfloat16(device):
@@ -765,13 +768,13 @@ def check_settings():
              "max_iters max_minutes warmup_iters lr_decay_iters min_lr weight_decay grad_clip seed": 0,
              "sample_tokens": 0, "learning_rate muon_lr": 1e-12}
     for name, bound in ((name, bound) for names, bound in least.items() for name in names.split()):
-        if not bound <= globals()[name] < math.inf:
-            raise ValueError(f"{name} is {globals()[name]}: it must be at least {bound}")
+        if not bound <= globals()[name] < 2**31:
+            raise ValueError(f"{name} is {globals()[name]}: it must be at least {bound} and below 2**31")
     model_config(vocab_size=1)
 
 def open_data(machine):
     """Return the Data of `dataset`; where it is missing, the first process prepares it for all."""
-    folder = [prepare_if_missing() if machine.rank == 0 else None]
+    folder = [prepare_if_missing(dataset) if machine.rank == 0 else None]
     if machine.world_size > 1:
         dist.broadcast_object_list(folder)
     return Data(folder[0], block_size)
@@ -816,15 +819,14 @@ def describe(machine, data, model, out, tokens_per_step):
     n, meta = model.n_params(), data.meta
     by_muon = sum(p.numel() for p in model.h.parameters() if p.ndim == 2) if optimizer == "muon" else 0
     mib = (16 * n - 4 * by_muon) / 2**20  # weights, gradients, AdamW's two averages or Muon's one, in float32
-    length = f"{max_minutes:g} minutes" if max_minutes else f"{max_iters:,} steps"
     return f"""\
 machine  {machine.world_size} x {machine.name()}, {torch.get_num_threads()} threads, torch {torch.__version__}
          {str(machine.dtype)[6:]}, {'compiled' if machine.compile else 'eager'}
 data     {data.folder}: {meta['train_tokens']:,} training and {meta['val_tokens']:,} validation tokens
          {meta['tokenizer']['kind']} vocabulary of {meta['vocab_size']:,}
 model    {n / 1e6:,.2f}M parameters; {mib:,.0f} MiB with gradients and optimizer, plus activations
-run      {length} of {tokens_per_step:,} tokens, {meta['train_tokens'] / tokens_per_step:,.0f} steps an epoch
-         {out}"""
+run      {f'{max_minutes:g} minutes' if max_minutes else f'{max_iters:,} steps'} of {tokens_per_step:,} tokens
+         {meta['train_tokens'] / tokens_per_step:,.0f} steps an epoch, in {out}"""
 
 def print_sample(model, tokenizer, machine):
     """Print a sample of sample_tokens, begun with a newline or else the vocabulary's first token."""
@@ -883,7 +885,7 @@ def training_run(started, machine, caught):
     out = Path(out_dir or HERE / "out" / data.folder.name)
     state, step, best_val_loss = None, 0, math.inf
     if init_from == "resume" or eval_only:
-        state = read_checkpoint(out / ("best.pt" if eval_only else "ckpt.pt"))
+        state = read_checkpoint(*[out / "best.pt"] if eval_only else [out / "ckpt.pt", "optimizers"])
         step, best_val_loss = state["step"], state["best_val_loss"]
     model = build_model(data, state).to(machine.device)
     if eval_only:

@@ -51,12 +51,14 @@ def read_source():
     if dataset not in ("", "shakespeare", "pydoc"):
         raise ValueError(f"data set {dataset!r} is neither shakespeare nor pydoc: for your own text use "
                          f"--input=FILE --name={dataset}")
+    if input and dataset == "pydoc":
+        raise ValueError(f"pydoc takes no --input={input}: drop the word pydoc and give your text a --name")
     if input:
         text = read_input(Path(input))
         if dataset == "shakespeare" and hashlib.sha256(text.encode()).hexdigest() != SHAKESPEARE_SHA256:
             raise ValueError(f"{input} is not tiny Shakespeare (its sha256 differs): drop the word "
                              "shakespeare and give your text a --name")
-        return name or dataset or Path(input).stem, text, str(input)
+        return name or dataset or Path(input).resolve().stem, text, input
     if not dataset:
         raise ValueError("nothing to prepare: name shakespeare or pydoc, or give --input=FILE --name=NAME")
     return name or dataset, *corpus(dataset)

@@ -73,6 +73,7 @@ def sampling():
         ("repetition_penalty", 0 < repetition_penalty < math.inf, "above 0; 1 is none"),
         ("max_tokens", max_tokens >= 0, "at least 0"),
         ("num_samples", num_samples >= 1, "at least 1"),
+        ("seed", 0 <= seed < 2**63, "at least 0 and below 2**63"),
     ):
         if not fits:
             raise ValueError(f"{name} is {globals()[name]}: it must be {meaning}")
@@ -152,6 +153,7 @@ def main():
     if interactive:
         return interact(model, tokenizer, generator)
     text, began = read_prompt(), time.time()
+    tokenizer.encode(text)  # before anything is written
     with open(output, "w", encoding="utf-8") if output else contextlib.nullcontext(sys.stdout) as file:
         for i in range(num_samples):
             if i:

@@ -1,6 +1,7 @@
 """A user's mistake: one sentence on stderr, exit code 2, no traceback, nothing written."""
 import errno
 import json
+import os
 import pickle
 import runpy
 import sys
@@ -195,8 +196,14 @@ def test_a_checkpoint_cut_short(mistake, checkpoint, script):
         mistake(script, *flags, holds=[str(checkpoint), "damaged"])
 
 
-class Nothing:
-    """A class that no checkpoint may hold."""
+class Intruder:
+    """An object whose unpickling makes a folder."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
 
 
 @pytest.mark.parametrize("script", ["gpt.py", "sample.py"])
@@ -204,11 +211,11 @@ def test_a_file_that_is_no_checkpoint(mistake, checkpoint, script):
     """Bytes, text, pickles of other things and other dicts are named, and no code of theirs is run."""
     checkpoint.with_name("best.pt").unlink()
     flags = ["--init_from=resume"] if script == "gpt.py" else []
-    backwards = checkpoint.read_bytes()[::-1]
-    for content in (b"\0" * 1000, b"hello", pickle.dumps([1, 2], 2), pickle.dumps(Nothing(), 2), backwards):
+    backwards, intruder = checkpoint.read_bytes()[::-1], Intruder(checkpoint.with_name("intruder"))
+    for content in (b"\0" * 1000, b"hello", pickle.dumps([1, 2], 2), pickle.dumps(intruder, 2), backwards):
         checkpoint.write_bytes(content)
         mistake(script, *flags, holds=[str(checkpoint)])
-    for other in ([1, 2], {"model": {}}, {"a": 1}, Nothing()):
+    for other in ([1, 2], {"model": {}}, {"a": 1}, intruder):
         torch.save(other, checkpoint)
         mistake(script, *flags, holds=[str(checkpoint)])
 

@@ -291,13 +291,12 @@ def test_an_input_without_a_name_of_its_own_writes_in_no_other_place(prepared, t
 
 @pytest.fixture
 def missing(monkeypatch, tmp_path):
-    """Return a function that runs gpt.prepare_if_missing() for a data set under tmp_path."""
+    """Return a function that runs gpt.prepare_if_missing for a data set under tmp_path."""
 
     def run(dataset, offline_fallback=True):
-        for name, value in (("dataset", dataset), ("data_dir", str(tmp_path / "data")),
-                            ("offline_fallback", offline_fallback)):
-            monkeypatch.setattr(gpt, name, value)
-        return gpt.prepare_if_missing()
+        monkeypatch.setattr(gpt, "data_dir", str(tmp_path / "data"))
+        monkeypatch.setattr(gpt, "offline_fallback", offline_fallback)
+        return gpt.prepare_if_missing(dataset)
 
     return run
 

@@ -236,7 +236,8 @@ def test_a_prompt_longer_than_the_context_is_said(say):
 
 @pytest.mark.parametrize(("name", "value"), [
     ("temperature", -0.1), ("temperature", math.nan), ("temperature", math.inf), ("top_k", -1),
-    ("top_p", 0.0), ("top_p", 1.5), ("top_p", math.nan), ("min_p", -0.1), ("min_p", 1.1), ("repetition_penalty", 0.0),
+    ("top_p", 0.0), ("top_p", 1.5), ("top_p", math.nan), ("min_p", -0.1), ("min_p", 1.1),
+    ("repetition_penalty", 0.0),
     ("repetition_penalty", -1.0), ("max_tokens", -1), ("num_samples", 0),
 ])
 def test_a_setting_out_of_range_is_named(say, capsys, name, value):
