@@ -154,6 +154,8 @@ def run_script(script, main, **options):
     try:
         configure(script, sys.argv[1:], **options)
         main()
+    except BrokenPipeError:  # piped into head, say: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor should the flush at exit complain
     except (ValueError, OSError) as e:
         if os.environ.get("TRACEBACK"):
             raise

@@ -217,8 +217,8 @@ def attention(q, k, v, mask=None, dropout=0.0):
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None)
 
 class KVCache:
-    """Keys and values of every layer, allocated once; pos (B,) counts the tokens in each row. GPT.forward appends
-    T tokens to every row and advances pos; lowering pos[b] forgets row b's last ones."""
+    """Keys and values of every layer, allocated once; pos (B,) counts the tokens in each row. GPT.forward
+    appends T tokens to every row and advances pos; lowering pos[b] forgets row b's last ones."""
 
     def __init__(self, config, batch_size, device="cpu", dtype=torch.float32):
         shape = (2, config.n_layer, batch_size, config.n_kv_head, config.block_size, config.head_dim)
@@ -650,7 +650,7 @@ def save_checkpoint(path, state):
         raise OSError(f"{path} could not be saved ({e}); the one saved before it is untouched") from e
 
 def read_checkpoint(path, *more):
-    """Return what save_checkpoint wrote. Raises FileNotFoundError; ValueError if damaged, or without `more`."""
+    """Return what save_checkpoint wrote. Raises FileNotFoundError; ValueError if damaged or lacking keys."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist: train first, or name another checkpoint or out_dir")
     try:
@@ -884,18 +884,18 @@ def training_run(started, machine, caught):
     data = open_data(machine)
     out = Path(out_dir or HERE / "out" / data.folder.name)
     state, step, best_val_loss = None, 0, math.inf
-    if init_from == "resume" or eval_only:
-        state = read_checkpoint(*[out / "best.pt"] if eval_only else [out / "ckpt.pt", "optimizers"])
-        step, best_val_loss = state["step"], state["best_val_loss"]
+    if eval_only:
+        state = read_checkpoint(out / "best.pt")
+    elif init_from == "resume":
+        state = read_checkpoint(out / "ckpt.pt", "optimizers")
+        step, best_val_loss, started = state["step"], state["best_val_loss"], started - state["elapsed_s"]
     model = build_model(data, state).to(machine.device)
     if eval_only:
-        return final_figures(model, model, data, machine, f"{out / 'best.pt'}, step {step:,}")
+        return final_figures(model, model, data, machine, f"{out / 'best.pt'}, step {state['step']:,}")
     optimizers = make_optimizers(model, machine)
     scaler = torch.amp.GradScaler("cuda", enabled=machine.dtype == torch.float16)
-    if state:
-        started -= state["elapsed_s"]
-        for part, saved in zip((*optimizers, scaler), state["optimizers"], strict=True):
-            part.load_state_dict(saved)
+    for part, saved in zip((*optimizers, scaler), state["optimizers"] if state else ()):
+        part.load_state_dict(saved)
     log_file = open_run(out) if machine.rank == 0 else None
 
     def log(**values):

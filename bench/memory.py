@@ -2,9 +2,10 @@
 
     python bench/memory.py
 
-Each case runs in a process of its own: on a GPU its peak of allocated memory, on a CPU the growth of its peak resident
-memory from before the first step.
+Each case runs in a process of its own. On a GPU it is the peak of allocated memory, on a CPU the growth of
+the peak of resident memory from before the step.
 """
+
 import json
 import resource
 import subprocess
@@ -12,7 +13,15 @@ import sys
 
 from common import record
 
-SIZES = {"block_size": 512, "vocab_size": 65, "n_layer": 12, "n_head": 6, "n_kv_head": 6, "n_embd": 384, "dropout": 0.0}
+SIZES = {
+    "block_size": 512,
+    "vocab_size": 65,
+    "n_layer": 12,
+    "n_head": 6,
+    "n_kv_head": 6,
+    "n_embd": 384,
+    "dropout": 0.0,
+}
 
 
 def measure(gradient_checkpointing):
@@ -39,8 +48,13 @@ def main():
     for on in (False, True):
         command = [sys.executable, __file__, str(on)]
         peaks[on] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    record("memory", sizes=SIZES, plain_mib=round(peaks[False]), checkpointing_mib=round(peaks[True]),
-           ratio=round(peaks[True] / peaks[False], 3))
+    record(
+        "memory",
+        sizes=SIZES,
+        plain_mib=round(peaks[False]),
+        checkpointing_mib=round(peaks[True]),
+        ratio=round(peaks[True] / peaks[False], 3),
+    )
 
 
 if __name__ == "__main__":

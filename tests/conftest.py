@@ -1,4 +1,5 @@
 """Shared fixtures. Every test runs on the CPU, offline, in folders of its own."""
+
 import os
 import subprocess
 import sys
@@ -12,7 +13,9 @@ sys.path.insert(0, str(ROOT))
 
 import gpt
 
-TEXT = "".join(f"{i} times {j} is {i * j}, said the {'cat' if i % 2 else 'dog'}.\n" for i in range(40) for j in range(30))
+TEXT = "".join(
+    f"{i} times {j} is {i * j}, said the {'cat' if i % 2 else 'dog'}.\n" for i in range(40) for j in range(30)
+)
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +27,7 @@ def small_machine():
 
 @pytest.fixture
 def settings(monkeypatch, tmp_path):
-    """Return a function that sets gpt.py's settings for one test; by default a tiny float32 run on `toy` data."""
+    """Return a function that sets gpt.py's settings for one test; at first a tiny float32 run on `toy`."""
     chars = "".join(sorted(set(TEXT)))
     gpt.write_dataset(tmp_path / "data" / "toy", TEXT, gpt.Tokenizer("char", chars), "made by the tests")
 
@@ -33,20 +36,43 @@ def settings(monkeypatch, tmp_path):
             assert name in gpt.SETTINGS, name
             monkeypatch.setattr(gpt, name, value)
 
-    change(dataset="toy", data_dir=str(tmp_path / "data"), out_dir=str(tmp_path / "out"), n_layer=2, n_head=4,
-           n_kv_head=2, n_embd=32, block_size=16, batch_size=4, max_iters=10, eval_interval=10, eval_iters=2,
-           log_interval=1, sample_tokens=0, device="cpu", dtype="float32")
+    change(
+        dataset="toy",
+        data_dir=str(tmp_path / "data"),
+        out_dir=str(tmp_path / "out"),
+        n_layer=2,
+        n_head=4,
+        n_kv_head=2,
+        n_embd=32,
+        block_size=16,
+        batch_size=4,
+        max_iters=10,
+        eval_interval=10,
+        eval_iters=2,
+        log_interval=1,
+        sample_tokens=0,
+        device="cpu",
+        dtype="float32",
+    )
     return change
 
 
 @pytest.fixture
 def run_script():
-    """Return a function that runs a script as a user does: run_script("gpt.py", "--max_iters=3", cwd=..., **env)."""
+    """Return a function that runs a script as a user does: run_script("gpt.py", "--max_iters=3")."""
 
     def run(*arguments, cwd=ROOT, timeout=120, stdin=None, **env):
         script, *rest = arguments
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | env
-        return subprocess.run([sys.executable, str(ROOT / script), *map(str, rest)], cwd=cwd, env=environment,
-                              input=stdin, capture_output=True, text=True, timeout=timeout, check=False)
+        return subprocess.run(
+            [sys.executable, str(ROOT / script), *map(str, rest)],
+            cwd=cwd,
+            env=environment,
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
 
     return run

@@ -1,4 +1,5 @@
 """The presets have the sizes that their names and first lines promise."""
+
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,21 @@ import gpt
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.mark.parametrize("name, vocab_size, promised", [
-    ("tiny", 65, 10e6), ("small", 65, 25e6), ("medium", 50257, 80e6), ("large", 50257, 350e6), ("gpt2", 50257, 124e6)])
+@pytest.mark.parametrize(
+    "name, vocab_size, promised",
+    [
+        ("tiny", 65, 10e6),
+        ("small", 65, 25e6),
+        ("medium", 50257, 80e6),
+        ("large", 50257, 350e6),
+        ("gpt2", 50257, 124e6),
+    ],
+)
 def test_preset_is_as_large_as_its_name_says(name, vocab_size, promised):
     script = {k: getattr(gpt, k) for k in gpt.SETTINGS} | {"__file__": str(ROOT / "gpt.py")}
-    configurator.configure(script, [str(ROOT / "config" / f"train_{name}.py")], derive=lambda: {"device_type": "cuda"})
+    configurator.configure(
+        script, [str(ROOT / "config" / f"train_{name}.py")], derive=lambda: {"device_type": "cuda"}
+    )
     fields = set(gpt.GPTConfig.__dataclass_fields__) & set(gpt.SETTINGS)
     with torch.device("meta"):
         model = gpt.GPT(gpt.GPTConfig(vocab_size=vocab_size, **{k: script[k] for k in fields}))
@@ -26,6 +37,9 @@ def test_preset_is_as_large_as_its_name_says(name, vocab_size, promised):
 
 def test_flags_override_a_preset():
     script = {k: getattr(gpt, k) for k in gpt.SETTINGS} | {"__file__": str(ROOT / "gpt.py")}
-    configurator.configure(script, ["--n_layer=3", str(ROOT / "config" / "train_tiny.py")],
-                           derive=lambda: {"device_type": "cuda"})
+    configurator.configure(
+        script,
+        ["--n_layer=3", str(ROOT / "config" / "train_tiny.py")],
+        derive=lambda: {"device_type": "cuda"},
+    )
     assert (script["n_layer"], script["n_embd"]) == (3, 384)

@@ -1,4 +1,5 @@
 """Data sets: the files on disk, and batches that depend on (seed, step) alone."""
+
 import hashlib
 import itertools
 import json
@@ -19,9 +20,17 @@ def write_tokens(folder, n_train, n_val, vocab_size=None, dtype="uint16"):
     letter = "H" if dtype == "uint16" else "I"
     for split, n in (("train", n_train), ("val", n_val)):
         (folder / f"{split}.bin").write_bytes(struct.pack(f"<{n}{letter}", *range(n)))
-    meta = {"source": "tests", "sha256": "", "dtype": dtype, "vocab_size": vocab_size or max(n_train, n_val),
-            "tokenizer": {"kind": "char", "chars": "ab"}, "train_tokens": n_train, "val_tokens": n_val,
-            "train_bytes": n_train, "val_bytes": n_val}
+    meta = {
+        "source": "tests",
+        "sha256": "",
+        "dtype": dtype,
+        "vocab_size": vocab_size or max(n_train, n_val),
+        "tokenizer": {"kind": "char", "chars": "ab"},
+        "train_tokens": n_train,
+        "val_tokens": n_val,
+        "train_bytes": n_train,
+        "val_bytes": n_val,
+    }
     (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
     return folder
 
@@ -53,9 +62,16 @@ def test_files_and_meta_of_a_small_text(tmp_path):
     assert (folder / "val.bin").read_bytes() == b"\4\0\0\0"
     assert meta == json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     assert meta == {
-        "source": "hand", "sha256": hashlib.sha256(text.encode("utf-8")).hexdigest(),
-        "dtype": "uint16", "vocab_size": 5, "tokenizer": {"kind": "char", "chars": "\nabcé"},
-        "train_tokens": 18, "val_tokens": 2, "train_bytes": 18, "val_bytes": 3}
+        "source": "hand",
+        "sha256": hashlib.sha256(text.encode("utf-8")).hexdigest(),
+        "dtype": "uint16",
+        "vocab_size": 5,
+        "tokenizer": {"kind": "char", "chars": "\nabcé"},
+        "train_tokens": 18,
+        "val_tokens": 2,
+        "train_bytes": 18,
+        "val_bytes": 3,
+    }
 
 
 @pytest.mark.parametrize(("vocab_size", "dtype", "letter"), [(65536, "uint16", "H"), (65537, "uint32", "I")])

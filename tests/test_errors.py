@@ -1,4 +1,5 @@
 """A user's mistake: one sentence on stderr, exit code 2, no traceback, nothing written."""
+
 import errno
 import json
 import os
@@ -13,9 +14,21 @@ import torch
 import gpt
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = {"dataset": "toy", "n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 32, "block_size": 16,
-        "batch_size": 4, "max_iters": 2, "eval_interval": 10, "eval_iters": 2, "sample_tokens": 0,
-        "device": "cpu", "dtype": "float32"}
+TINY = {
+    "dataset": "toy",
+    "n_layer": 2,
+    "n_head": 4,
+    "n_kv_head": 2,
+    "n_embd": 32,
+    "block_size": 16,
+    "batch_size": 4,
+    "max_iters": 2,
+    "eval_interval": 10,
+    "eval_iters": 2,
+    "sample_tokens": 0,
+    "device": "cpu",
+    "dtype": "float32",
+}
 
 
 def tree(folder):
@@ -29,8 +42,11 @@ def launch(monkeypatch, tmp_path, settings):
     where = {"data_dir": tmp_path / "data", "out_dir": tmp_path / "out"}
 
     def run(script, *arguments, **flags):
-        flags = {"gpt.py": TINY | where, "sample.py": {"device": "cpu", "out_dir": where["out_dir"]},
-                 "prepare.py": {"data_dir": where["data_dir"]}}[script] | flags
+        flags = {
+            "gpt.py": TINY | where,
+            "sample.py": {"device": "cpu", "out_dir": where["out_dir"]},
+            "prepare.py": {"data_dir": where["data_dir"]},
+        }[script] | flags
         given = [f"--{name}={value}" for name, value in flags.items() if value is not None]
         monkeypatch.setattr(sys, "argv", [script, *given, *map(str, arguments)])
         runpy.run_path(str(ROOT / script), run_name="__main__")
@@ -146,13 +162,19 @@ def test_a_gpu_that_is_not_there_is_named(mistake, script, checkpoint):
     mistake(script, "--device=cuda", holds=["'cuda'", "--device=auto"])
 
 
-@pytest.mark.parametrize(("text", "holds"), [
-    ("n_layer = = 3\n", ["wrong.py, line 1"]), ("\n\nif True\n    n_layer = 3\n", ["wrong.py, line 3"]),
-    ("n_layr = 3\n", ["wrong.py", "'n_layr'", "n_layer?"]), ("\0", ["wrong.py"]),
-    ("n_layer = 'three'\n", ["wrong.py", "n_layer is 'three'", "int"]),
-    ("n_layer = 1 / 0\n", ["wrong.py", "ZeroDivisionError"]), ("max_iters = -5\n", ["max_iters is -5"]),
-    ("raise ValueError('one\\ntwo')\n", ["wrong.py", "ValueError", "one"]),
-])
+@pytest.mark.parametrize(
+    ("text", "holds"),
+    [
+        ("n_layer = = 3\n", ["wrong.py, line 1"]),
+        ("\n\nif True\n    n_layer = 3\n", ["wrong.py, line 3"]),
+        ("n_layr = 3\n", ["wrong.py", "'n_layr'", "n_layer?"]),
+        ("\0", ["wrong.py"]),
+        ("n_layer = 'three'\n", ["wrong.py", "n_layer is 'three'", "int"]),
+        ("n_layer = 1 / 0\n", ["wrong.py", "ZeroDivisionError"]),
+        ("max_iters = -5\n", ["max_iters is -5"]),
+        ("raise ValueError('one\\ntwo')\n", ["wrong.py", "ValueError", "one"]),
+    ],
+)
 def test_a_mistake_in_a_config_file(mistake, tmp_path, text, holds):
     """The file is named wherever it could not be run."""
     path = tmp_path / "wrong.py"
@@ -244,8 +266,19 @@ def test_a_checkpoint_whose_weights_do_not_fit(mistake, checkpoint):
         mistake("sample.py", holds=[str(checkpoint)])
 
 
-@pytest.mark.parametrize("flag", ["n_layer=3", "n_embd=64", "block_size=8", "use_rope=False",
-                                  "optimizer=adamw", "bias=True", "tie_weights=False", "mlp_ratio=8"])
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "n_layer=3",
+        "n_embd=64",
+        "block_size=8",
+        "use_rope=False",
+        "optimizer=adamw",
+        "bias=True",
+        "tie_weights=False",
+        "mlp_ratio=8",
+    ],
+)
 def test_resume_with_a_changed_architecture(mistake, checkpoint, flag):
     """The message names the setting with both values, and the checkpoint stays as it was."""
     name, value = flag.split("=")
@@ -275,10 +308,16 @@ def test_a_data_dir_that_cannot_be_written(mistake, tmp_path):
     mistake("gpt.py", data_dir=folder, dataset="pydoc", holds=[str(folder)])
 
 
-@pytest.mark.parametrize(("content", "holds"), [
-    (b"ab\0cd", ["binary"]), (b"caf\xe9", ["UTF-8", "0xe9"]), (b"", ["empty"]),
-    (bytes(range(256)), ["UTF-8"]), ("text".encode("utf-16"), ["UTF-8"]),
-])
+@pytest.mark.parametrize(
+    ("content", "holds"),
+    [
+        (b"ab\0cd", ["binary"]),
+        (b"caf\xe9", ["UTF-8", "0xe9"]),
+        (b"", ["empty"]),
+        (bytes(range(256)), ["UTF-8"]),
+        ("text".encode("utf-16"), ["UTF-8"]),
+    ],
+)
 def test_prepare_refuses_what_is_no_text(mistake, tmp_path, content, holds):
     """The file is named."""
     path = tmp_path / "odd.txt"
@@ -286,29 +325,46 @@ def test_prepare_refuses_what_is_no_text(mistake, tmp_path, content, holds):
     mistake("prepare.py", f"--input={path}", holds=[str(path), *holds])
 
 
-@pytest.mark.parametrize(("arguments", "holds"), [
-    ([], ["shakespeare", "pydoc"]), (["dickens"], ["'dickens'"]), (["pydoc", "more"], ["'more'"]),
-    (["--input=absent.txt"], ["absent.txt"]), (["--inptu=a"], ["'inptu'", "input"]),
-    (["pydoc", "--val_fraction=2"], ["val_fraction is 2.0"]),
-    (["pydoc", "--val_fraction=x"], ["val_fraction", "'x'", "float"]),
-])
+@pytest.mark.parametrize(
+    ("arguments", "holds"),
+    [
+        ([], ["shakespeare", "pydoc"]),
+        (["dickens"], ["'dickens'"]),
+        (["pydoc", "more"], ["'more'"]),
+        (["--input=absent.txt"], ["absent.txt"]),
+        (["--inptu=a"], ["'inptu'", "input"]),
+        (["pydoc", "--val_fraction=2"], ["val_fraction is 2.0"]),
+        (["pydoc", "--val_fraction=x"], ["val_fraction", "'x'", "float"]),
+    ],
+)
 def test_prepare_refuses(mistake, arguments, holds):
     """Names, words and settings that are not known."""
     mistake("prepare.py", *arguments, holds=holds)
 
 
-@pytest.mark.parametrize(("arguments", "holds"), [
-    (["--prompt=a~c"], ["'~'"]), (["--prompt=FILE:absent.txt"], ["absent.txt"]),
-    (["--temperature=-1"], ["temperature is -1.0"]), (["--top_p=0"], ["top_p is 0.0"]),
-    (["--top_p=1.5"], ["top_p is 1.5"]), (["--top_k=-2"], ["top_k is -2"]), (["--min_p=2"], ["min_p is 2.0"]),
-    (["--max_tokens=-1"], ["max_tokens is -1"]), (["--num_samples=0"], ["num_samples is 0"]),
-    (["--repetition_penalty=0"], ["repetition_penalty is 0.0"]), (["--temprature=1"], ["temperature?"]),
-    (["--device=foo"], ["'foo'"]), (["--dtype=float16"], ["dtype is 'float16'"]),
-    (["--checkpoint=absent.pt"], ["absent.pt"]), (["--out_dir=absent"], ["absent"]),
-    (["7 times"], ["7 times"]),
-    (["--output=absent/x.txt"], ["absent/x.txt"]),
-    (["--seed=99999999999999999999"], ["99999999999999999999"]),
-])
+@pytest.mark.parametrize(
+    ("arguments", "holds"),
+    [
+        (["--prompt=a~c"], ["'~'"]),
+        (["--prompt=FILE:absent.txt"], ["absent.txt"]),
+        (["--temperature=-1"], ["temperature is -1.0"]),
+        (["--top_p=0"], ["top_p is 0.0"]),
+        (["--top_p=1.5"], ["top_p is 1.5"]),
+        (["--top_k=-2"], ["top_k is -2"]),
+        (["--min_p=2"], ["min_p is 2.0"]),
+        (["--max_tokens=-1"], ["max_tokens is -1"]),
+        (["--num_samples=0"], ["num_samples is 0"]),
+        (["--repetition_penalty=0"], ["repetition_penalty is 0.0"]),
+        (["--temprature=1"], ["temperature?"]),
+        (["--device=foo"], ["'foo'"]),
+        (["--dtype=float16"], ["dtype is 'float16'"]),
+        (["--checkpoint=absent.pt"], ["absent.pt"]),
+        (["--out_dir=absent"], ["absent"]),
+        (["7 times"], ["7 times"]),
+        (["--output=absent/x.txt"], ["absent/x.txt"]),
+        (["--seed=99999999999999999999"], ["99999999999999999999"]),
+    ],
+)
 def test_sample_refuses(mistake, checkpoint, arguments, holds, tmp_path, monkeypatch):
     """Ranges, names and characters that are not known."""
     monkeypatch.chdir(tmp_path)
@@ -325,8 +381,13 @@ def fail_midway(error):
     return save
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"),
-                                   RuntimeError("PytorchStreamWriter failed writing file data/0")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("PytorchStreamWriter failed writing file data/0"),
+    ],
+)
 def test_a_full_disk_leaves_the_checkpoint_before(checkpoint, monkeypatch, error):
     """Where writing fails midway, the earlier file is there byte for byte and no part of the new one."""
     before = tree(checkpoint.parent)
@@ -368,8 +429,13 @@ def test_training_on_a_full_disk_is_one_sentence(mistake, checkpoint, monkeypatc
     """The run ends with exit code 2, and what was saved before it stays."""
     before = tree(checkpoint.parent)
     monkeypatch.setattr(torch, "save", fail_midway(OSError(errno.ENOSPC, "No space left on device")))
-    mistake("gpt.py", "--init_from=resume", "--max_iters=4", stays=False,
-            holds=[str(checkpoint), "No space left on device"])
+    mistake(
+        "gpt.py",
+        "--init_from=resume",
+        "--max_iters=4",
+        stays=False,
+        holds=[str(checkpoint), "No space left on device"],
+    )
     after = tree(checkpoint.parent)
     log = checkpoint.with_name("log.jsonl")
     assert after.pop(log).startswith(before.pop(log))
@@ -383,10 +449,14 @@ def test_the_first_checkpoint_of_a_run_on_a_full_disk(mistake, tmp_path, monkeyp
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["log.jsonl"]
 
 
-@pytest.mark.parametrize(("script", "arguments", "fragment"), [
-    ("gpt.py", ["--n_layer=two"], "'two'"), ("sample.py", ["--top_p=1.5"], "1.5"),
-    ("prepare.py", ["dickens"], "dickens"),
-])
+@pytest.mark.parametrize(
+    ("script", "arguments", "fragment"),
+    [
+        ("gpt.py", ["--n_layer=two"], "'two'"),
+        ("sample.py", ["--top_p=1.5"], "1.5"),
+        ("prepare.py", ["dickens"], "dickens"),
+    ],
+)
 def test_the_shell_sees_exit_code_2(run_script, tmp_path, script, arguments, fragment):
     """A real process: one line on stderr, nothing on stdout."""
     done = run_script(script, *arguments, cwd=tmp_path)

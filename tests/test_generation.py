@@ -1,4 +1,5 @@
 """Generation with the cache against a loop without one; sampling against transformers and plain Python."""
+
 import math
 
 import pytest
@@ -8,8 +9,16 @@ from transformers.generation.logits_process import RepetitionPenaltyLogitsProces
 
 import gpt
 
-LLAMA = {"block_size": 8, "vocab_size": 23, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 32,
-         "dropout": 0.0, "tie_weights": False}
+LLAMA = {
+    "block_size": 8,
+    "vocab_size": 23,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_kv_head": 2,
+    "n_embd": 32,
+    "dropout": 0.0,
+    "tie_weights": False,
+}
 MQA = LLAMA | {"n_kv_head": 1, "qk_norm": True, "block_size": 7}
 GPT2 = LLAMA | {"n_kv_head": 4, "bias": True, "use_rope": False, "use_rms_norm": False, "use_swiglu": False}
 FAMILIES = pytest.mark.parametrize("values", [LLAMA, MQA, GPT2], ids=["llama", "mqa", "gpt2"])
@@ -51,8 +60,11 @@ def cached(model, prompts, max_tokens, **sampling):
 
 # ---- The cache ----
 @FAMILIES
-@pytest.mark.parametrize("prompts", [[[3]], [[5, 1, 4]], [list(range(8))], [list(range(1, 22))], RAGGED],
-                         ids=["one", "three", "block", "long", "ragged"])
+@pytest.mark.parametrize(
+    "prompts",
+    [[[3]], [[5, 1, 4]], [list(range(8))], [list(range(1, 22))], RAGGED],
+    ids=["one", "three", "block", "long", "ragged"],
+)
 def test_greedy_tokens_are_those_without_a_cache(values, prompts):
     """Token for token, far beyond block_size, for single prompts and for rows of unequal lengths."""
     model = random_model(**values)
@@ -87,8 +99,10 @@ def test_rows_of_a_ragged_batch_do_not_see_each_other(values):
     together = cached(model, RAGGED, 30, temperature=0)
     for row, prompt in zip(together, RAGGED):
         assert torch.equal(row, cached(model, [prompt], 30, temperature=0)[0])
-    assert torch.equal(cached(model, torch.tensor([[4, 2], [1, 1]]), 9, temperature=0),
-                       cached(model, [[4, 2], [1, 1]], 9, temperature=0))
+    assert torch.equal(
+        cached(model, torch.tensor([[4, 2], [1, 1]]), 9, temperature=0),
+        cached(model, [[4, 2], [1, 1]], 9, temperature=0),
+    )
 
 
 def test_repetition_penalty_counts_prompt_and_output():
@@ -218,9 +232,20 @@ def explicit_filter(row, top_k=0, top_p=1.0, min_p=0.0):
     return {i for i in kept if weights[i] >= min_p * weights[left[0]]}
 
 
-FILTERS = [{"top_k": 1}, {"top_k": 4}, {"top_k": 40}, {"top_p": 0.9}, {"top_p": 0.5}, {"top_p": 1e-6},
-           {"min_p": 0.05}, {"min_p": 0.5}, {"min_p": 1.0}, {"top_k": 12, "top_p": 0.8},
-           {"top_p": 0.9, "min_p": 0.1}, {"top_k": 9, "top_p": 0.95, "min_p": 0.04}]
+FILTERS = [
+    {"top_k": 1},
+    {"top_k": 4},
+    {"top_k": 40},
+    {"top_p": 0.9},
+    {"top_p": 0.5},
+    {"top_p": 1e-6},
+    {"min_p": 0.05},
+    {"min_p": 0.5},
+    {"min_p": 1.0},
+    {"top_k": 12, "top_p": 0.8},
+    {"top_p": 0.9, "min_p": 0.1},
+    {"top_k": 9, "top_p": 0.95, "min_p": 0.04},
+]
 
 
 @pytest.mark.parametrize("filters", FILTERS, ids=str)
@@ -255,9 +280,18 @@ def test_top_p_at_the_exact_border():
     assert gpt.filter_logits(logits, 0, 0.75 + 1e-5).isfinite().sum() in (3, 4)
 
 
-@pytest.mark.parametrize("sampling", [{"temperature": 0}, {"temperature": 0, "top_k": 3, "min_p": 0.5},
-                                      {"temperature": 2.0, "top_k": 1}, {"temperature": 2.0, "top_p": 1e-9},
-                                      {"temperature": 2.0, "min_p": 1.0}, {"temperature": 1e-4}], ids=str)
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"temperature": 0},
+        {"temperature": 0, "top_k": 3, "min_p": 0.5},
+        {"temperature": 2.0, "top_k": 1},
+        {"temperature": 2.0, "top_p": 1e-9},
+        {"temperature": 2.0, "min_p": 1.0},
+        {"temperature": 1e-4},
+    ],
+    ids=str,
+)
 def test_settings_that_leave_only_the_likeliest(sampling):
     """Temperature 0 or nearly, top_k 1, a tiny top_p and min_p 1 are all greedy."""
     logits = torch.randn(300, 30, generator=seeded(4))
@@ -265,10 +299,19 @@ def test_settings_that_leave_only_the_likeliest(sampling):
     assert gpt.sample_next(logits, generator=seeded(1), **sampling).tolist() == expected
 
 
-@pytest.mark.parametrize("sampling", [
-    {"temperature": 1.0}, {"temperature": 0.5}, {"temperature": 1.7}, {"temperature": 1.0, "top_k": 4},
-    {"temperature": 1.0, "top_p": 0.7}, {"temperature": 0.8, "min_p": 0.2},
-    {"temperature": 1.5, "top_k": 6, "top_p": 0.9, "min_p": 0.1}], ids=str)
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"temperature": 1.0},
+        {"temperature": 0.5},
+        {"temperature": 1.7},
+        {"temperature": 1.0, "top_k": 4},
+        {"temperature": 1.0, "top_p": 0.7},
+        {"temperature": 0.8, "min_p": 0.2},
+        {"temperature": 1.5, "top_k": 6, "top_p": 0.9, "min_p": 0.1},
+    ],
+    ids=str,
+)
 def test_draws_follow_the_softmax(sampling):
     """20,000 draws pass a chi-square test at one in a thousand, and none falls outside the filters."""
     logits = torch.tensor([1.2, -0.4, 0.3, 2.0, -1.5, 0.9, 0.0, -0.2])
@@ -291,8 +334,9 @@ def test_rows_are_drawn_independently():
 def test_half_precision_logits_are_filtered_in_float32():
     """bfloat16 logits give the draws of their float32 values."""
     logits = torch.randn(500, 300, generator=seeded(4)).bfloat16()
-    assert torch.equal(gpt.sample_next(logits, generator=seeded(5)),
-                       gpt.sample_next(logits.float(), generator=seeded(5)))
+    assert torch.equal(
+        gpt.sample_next(logits, generator=seeded(5)), gpt.sample_next(logits.float(), generator=seeded(5))
+    )
 
 
 @pytest.mark.parametrize("penalty", [0.5, 1.0, 1.3, 5.0])
@@ -352,17 +396,21 @@ def test_text_arrives_piece_by_piece():
     assert model.asked == ([[97, 98]], 3, {"top_k": 5})
 
 
-@pytest.mark.parametrize(("pieces", "stop", "text", "drawn"), [
-    ([b"a", b"b", b"END", b"c"], ["END"], "ab", 3),
-    ([b"a", b"xE", b"N", b"Dy", b"c"], ["END"], "ax", 4),
-    ([b"END"], ["END"], "", 1),
-    ([b"E", b"EN", b"D."], ["END"], "E", 3),
-    ([b"one. two; three"], [";", "."], "one", 1),
-    ([b"a", b"bc", b"d"], ["bcd", "c"], "ab", 2),
-    ([b"aaa", b"ab"], ["aab"], "aa", 2),
-    ([b"\n", b"\n", b"x"], ["\n\n"], "", 2),
-    ([b"caf\xc3", b"\xa9 and", b" more"], ["\u00e9"], "caf", 2),
-], ids=str)
+@pytest.mark.parametrize(
+    ("pieces", "stop", "text", "drawn"),
+    [
+        ([b"a", b"b", b"END", b"c"], ["END"], "ab", 3),
+        ([b"a", b"xE", b"N", b"Dy", b"c"], ["END"], "ax", 4),
+        ([b"END"], ["END"], "", 1),
+        ([b"E", b"EN", b"D."], ["END"], "E", 3),
+        ([b"one. two; three"], [";", "."], "one", 1),
+        ([b"a", b"bc", b"d"], ["bcd", "c"], "ab", 2),
+        ([b"aaa", b"ab"], ["aab"], "aa", 2),
+        ([b"\n", b"\n", b"x"], ["\n\n"], "", 2),
+        ([b"caf\xc3", b"\xa9 and", b" more"], ["\u00e9"], "caf", 2),
+    ],
+    ids=str,
+)
 def test_text_ends_before_a_stop_string(pieces, stop, text, drawn):
     """The first stop string, in one token or over several, ends text and drawing, and is not shown."""
     found, n = pieces_of(pieces, stop)
@@ -370,9 +418,18 @@ def test_text_ends_before_a_stop_string(pieces, stop, text, drawn):
     assert n == drawn
 
 
-@pytest.mark.parametrize(("pieces", "stop"), [
-    ([b"a", b"E", b"N", b"d", b"z"], ["END"]), ([b"aEN"], ["END"]), ([b"a", b"E", b"N"], ["END", "zz"]),
-    ([b"aab", b"aab"], ["aaba" + "x"]), ([b"x"], ["a very long stop string"]), ([], ["END"])], ids=str)
+@pytest.mark.parametrize(
+    ("pieces", "stop"),
+    [
+        ([b"a", b"E", b"N", b"d", b"z"], ["END"]),
+        ([b"aEN"], ["END"]),
+        ([b"a", b"E", b"N"], ["END", "zz"]),
+        ([b"aab", b"aab"], ["aaba" + "x"]),
+        ([b"x"], ["a very long stop string"]),
+        ([], ["END"]),
+    ],
+    ids=str,
+)
 def test_beginnings_of_a_stop_string_are_shown_in_the_end(pieces, stop):
     """What only began like a stop string is not lost."""
     assert "".join(pieces_of(pieces, stop)[0]) == b"".join(pieces).decode()

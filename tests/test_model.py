@@ -1,4 +1,5 @@
 """The model against formulas written out here, and against transformers' Llama and GPT-2."""
+
 import math
 from dataclasses import replace
 from types import SimpleNamespace
@@ -10,8 +11,16 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import gpt
 
-SMALL = {"block_size": 12, "vocab_size": 17, "n_layer": 2, "n_head": 4, "n_kv_head": 4, "n_embd": 32,
-         "mlp_ratio": 3.0, "dropout": 0.0}
+SMALL = {
+    "block_size": 12,
+    "vocab_size": 17,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_kv_head": 4,
+    "n_embd": 32,
+    "mlp_ratio": 3.0,
+    "dropout": 0.0,
+}
 LLAMA_LIKE = SMALL | {"n_kv_head": 2}
 GPT2_LIKE = SMALL | {"bias": True, "use_rope": False, "use_rms_norm": False, "use_swiglu": False}
 SWITCHES = ("use_rope", "use_rms_norm", "use_swiglu", "qk_norm", "tie_weights", "bias")
@@ -132,9 +141,16 @@ def test_logits_equal_the_formulas(base, flipped, n_kv_head):
     assert expected.std() > 0.1
 
 
-@pytest.mark.parametrize("changed", [
-    {"rope_theta": 50.0}, {"norm_eps": 0.1}, {"norm_eps": 0.1, "qk_norm": True},
-    {"norm_eps": 0.1, "use_rms_norm": False}], ids=str)
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"rope_theta": 50.0},
+        {"norm_eps": 0.1},
+        {"norm_eps": 0.1, "qk_norm": True},
+        {"norm_eps": 0.1, "use_rms_norm": False},
+    ],
+    ids=str,
+)
 def test_constants_of_the_config_reach_the_formulas(changed):
     """rope_theta and norm_eps are those of the config, in every norm."""
     model = random_model(**LLAMA_LIKE | changed)
@@ -148,8 +164,11 @@ def test_biases_are_where_the_setting_says(bias):
     """bias gives every linear layer but the head, and every LayerNorm, a bias; RMSNorm has none."""
     model = gpt.GPT(gpt.GPTConfig(**GPT2_LIKE | {"bias": bias}))
     found = {name for name in model.state_dict() if name.endswith(".bias")}
-    layers = {f"h.{i}.{part}.bias" for i in range(2)
-              for part in ("ln_1", "ln_2", "attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")}
+    layers = {
+        f"h.{i}.{part}.bias"
+        for i in range(2)
+        for part in ("ln_1", "ln_2", "attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    }
     assert found == (layers | {"ln_f.bias"} if bias else set())
     rms_model = gpt.GPT(gpt.GPTConfig(**LLAMA_LIKE | {"bias": bias}))
     assert not any("ln_" in name and name.endswith(".bias") for name in rms_model.state_dict())
@@ -162,25 +181,43 @@ def test_logits_equal_those_of_llama(n_kv_head, tied):
     """transformers' Llama gives the same logits and loss with the same weights."""
     model = random_model(**LLAMA_LIKE | {"n_kv_head": n_kv_head, "tie_weights": tied})
     c, w = model.config, model.state_dict()
-    llama = LlamaForCausalLM(LlamaConfig(
-        vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.mlp_hidden,
-        num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, num_key_value_heads=n_kv_head,
-        max_position_embeddings=c.block_size, rms_norm_eps=c.norm_eps, tie_word_embeddings=tied,
-        attn_implementation="eager", bos_token_id=0, eos_token_id=0)).eval()
-    copied = {"model.embed_tokens.weight": w["wte.weight"], "model.norm.weight": w["ln_f.weight"],
-              "lm_head.weight": w["lm_head.weight"]}
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=c.vocab_size,
+            hidden_size=c.n_embd,
+            intermediate_size=c.mlp_hidden,
+            num_hidden_layers=c.n_layer,
+            num_attention_heads=c.n_head,
+            num_key_value_heads=n_kv_head,
+            max_position_embeddings=c.block_size,
+            rms_norm_eps=c.norm_eps,
+            tie_word_embeddings=tied,
+            attn_implementation="eager",
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+    ).eval()
+    copied = {
+        "model.embed_tokens.weight": w["wte.weight"],
+        "model.norm.weight": w["ln_f.weight"],
+        "lm_head.weight": w["lm_head.weight"],
+    }
     kv = n_kv_head * c.n_embd // c.n_head
     for i in range(c.n_layer):
         ours, theirs = f"h.{i}", f"model.layers.{i}"
         q, k, v = w[f"{ours}.attn.c_attn.weight"].split([c.n_embd, kv, kv])
         gate, up = w[f"{ours}.mlp.c_fc.weight"].split(c.mlp_hidden)
-        copied |= {f"{theirs}.self_attn.q_proj.weight": q, f"{theirs}.self_attn.k_proj.weight": k,
-                   f"{theirs}.self_attn.v_proj.weight": v, f"{theirs}.mlp.gate_proj.weight": gate,
-                   f"{theirs}.self_attn.o_proj.weight": w[f"{ours}.attn.c_proj.weight"],
-                   f"{theirs}.mlp.up_proj.weight": up,
-                   f"{theirs}.mlp.down_proj.weight": w[f"{ours}.mlp.c_proj.weight"],
-                   f"{theirs}.input_layernorm.weight": w[f"{ours}.ln_1.weight"],
-                   f"{theirs}.post_attention_layernorm.weight": w[f"{ours}.ln_2.weight"]}
+        copied |= {
+            f"{theirs}.self_attn.q_proj.weight": q,
+            f"{theirs}.self_attn.k_proj.weight": k,
+            f"{theirs}.self_attn.v_proj.weight": v,
+            f"{theirs}.mlp.gate_proj.weight": gate,
+            f"{theirs}.self_attn.o_proj.weight": w[f"{ours}.attn.c_proj.weight"],
+            f"{theirs}.mlp.up_proj.weight": up,
+            f"{theirs}.mlp.down_proj.weight": w[f"{ours}.mlp.c_proj.weight"],
+            f"{theirs}.input_layernorm.weight": w[f"{ours}.ln_1.weight"],
+            f"{theirs}.post_attention_layernorm.weight": w[f"{ours}.ln_2.weight"],
+        }
     llama.load_state_dict(copied)
     ids = random_ids(c, 3, 12)
     with torch.no_grad():
@@ -195,13 +232,31 @@ def test_logits_equal_those_of_gpt2(tied):
     """transformers' GPT-2, whose matrices are stored transposed, gives the same logits and loss."""
     model = random_model(**GPT2_LIKE | {"tie_weights": tied, "mlp_ratio": 4.0})
     c, w = model.config, model.state_dict()
-    other = GPT2LMHeadModel(GPT2Config(
-        vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
-        n_head=c.n_head, n_inner=c.mlp_hidden, activation_function="gelu_new", layer_norm_epsilon=c.norm_eps,
-        tie_word_embeddings=tied, attn_implementation="eager", bos_token_id=0, eos_token_id=0)).eval()
+    other = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=c.vocab_size,
+            n_positions=c.block_size,
+            n_embd=c.n_embd,
+            n_layer=c.n_layer,
+            n_head=c.n_head,
+            n_inner=c.mlp_hidden,
+            activation_function="gelu_new",
+            layer_norm_epsilon=c.norm_eps,
+            tie_word_embeddings=tied,
+            attn_implementation="eager",
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+    ).eval()
     transposed = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
-    other.load_state_dict({name if name.startswith("lm_head") else f"transformer.{name}":
-                           tensor.T if name.endswith(transposed) else tensor for name, tensor in w.items()})
+    other.load_state_dict(
+        {
+            name if name.startswith("lm_head") else f"transformer.{name}": tensor.T
+            if name.endswith(transposed)
+            else tensor
+            for name, tensor in w.items()
+        }
+    )
     ids = random_ids(c, 3, 12)
     with torch.no_grad():
         result = other(input_ids=ids, labels=ids)
@@ -237,8 +292,11 @@ def test_bfloat16_logits_are_near_those_of_float32(values, monkeypatch):
         expected = model(ids)[0]
         streams, attend = [], gpt.attention
         model.h[1].register_forward_pre_hook(lambda _, inputs: streams.append(inputs[0].dtype))
-        monkeypatch.setattr(gpt, "attention", lambda q, k, v, *rest: (
-            streams.extend((q.dtype, k.dtype, v.dtype)) or attend(q, k, v, *rest)))
+        monkeypatch.setattr(
+            gpt,
+            "attention",
+            lambda q, k, v, *rest: streams.extend((q.dtype, k.dtype, v.dtype)) or attend(q, k, v, *rest),
+        )
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(ids)[0]
     assert streams == [torch.bfloat16] * 7
@@ -328,16 +386,28 @@ def test_rotation_keeps_norms_and_position_zero():
 
 
 # ---- Initial weights and loss ----
-CHAR = {"vocab_size": 65, "block_size": 256, "n_layer": 4, "n_head": 4, "n_kv_head": 2, "n_embd": 128,
-        "dropout": 0.0, "qk_norm": True}
+CHAR = {
+    "vocab_size": 65,
+    "block_size": 256,
+    "n_layer": 4,
+    "n_head": 4,
+    "n_kv_head": 2,
+    "n_embd": 128,
+    "dropout": 0.0,
+    "qk_norm": True,
+}
 
 
-@pytest.mark.parametrize(("values", "tolerance"), [
-    (CHAR, 2e-2),
-    (CHAR | {"n_layer": 6, "n_head": 6, "n_kv_head": 6, "n_embd": 384}, 2e-2),
-    (CHAR | {"vocab_size": 50257, "block_size": 64, "n_layer": 2, "n_embd": 64}, 2e-2),
-    (CHAR | {"tie_weights": False}, 1e-6),
-], ids=["char", "char-wide", "bpe-narrow", "untied"])
+@pytest.mark.parametrize(
+    ("values", "tolerance"),
+    [
+        (CHAR, 2e-2),
+        (CHAR | {"n_layer": 6, "n_head": 6, "n_kv_head": 6, "n_embd": 384}, 2e-2),
+        (CHAR | {"vocab_size": 50257, "block_size": 64, "n_layer": 2, "n_embd": 64}, 2e-2),
+        (CHAR | {"tie_weights": False}, 1e-6),
+    ],
+    ids=["char", "char-wide", "bpe-narrow", "untied"],
+)
 def test_first_loss_is_that_of_a_uniform_guess(values, tolerance):
     """Before training the mean loss over all targets is ln(vocab_size)."""
     model = gpt.GPT(gpt.GPTConfig(**values)).eval()
@@ -352,8 +422,17 @@ def test_first_loss_is_that_of_a_uniform_guess(values, tolerance):
 @pytest.mark.parametrize("n_layer", [2, 8])
 def test_initial_standard_deviations(n_layer, tied):
     """c_proj has std 0.02 / sqrt(2 n_layer), embeddings 0.01, other matrices 0.02; norms are 1, biases 0."""
-    c = gpt.GPTConfig(vocab_size=500, block_size=64, n_layer=n_layer, n_embd=192, n_head=6, bias=True,
-                      use_rms_norm=False, use_rope=False, tie_weights=tied)
+    c = gpt.GPTConfig(
+        vocab_size=500,
+        block_size=64,
+        n_layer=n_layer,
+        n_embd=192,
+        n_head=6,
+        bias=True,
+        use_rms_norm=False,
+        use_rope=False,
+        tie_weights=tied,
+    )
     for name, p in gpt.GPT(c).state_dict().items():
         if name.endswith("bias"):
             assert torch.all(p == 0), name
@@ -474,15 +553,19 @@ def test_where_dropout_acts(training, monkeypatch):
     monkeypatch.setattr(gpt, "attention", spy)
     for name in ("ln_1", "ln_2", "attn", "mlp"):
         getattr(model.h[0], name).register_forward_hook(
-            lambda _, inputs, output, name=name: seen.update({name: (inputs[0], output)}))
+            lambda _, inputs, output, name=name: seen.update({name: (inputs[0], output)})
+        )
     model.ln_f.register_forward_hook(lambda _, inputs, output: seen.update(ln_f=(inputs[0], output)))
     ids = random_ids(model.config, 16, 12)
     with torch.no_grad():
         model(ids)
     assert rates == [0.5 if training else 0.0]
     embedded, middle, end = (seen[name][0] for name in ("ln_1", "ln_2", "ln_f"))
-    for added, whole in ((embedded, model.wte.weight.detach()[ids]), (middle - embedded, seen["attn"][1]),
-                         (end - middle, seen["mlp"][1])):
+    for added, whole in (
+        (embedded, model.wte.weight.detach()[ids]),
+        (middle - embedded, seen["attn"][1]),
+        (end - middle, seen["mlp"][1]),
+    ):
         assert near_zero(added) == pytest.approx(0.5 if training else 0.0, abs=0.03)
         left = added.abs() > 1e-6
         assert torch.allclose(added[left], (2 if training else 1) * whole[left], rtol=1e-3, atol=1e-5)
@@ -539,18 +622,24 @@ def test_checkpoints_of_a_compiled_model_load_into_a_plain_one(tmp_path):
 
 
 # ---- Configuration, sizes, FLOPs ----
-@pytest.mark.parametrize(("values", "named"), [
-    ({"n_embd": 30, "n_head": 4, "n_kv_head": 4}, ["n_embd", "30", "n_head", "4"]),
-    ({"n_embd": 24, "n_head": 6, "n_kv_head": 4}, ["n_head", "6", "n_kv_head", "4"]),
-    ({"n_embd": 24, "n_head": 2, "n_kv_head": 4}, ["n_head", "2", "n_kv_head", "4"]),
-    ({"n_embd": 28, "n_head": 4, "n_kv_head": 2}, ["n_embd", "n_head", "7", "even"]),
-    ({"dropout": 1.0}, ["dropout", "1.0"]),
-    ({"dropout": -0.1}, ["dropout", "-0.1"]),
-    ({"dropout": math.nan}, ["dropout", "nan"]),
-    *(({name: value}, [name, str(value)]) for value in (0, -3)
-      for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")),
-    ({"mlp_ratio": 0.0}, ["mlp_hidden", "0"]),
-])
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"n_embd": 30, "n_head": 4, "n_kv_head": 4}, ["n_embd", "30", "n_head", "4"]),
+        ({"n_embd": 24, "n_head": 6, "n_kv_head": 4}, ["n_head", "6", "n_kv_head", "4"]),
+        ({"n_embd": 24, "n_head": 2, "n_kv_head": 4}, ["n_head", "2", "n_kv_head", "4"]),
+        ({"n_embd": 28, "n_head": 4, "n_kv_head": 2}, ["n_embd", "n_head", "7", "even"]),
+        ({"dropout": 1.0}, ["dropout", "1.0"]),
+        ({"dropout": -0.1}, ["dropout", "-0.1"]),
+        ({"dropout": math.nan}, ["dropout", "nan"]),
+        *(
+            ({name: value}, [name, str(value)])
+            for value in (0, -3)
+            for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
+        ),
+        ({"mlp_ratio": 0.0}, ["mlp_hidden", "0"]),
+    ],
+)
 def test_impossible_sizes_are_refused_by_name(values, named):
     """A config without meaning raises ValueError, which names the setting and its value."""
     with pytest.raises(ValueError) as caught:
@@ -581,18 +670,36 @@ def on_meta(**values):
 
 def test_parameter_count_of_gpt2():
     """GPT-2's smallest model has its 124,439,808 parameters."""
-    model = on_meta(block_size=1024, vocab_size=50257, n_layer=12, n_head=12, n_kv_head=12, n_embd=768,
-                    bias=True, use_rope=False, use_rms_norm=False, use_swiglu=False)
+    model = on_meta(
+        block_size=1024,
+        vocab_size=50257,
+        n_layer=12,
+        n_head=12,
+        n_kv_head=12,
+        n_embd=768,
+        bias=True,
+        use_rope=False,
+        use_rms_norm=False,
+        use_swiglu=False,
+    )
     assert model.n_params() == 124_439_808
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize(("n_embd", "n_head", "n_kv_head", "hidden"), [(384, 6, 2, 1024), (128, 4, 4, 352),
-                                                                       (4096, 32, 8, 10912)])
+@pytest.mark.parametrize(
+    ("n_embd", "n_head", "n_kv_head", "hidden"), [(384, 6, 2, 1024), (128, 4, 4, 352), (4096, 32, 8, 10912)]
+)
 def test_parameter_count_of_a_llama(n_embd, n_head, n_kv_head, hidden, tied):
     """Embedding, and per layer q, k, v, o, three MLP matrices and two norms, and one norm at the end."""
-    model = on_meta(block_size=64, vocab_size=1000, n_layer=3, n_head=n_head, n_kv_head=n_kv_head,
-                    n_embd=n_embd, tie_weights=tied)
+    model = on_meta(
+        block_size=64,
+        vocab_size=1000,
+        n_layer=3,
+        n_head=n_head,
+        n_kv_head=n_kv_head,
+        n_embd=n_embd,
+        tie_weights=tied,
+    )
     kv = n_embd // n_head * n_kv_head
     layer = 2 * n_embd * n_embd + 2 * n_embd * kv + 3 * n_embd * hidden + 2 * n_embd
     assert model.config.mlp_hidden == hidden
@@ -606,8 +713,17 @@ def test_parameter_count_of_a_llama(n_embd, n_head, n_kv_head, hidden, tied):
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_flops_per_token_against_a_count_by_hand(tied, rope):
     """6 FLOPs a multiplying weight, the head included and lookups not, and 12 L d T for attention."""
-    model = on_meta(block_size=12, vocab_size=17, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, mlp_ratio=3.0,
-                    tie_weights=tied, use_rope=rope)
+    model = on_meta(
+        block_size=12,
+        vocab_size=17,
+        n_layer=2,
+        n_head=4,
+        n_kv_head=2,
+        n_embd=32,
+        mlp_ratio=3.0,
+        tie_weights=tied,
+        use_rope=rope,
+    )
     layer = 32 * 64 + 32 * 32 + 32 * 128 + 64 * 32
     norms = 5 * 32
     expected = 6 * (17 * 32 + 2 * layer + norms) + 12 * 2 * 32 * 12

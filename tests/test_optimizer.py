@@ -1,4 +1,5 @@
 """Muon against singular value decompositions and torch.optim.Muon; how the parameters are divided."""
+
 import pytest
 import torch
 
@@ -16,8 +17,9 @@ def matrix_with(values, rows, cols, seed=0):
 
 
 # ---- Newton-Schulz ----
-@pytest.mark.parametrize(("dtype", "low", "high", "off"), [(torch.float32, 0.65, 1.25, 1e-4),
-                                                           (torch.bfloat16, 0.6, 1.3, 6e-2)])
+@pytest.mark.parametrize(
+    ("dtype", "low", "high", "off"), [(torch.float32, 0.65, 1.25, 1e-4), (torch.bfloat16, 0.6, 1.3, 6e-2)]
+)
 @pytest.mark.parametrize("condition", [1.0, 3.0, 10.0])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_orthogonalize_moves_singular_values_to_one(shape, condition, dtype, low, high, off):
@@ -67,8 +69,11 @@ def relative(found, expected):
     return float((found - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize("settings", [{"lr": 0.05, "momentum": 0.95, "weight_decay": 0.0},
-                                      {"lr": 0.1, "momentum": 0.8, "weight_decay": 0.5}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{"lr": 0.05, "momentum": 0.95, "weight_decay": 0.0}, {"lr": 0.1, "momentum": 0.8, "weight_decay": 0.5}],
+    ids=str,
+)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_updates_equal_those_of_torch(shape, settings):
     """Three steps change a matrix as torch.optim.Muon changes it, up to bfloat16's rounding."""
@@ -89,8 +94,9 @@ def test_updates_equal_the_definition(shape):
     """Nesterov momentum, U V^T by the quintic, sqrt(rows / cols) if tall, and decoupled decay, in float64."""
     start, gradients = torch.randn(shape), [torch.randn(shape) for _ in range(3)]
     lr, momentum, decay = 0.1, 0.9, 0.3
-    found = muon_steps([start], [[g] for g in gradients], [shape[0]], lr=lr, momentum=momentum,
-                       weight_decay=decay)[0]
+    found = muon_steps(
+        [start], [[g] for g in gradients], [shape[0]], lr=lr, momentum=momentum, weight_decay=decay
+    )[0]
     p, average = start.double(), torch.zeros(shape, dtype=torch.float64)
     for g in gradients:
         average = momentum * average + (1 - momentum) * g
@@ -110,8 +116,10 @@ def test_fused_parts_equal_matrices_of_their_own(parts):
     gradients = [[torch.randn(sum(parts), 32) * scale for scale in (1, 10, 0.1)] for _ in range(3)]
     found = muon_steps(starts, gradients, parts, **settings)
     for i, start in enumerate(starts):
-        alone = [muon_steps([part], [[step[i].split(parts)[j]] for step in gradients], [rows], **settings)[0]
-                 for j, (part, rows) in enumerate(zip(start.split(parts), parts))]
+        alone = [
+            muon_steps([part], [[step[i].split(parts)[j]] for step in gradients], [rows], **settings)[0]
+            for j, (part, rows) in enumerate(zip(start.split(parts), parts))
+        ]
         assert (found[i] - torch.cat(alone)).abs().max() < 1e-5
     whole = muon_steps(starts, gradients, [sum(parts)], **settings)
     assert relative(whole[0], found[0]) > 1e-2
@@ -136,8 +144,9 @@ def test_momentum_is_saved_and_restored():
     expected = 0.1 * (0.9 * gradients[0] + gradients[1])
     assert torch.allclose(state["state"][0]["momentum_buffer"], expected, atol=1e-6)
     resumed, other = fresh(p.detach())
-    other.load_state_dict({"state": {0: {"momentum_buffer": expected.clone()}},
-                           "param_groups": state["param_groups"]})
+    other.load_state_dict(
+        {"state": {0: {"momentum_buffer": expected.clone()}}, "param_groups": state["param_groups"]}
+    )
     advance(p, optimizer, gradients[2:])
     advance(resumed, other, gradients[2:])
     assert torch.allclose(p, resumed, atol=1e-6)
@@ -171,14 +180,25 @@ def named_groups(model, optimizers):
 @pytest.mark.parametrize("name", ["muon", "adamw"])
 def test_every_parameter_has_one_optimizer(settings, name, family, tied):
     """Muon takes the blocks' matrices; norms and biases do not decay; rates and decay are the settings'."""
-    settings(optimizer=name, tie_weights=tied, weight_decay=0.07, learning_rate=0.003, muon_lr=0.02,
-             beta1=0.8, beta2=0.9, **family)
+    settings(
+        optimizer=name,
+        tie_weights=tied,
+        weight_decay=0.07,
+        learning_rate=0.003,
+        muon_lr=0.02,
+        beta1=0.8,
+        beta2=0.9,
+        **family,
+    )
     model = gpt.GPT(gpt.model_config(11))
     optimizers = gpt.make_optimizers(model, MACHINE)
     assert [type(o) for o in optimizers] == [torch.optim.AdamW] + [gpt.Muon] * (name == "muon")
     groups = named_groups(model, optimizers)
-    matrices = {f"h.{layer}.{part}.weight" for layer in range(2)
-                for part in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")}
+    matrices = {
+        f"h.{layer}.{part}.weight"
+        for layer in range(2)
+        for part in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    }
     embeddings = {"wte.weight"} | ({"wpe.weight"} if family else set())
     embeddings |= set() if tied else {"lm_head.weight"}
     for parameter, (optimizer, group) in groups.items():

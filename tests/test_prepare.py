@@ -1,4 +1,5 @@
 """prepare.py: text from files, folders, Python itself and two mirrors, and what it refuses."""
+
 import hashlib
 import http.server
 import json
@@ -24,7 +25,7 @@ def prepared(monkeypatch, tmp_path):
             assert isinstance(getattr(prepare, name), str | float), name
             monkeypatch.setattr(prepare, name, value)
         prepare.main()
-        folder, = root.iterdir()
+        (folder,) = root.iterdir()
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         tokenizer = gpt.Tokenizer(**meta["tokenizer"])
         train, val = ((folder / f"{split}.bin").read_bytes() for split in ("train", "val"))
@@ -121,8 +122,14 @@ def test_name_and_val_fraction(prepared, tmp_path):
 def test_a_folder_gives_its_txt_and_md_files_in_order(prepared, tmp_path):
     """Paths are sorted, subfolders included; other files are ignored, binary ones too."""
     folder = tmp_path / "notes"
-    for path, content in (("b.txt", "second"), ("a.md", "first"), ("c/d.txt", "third"), ("z.py", "no"),
-                          ("y.txt.gz", b"\0\xff"), ("README", "no")):
+    for path, content in (
+        ("b.txt", "second"),
+        ("a.md", "first"),
+        ("c/d.txt", "third"),
+        ("z.py", "no"),
+        ("y.txt.gz", b"\0\xff"),
+        ("README", "no"),
+    ):
         write(folder / path, content)
     (folder / "dir.txt").mkdir()
     assert prepared(input=str(folder))[::2] == ("notes", "first\nsecond\nthird")
@@ -182,9 +189,11 @@ def test_the_first_good_mirror_is_used(prepared, urls, mirror):
     assert asked == ["/first", "/second"]
 
 
-@pytest.mark.parametrize("page", [(500, b"", 0), (200, b"something else", 14), (200, b"", 0),
-                                  (200, PLAY[:20].encode(), len(PLAY))],
-                         ids=["error", "other text", "empty", "cut short"])
+@pytest.mark.parametrize(
+    "page",
+    [(500, b"", 0), (200, b"something else", 14), (200, b"", 0), (200, PLAY[:20].encode(), len(PLAY))],
+    ids=["error", "other text", "empty", "cut short"],
+)
 def test_a_broken_mirror_is_passed_over(prepared, urls, mirror, page):
     """A server error, a wrong text and a connection that ends early all lead to the next mirror."""
     pages, asked, root = mirror
@@ -224,14 +233,18 @@ def test_another_text_is_not_shakespeare(refused, urls, tmp_path):
     refused(ValueError, path, "sha256", "--name", dataset="shakespeare", input=path)
 
 
-@pytest.mark.parametrize(("content", "fragments"), [
-    (b"caf\xe9 au lait", ("UTF-8", "byte 3", "0xe9")),
-    ("text".encode("utf-16"), ("UTF-8", "byte 0", "0xff")),
-    (b"ab\0cd", ("binary", "byte 2")),
-    (b"", ("empty",)),
-    (b"\xef\xbb\xbf", ("empty",)),
-    (b"a", ("two characters",)),
-], ids=["latin1", "utf16", "binary", "empty", "mark", "single"])
+@pytest.mark.parametrize(
+    ("content", "fragments"),
+    [
+        (b"caf\xe9 au lait", ("UTF-8", "byte 3", "0xe9")),
+        ("text".encode("utf-16"), ("UTF-8", "byte 0", "0xff")),
+        (b"ab\0cd", ("binary", "byte 2")),
+        (b"", ("empty",)),
+        (b"\xef\xbb\xbf", ("empty",)),
+        (b"a", ("two characters",)),
+    ],
+    ids=["latin1", "utf16", "binary", "empty", "mark", "single"],
+)
 def test_what_is_no_text_is_refused(refused, tmp_path, content, fragments):
     """Each message names the file and what is wrong with it."""
     path = write(tmp_path / "odd.txt", content)

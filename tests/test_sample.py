@@ -1,4 +1,5 @@
 """sample.py: continue texts with a checkpoint, once or at the keyboard."""
+
 import math
 import os
 from pathlib import Path
@@ -17,8 +18,15 @@ SETTINGS = read_settings(Path(sample.__file__).read_text(encoding="utf-8"))
 
 def save_alphabet(path, shift=1):
     """Save a model that says, after any letter, the one `shift` places on, with a probability of nearly 1."""
-    args = {"block_size": BLOCK, "vocab_size": len(CHARS), "n_layer": 1, "n_head": 1, "n_kv_head": 1,
-            "n_embd": 32, "tie_weights": False}
+    args = {
+        "block_size": BLOCK,
+        "vocab_size": len(CHARS),
+        "n_layer": 1,
+        "n_head": 1,
+        "n_kv_head": 1,
+        "n_embd": 32,
+        "tie_weights": False,
+    }
     model = gpt.GPT(gpt.GPTConfig(**args))
     with torch.no_grad():
         model.h[0].attn.c_proj.weight.zero_()
@@ -26,8 +34,16 @@ def save_alphabet(path, shift=1):
         model.wte.weight.copy_(torch.eye(len(CHARS), 32))
         model.lm_head.weight.copy_(20 * torch.eye(len(CHARS), 32).roll(shift, 0))
     path.parent.mkdir(parents=True, exist_ok=True)
-    gpt.save_checkpoint(path, {"step": 1234, "best_val_loss": 1.5, "model": model.state_dict(),
-                               "model_args": args, "tokenizer": {"kind": "char", "chars": CHARS}})
+    gpt.save_checkpoint(
+        path,
+        {
+            "step": 1234,
+            "best_val_loss": 1.5,
+            "model": model.state_dict(),
+            "model_args": args,
+            "tokenizer": {"kind": "char", "chars": CHARS},
+        },
+    )
     return str(path)
 
 
@@ -135,11 +151,21 @@ def test_an_empty_prompt_is_a_newline(say):
     assert say(prompt="", max_tokens=3).out == "\n ab\n"
 
 
-@pytest.mark.parametrize(("stop", "expected"), [
-    ("fg", "abcde\n"), ("z||fg", "abcde\n"), ("e||h", "abcd\n"), ("h||e", "abcd\n"), ("d", "abc\n"),
-    ("fgz", "abcdefghij\n"), ("b", "abcdefghij\n"), ("cd", "abcdefghij\n"),
-    ("||", "abcdefghij\n"), ("j", "abcdefghi\n"),
-])
+@pytest.mark.parametrize(
+    ("stop", "expected"),
+    [
+        ("fg", "abcde\n"),
+        ("z||fg", "abcde\n"),
+        ("e||h", "abcd\n"),
+        ("h||e", "abcd\n"),
+        ("d", "abc\n"),
+        ("fgz", "abcdefghij\n"),
+        ("b", "abcdefghij\n"),
+        ("cd", "abcdefghij\n"),
+        ("||", "abcdefghij\n"),
+        ("j", "abcdefghi\n"),
+    ],
+)
 def test_stop_strings_end_a_sample_and_do_not_appear(say, stop, expected):
     """The first to come counts, wherever it stands in the list; the prompt is not searched."""
     assert say(prompt="abc", max_tokens=7, stop=stop).out == expected
@@ -162,7 +188,11 @@ def test_the_options_reach_the_model(say, trained, monkeypatch):
     monkeypatch.setattr(gpt, "sample_next", spy)
     say(prompt="a", max_tokens=1, temperature=0.7, top_k=3, top_p=0.6, min_p=0.05)
     assert {k: v for k, v in seen[0].items() if k != "generator"} == {
-        "temperature": 0.7, "top_k": 3, "top_p": 0.6, "min_p": 0.05}
+        "temperature": 0.7,
+        "top_k": 3,
+        "top_p": 0.6,
+        "min_p": 0.05,
+    }
     assert seen[0]["generator"].initial_seed() == sample.seed
 
 
@@ -234,12 +264,24 @@ def test_a_prompt_longer_than_the_context_is_said(say):
     assert "note" not in say(prompt="abcdefghijklmnop", max_tokens=0).err
 
 
-@pytest.mark.parametrize(("name", "value"), [
-    ("temperature", -0.1), ("temperature", math.nan), ("temperature", math.inf), ("top_k", -1),
-    ("top_p", 0.0), ("top_p", 1.5), ("top_p", math.nan), ("min_p", -0.1), ("min_p", 1.1),
-    ("repetition_penalty", 0.0),
-    ("repetition_penalty", -1.0), ("max_tokens", -1), ("num_samples", 0),
-])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", -0.1),
+        ("temperature", math.nan),
+        ("temperature", math.inf),
+        ("top_k", -1),
+        ("top_p", 0.0),
+        ("top_p", 1.5),
+        ("top_p", math.nan),
+        ("min_p", -0.1),
+        ("min_p", 1.1),
+        ("repetition_penalty", 0.0),
+        ("repetition_penalty", -1.0),
+        ("max_tokens", -1),
+        ("num_samples", 0),
+    ],
+)
 def test_a_setting_out_of_range_is_named(say, capsys, name, value):
     """Nothing is loaded or printed before the ranges are checked."""
     with pytest.raises(ValueError, match=rf"{name} is {value}: it must be"):
@@ -247,10 +289,19 @@ def test_a_setting_out_of_range_is_named(say, capsys, name, value):
     assert capsys.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize(("name", "value"), [
-    ("temperature", 0.0), ("top_k", 0), ("top_k", 10_000), ("top_p", 1.0), ("min_p", 0.0), ("min_p", 1.0),
-    ("repetition_penalty", 0.5), ("repetition_penalty", 1.5),
-])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", 0.0),
+        ("top_k", 0),
+        ("top_k", 10_000),
+        ("top_p", 1.0),
+        ("min_p", 0.0),
+        ("min_p", 1.0),
+        ("repetition_penalty", 0.5),
+        ("repetition_penalty", 1.5),
+    ],
+)
 def test_the_bounds_themselves_are_fine(say, name, value):
     """The ends of each range work."""
     assert say(prompt="abc", **{name: value}).out == "abcdefgh\n"
@@ -320,13 +371,21 @@ def test_interactive_settings_change(chat):
     assert (type(sample.temperature), type(sample.top_k)) == (float, int)
 
 
-@pytest.mark.parametrize(("line", "fragments"), [
-    ("/foo 1", ("/temperature 0.8", "can be changed")), ("/", ("/temperature 0.8", "/max_tokens 5")),
-    ("/seed 1", ("can be changed",)), ("/temperature", ("can be changed",)),
-    ("/temperature 0.5 0.6", ("can be changed",)), ("/temperature -1", ("temperature stays 0.8", "-1")),
-    ("/top_p 0", ("top_p stays 0.9", "above 0")), ("/top_k 2.5", ("top_k stays 200", "2.5")),
-    ("/temperature nan", ("temperature stays 0.8", "nan")), ("/max_tokens x", ("max_tokens stays 5", "x")),
-])
+@pytest.mark.parametrize(
+    ("line", "fragments"),
+    [
+        ("/foo 1", ("/temperature 0.8", "can be changed")),
+        ("/", ("/temperature 0.8", "/max_tokens 5")),
+        ("/seed 1", ("can be changed",)),
+        ("/temperature", ("can be changed",)),
+        ("/temperature 0.5 0.6", ("can be changed",)),
+        ("/temperature -1", ("temperature stays 0.8", "-1")),
+        ("/top_p 0", ("top_p stays 0.9", "above 0")),
+        ("/top_k 2.5", ("top_k stays 200", "2.5")),
+        ("/temperature nan", ("temperature stays 0.8", "nan")),
+        ("/max_tokens x", ("max_tokens stays 5", "x")),
+    ],
+)
 def test_interactive_refuses_by_a_sentence_and_goes_on(chat, line, fragments):
     """Nothing changes, one line says why, and the next prompt is answered."""
     lines = chat(line, "abc").out.splitlines()
@@ -346,8 +405,16 @@ def test_interactive_names_an_unknown_character_and_goes_on(chat):
 def test_sample_as_a_command(run_script, tmp_path):
     """The real script reads prompts from stdin, far from any data, and keeps the streams apart."""
     path = save_alphabet(tmp_path / "run" / "best.pt")
-    done = run_script("sample.py", "--out_dir=run", "--interactive", "--max_tokens", "2", "--device=cpu",
-                      cwd=tmp_path, stdin="abc\n/foo 1\nxyz\nquit\nabc\n")
+    done = run_script(
+        "sample.py",
+        "--out_dir=run",
+        "--interactive",
+        "--max_tokens",
+        "2",
+        "--device=cpu",
+        cwd=tmp_path,
+        stdin="abc\n/foo 1\nxyz\nquit\nabc\n",
+    )
     assert done.returncode == 0
     assert "> abcde\n" in done.stdout
     assert "can be changed" in done.stdout

@@ -1,4 +1,5 @@
 """Settings: config files and flags pass one check, and a mistake is one sentence."""
+
 import ast
 import re
 import runpy
@@ -79,10 +80,14 @@ def launch(tmp_path, monkeypatch):
 def test_read_settings_finds_names_types_and_help():
     """Only commented lower-case assignments above the first def are settings."""
     assert configurator.read_settings(TOY) == {
-        "n_layer": (int, False, "blocks"), "learning_rate": (float, False, "step size; 1e-3 = small"),
-        "bias": (bool, False, "biases in linear layers"), "name": (str, False, "of the run"),
-        "shift": (int, False, "may be negative"), "compile": (bool, True, "None: by hardware"),
-        "limit": (int, True, "None: no limit")}
+        "n_layer": (int, False, "blocks"),
+        "learning_rate": (float, False, "step size; 1e-3 = small"),
+        "bias": (bool, False, "biases in linear layers"),
+        "name": (str, False, "of the run"),
+        "shift": (int, False, "may be negative"),
+        "compile": (bool, True, "None: by hardware"),
+        "limit": (int, True, "None: no limit"),
+    }
 
 
 def plain_globals(module):
@@ -155,7 +160,14 @@ def test_several_flags_leave_the_rest_alone(toy):
     """What no flag names keeps its default."""
     script = toy("--n_layer", "2", "--bias", "--name=x")
     assert [script[k] for k in ("n_layer", "learning_rate", "bias", "name", "shift", "compile", "limit")] == [
-        2, 1e-3, True, "x", -1, None, 3]
+        2,
+        1e-3,
+        True,
+        "x",
+        -1,
+        None,
+        3,
+    ]
 
 
 INVALID_FLAGS = [
@@ -334,8 +346,12 @@ def test_errors_inside_a_config_file_name_file_and_place(toy, config):
     path = config("n_layer = 3\nname = = 2\n", "broken.py")
     with pytest.raises(ValueError, match=re.escape(f"{path}, line 2: ") + "."):
         toy(path)
-    for text, kind in (("n_layer = 1 // 0\n", "ZeroDivisionError"), ("n_layer = missing\n", "NameError"),
-                       ("raise KeyError('x')\n", "KeyError"), ("import no_such_module\n", "ModuleNotFound")):
+    for text, kind in (
+        ("n_layer = 1 // 0\n", "ZeroDivisionError"),
+        ("n_layer = missing\n", "NameError"),
+        ("raise KeyError('x')\n", "KeyError"),
+        ("import no_such_module\n", "ModuleNotFound"),
+    ):
         path = config(text, "fails.py")
         with pytest.raises(ValueError, match=re.escape(f"{path}: {kind}")):
             toy(path)
@@ -435,7 +451,8 @@ def test_help_lists_every_setting_and_runs_nothing(launch, capsys, flag):
         "--name='a'                           of the run",
         "--shift=-1                           may be negative",
         "--compile=None                       None: by hardware",
-        "--limit=3                            None: no limit"]
+        "--limit=3                            None: no limit",
+    ]
 
 
 @pytest.mark.parametrize("name", ["gpt.py", "sample.py", "prepare.py"])

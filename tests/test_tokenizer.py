@@ -1,4 +1,5 @@
 """Tokenizers: text to ids and back, by character or by byte pairs."""
+
 import json
 
 import pytest
@@ -15,8 +16,9 @@ def tiny_bpe(monkeypatch):
     def get_encoding(name):
         if name != "tiny":
             raise OSError("no network in the tests")
-        return tiktoken.Encoding("tiny", pat_str=r"\w+|\s+|[^\w\s]+", mergeable_ranks=ranks,
-                                 special_tokens={"<|endoftext|>": 258})
+        return tiktoken.Encoding(
+            "tiny", pat_str=r"\w+|\s+|[^\w\s]+", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 258}
+        )
 
     monkeypatch.setattr(tiktoken, "get_encoding", get_encoding)
 

@@ -1,4 +1,5 @@
-"""Training as a whole: schedule, resume, signals, time budget, world size, learning, checkpoints, the notebook cell."""
+"""Training as a whole: schedule, resume, signals, time budget, world size, learning, notebook cell."""
+
 import json
 import math
 import os
@@ -24,7 +25,10 @@ def read_log(out):
 def losses(out):
     """Return {step: loss} and {step: val_loss} of a run's log."""
     lines = read_log(out)
-    return ({r["step"]: r["loss"] for r in lines if "loss" in r}, {r["step"]: r["val_loss"] for r in lines if "val_loss" in r})
+    return (
+        {r["step"]: r["loss"] for r in lines if "loss" in r},
+        {r["step"]: r["val_loss"] for r in lines if "val_loss" in r},
+    )
 
 
 def assert_same(a, b, where=""):
@@ -53,12 +57,15 @@ def assert_same_state(a, b):
 # ---- schedule ----
 
 
-@pytest.mark.parametrize("schedule, expected", [
-    ("linear", {0.0: 1.0, 0.25: 0.75 + 0.25 * 0.1, 0.5: 0.55, 1.0: 0.1}),
-    ("cosine", {0.0: 1.0, 0.5: 0.55, 1.0: 0.1, 1.5: 0.1}),
-    ("wsd", {0.0: 1.0, 0.5: 1.0, 0.8: 1.0, 0.9: 0.55, 1.0: 0.1}),
-    ("constant", {0.0: 1.0, 0.5: 1.0, 1.0: 1.0}),
-])
+@pytest.mark.parametrize(
+    "schedule, expected",
+    [
+        ("linear", {0.0: 1.0, 0.25: 0.75 + 0.25 * 0.1, 0.5: 0.55, 1.0: 0.1}),
+        ("cosine", {0.0: 1.0, 0.5: 0.55, 1.0: 0.1, 1.5: 0.1}),
+        ("wsd", {0.0: 1.0, 0.5: 1.0, 0.8: 1.0, 0.9: 0.55, 1.0: 0.1}),
+        ("constant", {0.0: 1.0, 0.5: 1.0, 1.0: 1.0}),
+    ],
+)
 def test_schedule_values(settings, schedule, expected):
     settings(lr_schedule=schedule, warmup_iters=0, learning_rate=1.0, min_lr=0.1)
     for progress, value in expected.items():
@@ -71,8 +78,14 @@ def test_warmup_is_linear_and_never_zero(settings):
 
 
 def test_rates_of_a_run_follow_the_schedule_and_each_step_has_its_own(settings, tmp_path):
-    settings(max_iters=10, warmup_iters=0, lr_schedule="linear", learning_rate=1e-3, min_lr=0.0,
-             gradient_accumulation_steps=2)
+    settings(
+        max_iters=10,
+        warmup_iters=0,
+        lr_schedule="linear",
+        learning_rate=1e-3,
+        min_lr=0.0,
+        gradient_accumulation_steps=2,
+    )
     gpt.train()
     rates = [r["lr"] for r in read_log(tmp_path / "out") if "lr" in r]
     assert rates == pytest.approx([1e-3 * (1 - step / 10) for step in range(10)])
@@ -91,7 +104,9 @@ def test_a_run_makes_max_iters_updates_and_saves_and_evaluates_the_last(settings
     assert sorted(losses(tmp_path / "out")[1]) == [0, 3, 6, 7]
     model, tokenizer, _ = gpt.load_checkpoint(tmp_path / "out" / "ckpt.pt")
     data = gpt.Data(tmp_path / "data" / "toy", 16)
-    tokens = torch.from_numpy(np.fromfile(tmp_path / "data" / "toy" / "val.bin", dtype="<u2").astype(np.int64))
+    tokens = torch.from_numpy(
+        np.fromfile(tmp_path / "data" / "toy" / "val.bin", dtype="<u2").astype(np.int64)
+    )
     total = 0.0
     for start in range(0, len(tokens) - 1, 16):
         window = tokens[start : start + 17]
@@ -144,8 +159,12 @@ def test_checkpoint_is_plain_and_its_keys_are_those_of_the_model(settings, tmp_p
     assert state["model"].keys() == gpt.GPT(gpt.GPTConfig(**state["model_args"])).state_dict().keys()
 
     def check(value):
-        assert isinstance(value, dict | list | tuple | str | int | float | bool | None | torch.Tensor), type(value)
-        for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ():
+        assert isinstance(value, dict | list | tuple | str | int | float | bool | None | torch.Tensor), type(
+            value
+        )
+        for inner in (
+            value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+        ):
             check(inner)
 
     check(state)
@@ -193,14 +212,24 @@ def test_a_loss_that_is_not_finite_is_never_saved(settings, tmp_path, monkeypatc
 # ---- resume ----
 
 
-@pytest.mark.parametrize("changes", [
-    {"optimizer": "muon"},
-    {"optimizer": "adamw", "dropout": 0.2},
-    {"optimizer": "muon", "gradient_accumulation_steps": 3, "dropout": 0.1, "tie_weights": False},
-    {"optimizer": "muon", "dtype": "bfloat16"},
-])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer": "muon"},
+        {"optimizer": "adamw", "dropout": 0.2},
+        {"optimizer": "muon", "gradient_accumulation_steps": 3, "dropout": 0.1, "tie_weights": False},
+        {"optimizer": "muon", "dtype": "bfloat16"},
+    ],
+)
 def test_resume_is_bit_exact(settings, tmp_path, changes):
-    settings(max_iters=40, eval_interval=10, lr_decay_iters=40, warmup_iters=5, out_dir=str(tmp_path / "a"), **changes)
+    settings(
+        max_iters=40,
+        eval_interval=10,
+        lr_decay_iters=40,
+        warmup_iters=5,
+        out_dir=str(tmp_path / "a"),
+        **changes,
+    )
     gpt.train()
     settings(max_iters=20, out_dir=str(tmp_path / "b"))
     gpt.train()
@@ -214,11 +243,30 @@ def test_resume_is_bit_exact(settings, tmp_path, changes):
 
 def test_resume_after_sigterm_is_bit_exact(settings, tmp_path, run_script):
     settings()
-    common = [f"--data_dir={tmp_path / 'data'}", "--dataset=toy", "--n_layer=2", "--n_embd=32", "--n_head=4",
-              "--block_size=16", "--batch_size=4", "--max_iters=3000", "--lr_decay_iters=3000", "--log_interval=1",
-              "--eval_interval=500", "--eval_iters=2", "--sample_tokens=0", "--dtype=float32", "--dropout=0.1"]
-    process = subprocess.Popen([sys.executable, "gpt.py", *common, f"--out_dir={tmp_path / 'cut'}"], cwd=ROOT,
-                               env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True)
+    common = [
+        f"--data_dir={tmp_path / 'data'}",
+        "--dataset=toy",
+        "--n_layer=2",
+        "--n_embd=32",
+        "--n_head=4",
+        "--block_size=16",
+        "--batch_size=4",
+        "--max_iters=3000",
+        "--lr_decay_iters=3000",
+        "--log_interval=1",
+        "--eval_interval=500",
+        "--eval_iters=2",
+        "--sample_tokens=0",
+        "--dtype=float32",
+        "--dropout=0.1",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "gpt.py", *common, f"--out_dir={tmp_path / 'cut'}"],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     for line in process.stdout:
         if line.startswith("step    3"):
             break
@@ -229,7 +277,9 @@ def test_resume_after_sigterm_is_bit_exact(settings, tmp_path, run_script):
     assert 0 < stopped < 3000
     end = stopped + 40
     for name, init in (("cut", "resume"), ("whole", "scratch")):
-        done = run_script("gpt.py", *common, f"--max_iters={end}", f"--out_dir={tmp_path / name}", f"--init_from={init}")
+        done = run_script(
+            "gpt.py", *common, f"--max_iters={end}", f"--out_dir={tmp_path / name}", f"--init_from={init}"
+        )
         assert done.returncode == 0, done.stderr
     assert_same_state(tmp_path / "cut" / "ckpt.pt", tmp_path / "whole" / "ckpt.pt")
     assert losses(tmp_path / "cut")[0] == losses(tmp_path / "whole")[0]
@@ -251,8 +301,17 @@ def test_a_second_interrupt_is_not_swallowed_and_handlers_are_restored(settings,
     assert signal.getsignal(signal.SIGINT) is before
 
 
-@pytest.mark.parametrize("name, value", [("n_layer", 3), ("n_embd", 64), ("qk_norm", False), ("block_size", 8),
-                                         ("optimizer", "adamw"), ("tie_weights", False)])
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("n_layer", 3),
+        ("n_embd", 64),
+        ("qk_norm", False),
+        ("block_size", 8),
+        ("optimizer", "adamw"),
+        ("tie_weights", False),
+    ],
+)
 def test_resume_with_a_changed_architecture_is_refused(settings, name, value):
     settings(max_iters=2)
     gpt.train()
@@ -265,7 +324,9 @@ def test_resume_with_a_changed_architecture_is_refused(settings, name, value):
 
 
 def test_max_minutes_ends_on_time_with_the_schedule_at_its_end(settings, tmp_path):
-    settings(max_minutes=0.2, max_iters=3, eval_interval=200, warmup_iters=2, lr_schedule="linear", log_interval=5)
+    settings(
+        max_minutes=0.2, max_iters=3, eval_interval=200, warmup_iters=2, lr_schedule="linear", log_interval=5
+    )
     began = time.time()
     gpt.train(began)
     took = time.time() - began
@@ -280,15 +341,44 @@ def test_max_minutes_ends_on_time_with_the_schedule_at_its_end(settings, tmp_pat
 @pytest.mark.parametrize("changes", [["--optimizer=muon"], ["--optimizer=adamw", "--dropout=0.1"]])
 def test_two_processes_see_the_same_batches_and_losses_as_one(settings, tmp_path, run_script, changes):
     settings()
-    common = [f"--data_dir={tmp_path / 'data'}", "--dataset=toy", "--n_layer=2", "--n_embd=32", "--n_head=4",
-              "--block_size=16", "--batch_size=4", "--gradient_accumulation_steps=4", "--max_iters=30",
-              "--log_interval=1", "--eval_interval=10", "--eval_iters=3", "--sample_tokens=0", "--dtype=float32",
-              "--device=cpu", *changes]
+    common = [
+        f"--data_dir={tmp_path / 'data'}",
+        "--dataset=toy",
+        "--n_layer=2",
+        "--n_embd=32",
+        "--n_head=4",
+        "--block_size=16",
+        "--batch_size=4",
+        "--gradient_accumulation_steps=4",
+        "--max_iters=30",
+        "--log_interval=1",
+        "--eval_interval=10",
+        "--eval_iters=3",
+        "--sample_tokens=0",
+        "--dtype=float32",
+        "--device=cpu",
+        *changes,
+    ]
     one = run_script("gpt.py", *common, f"--out_dir={tmp_path / 'one'}")
     assert one.returncode == 0, one.stderr
-    two = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "gpt.py",
-                          *common, f"--out_dir={tmp_path / 'two'}"], cwd=ROOT, capture_output=True, text=True,
-                         env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120, check=False)
+    two = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node=2",
+            "gpt.py",
+            *common,
+            f"--out_dir={tmp_path / 'two'}",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=120,
+        check=False,
+    )
     assert two.returncode == 0, two.stderr
     assert two.stdout.count("full validation split") == 1
     for a, b in zip(losses(tmp_path / "one"), losses(tmp_path / "two")):
@@ -298,8 +388,10 @@ def test_two_processes_see_the_same_batches_and_losses_as_one(settings, tmp_path
     assert keys[0] == keys[1]
 
 
-@pytest.mark.parametrize("world_size, accumulation, expected", [(1, 4, (4, 12)), (2, 4, (2, 12)), (2, 1, (1, 6)),
-                                                                (4, 1, (1, 3)), (2, 5, (3, 10))])
+@pytest.mark.parametrize(
+    "world_size, accumulation, expected",
+    [(1, 4, (4, 12)), (2, 4, (2, 12)), (2, 1, (1, 6)), (4, 1, (1, 3)), (2, 5, (3, 10))],
+)
 def test_processes_share_the_global_batch(settings, world_size, accumulation, expected):
     settings(batch_size=12, gradient_accumulation_steps=accumulation)
     n_micro, rows = gpt.split_batch(world_size)
@@ -333,8 +425,17 @@ def test_overfits_one_batch(settings):
 
 
 def test_learns_pydoc(settings, tmp_path):
-    settings(dataset="pydoc", block_size=64, n_embd=64, batch_size=16, max_iters=200, eval_interval=200, eval_iters=5,
-             muon_lr=0.035, learning_rate=8e-3)
+    settings(
+        dataset="pydoc",
+        block_size=64,
+        n_embd=64,
+        batch_size=16,
+        max_iters=200,
+        eval_interval=200,
+        eval_iters=5,
+        muon_lr=0.035,
+        learning_rate=8e-3,
+    )
     torch.set_num_threads(2)
     figures = gpt.train()
     assert figures["val_loss"] < 2.3
@@ -352,8 +453,15 @@ def test_mfu_counts_the_known_gpus_and_is_none_elsewhere(monkeypatch):
     assert gpt.Machine(torch.device("cpu"), torch.float32, False, 0, 1).mfu(1e12) is None
 
 
-@pytest.mark.parametrize("capability, expected", [((9, 0), (torch.bfloat16, True)), ((8, 0), (torch.bfloat16, True)),
-                                                  ((7, 5), (torch.float16, True)), ((6, 1), (torch.float32, False))])
+@pytest.mark.parametrize(
+    "capability, expected",
+    [
+        ((9, 0), (torch.bfloat16, True)),
+        ((8, 0), (torch.bfloat16, True)),
+        ((7, 5), (torch.float16, True)),
+        ((6, 1), (torch.float32, False)),
+    ],
+)
 def test_dtype_and_compile_follow_the_gpu(settings, monkeypatch, capability, expected):
     settings(dtype="auto", device="cuda")
     monkeypatch.setattr(gpt, "pick_device", lambda name: torch.device("cuda"))
@@ -381,9 +489,15 @@ def test_compile_failure_is_one_line_and_trains_on(settings, monkeypatch, capsys
 
 
 def test_import_prints_nothing_and_trains_nothing(tmp_path):
-    done = subprocess.run([sys.executable, "-c", "from gpt import GPT, GPTConfig, Tokenizer, load_checkpoint, train"],
-                          cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
-                          timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", "from gpt import GPT, GPTConfig, Tokenizer, load_checkpoint, train"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert not list(tmp_path.iterdir())
 
@@ -391,12 +505,25 @@ def test_import_prints_nothing_and_trains_nothing(tmp_path):
 def test_pasted_into_a_notebook_cell_it_trains_and_samples(tmp_path):
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     source = (ROOT / "gpt.py").read_text(encoding="utf-8")
-    for line in ('dataset = "shakespeare"', "max_iters = 1000 ", "eval_interval = 250 ", "sample_tokens = 300 "):
+    for line in (
+        'dataset = "shakespeare"',
+        "max_iters = 1000 ",
+        "eval_interval = 250 ",
+        "sample_tokens = 300 ",
+    ):
         assert source.count(f"\n{line}") == 1, line
-    small = source.replace("\nmax_iters = 1000 ", "\nmax_iters = 3 ").replace("\nsample_tokens = 300 ", "\nsample_tokens = 20 ")
-    small = small.replace('\ndataset = "shakespeare"', '\ndataset = "pydoc"').replace("\neval_iters = 20 ", "\neval_iters = 1 ")
+    small = source.replace("\nmax_iters = 1000 ", "\nmax_iters = 3 ").replace(
+        "\nsample_tokens = 300 ", "\nsample_tokens = 20 "
+    )
+    small = small.replace('\ndataset = "shakespeare"', '\ndataset = "pydoc"').replace(
+        "\neval_iters = 20 ", "\neval_iters = 1 "
+    )
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(small)])
-    nbclient.NotebookClient(notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
+    nbclient.NotebookClient(
+        notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+    ).execute()
     text = "".join(output.get("text", "") for output in notebook.cells[0].outputs)
     assert "full validation split" in text and text.count("-" * 80) == 2
-    assert (tmp_path / "out" / "pydoc" / "ckpt.pt").exists() and (tmp_path / "data" / "pydoc" / "meta.json").exists()
+    assert (tmp_path / "out" / "pydoc" / "ckpt.pt").exists() and (
+        tmp_path / "data" / "pydoc" / "meta.json"
+    ).exists()
