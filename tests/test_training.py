@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -323,16 +323,24 @@ def test_resume_with_a_changed_architecture_is_refused(settings, name, value):
 # ---- time budget ----
 
 
-def test_max_minutes_ends_on_time_with_the_schedule_at_its_end(settings, tmp_path):
-    settings(
-        max_minutes=0.2, max_iters=3, eval_interval=200, warmup_iters=2, lr_schedule="linear", log_interval=5
-    )
-    began = time.time()
-    gpt.train(began)
-    took = time.time() - began
-    assert 0.85 * 12 < took < 1.05 * 12
+def test_max_minutes_ends_on_time_with_the_schedule_at_its_end(settings, tmp_path, monkeypatch):
+    """The clock is the test's own: 5 s before train(), 0.5 s a training step, 0.1 s a batch evaluated."""
+    now = [1000.0]
+    forward = gpt.GPT.forward
+
+    def slow(self, *args, **kwargs):
+        now[0] += 0.5 if self.training else 0.1
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(gpt, "time", types.SimpleNamespace(time=lambda: now[0]))
+    monkeypatch.setattr(gpt.GPT, "forward", slow)
+    settings(max_minutes=2.0, max_iters=3, eval_interval=40, warmup_iters=2, lr_schedule="linear")
+    figures = gpt.train(started=now[0] - 5)
+    assert 0.95 * 120 < now[0] - (1000 - 5) < 1.05 * 120
     rates = [r["lr"] for r in read_log(tmp_path / "out") if "lr" in r]
-    assert rates[-1] < 0.15 * max(rates) and len(rates) > 3
+    assert len(rates) == figures["step"] > 100
+    assert rates[-1] < 0.02 * max(rates) and max(rates) > 0.9 * gpt.learning_rate
+    assert rates[2:] == sorted(rates[2:], reverse=True)
 
 
 # ---- distributed ----
