@@ -44,7 +44,7 @@ def checked(settings, name, value):
     """Return value as the setting `name` takes it. Raises ValueError for an unknown name or a wrong type."""
     if name not in settings:
         close = difflib.get_close_matches(name, settings, 1)
-        hint = f"did you mean {close[0]}?" if close else "--help lists all"
+        hint = f"did you mean {close[0]}?" if close else "--help lists all; names of your own begin with _"
         raise ValueError(f"unknown setting {name!r}: {hint}")
     kind = settings[name].type
     if (kind is bool and type(value) is int and value in (0, 1)) or (kind is float and type(value) is int):
@@ -148,14 +148,16 @@ def run_script(script, main, **options):
 
     Ctrl-C gives exit code 130. With TRACEBACK=1 in the environment, mistakes show where they were found.
     """
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(help_text(script))
-        return
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character must not end a run
     try:
+        if {"-h", "--help"} & set(sys.argv[1:]):
+            print(help_text(script), flush=True)
+            return
         configure(script, sys.argv[1:], **options)
         main()
     except BrokenPipeError:  # piped into head, say: nobody reads on
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor should the flush at exit complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
     except (ValueError, OSError) as e:
         if os.environ.get("TRACEBACK"):
             raise

@@ -45,6 +45,7 @@ offline_fallback = True  # where Shakespeare cannot be downloaded, train on pydo
 seed = 1337  # of weights, batches, dropout and samples
 eval_only = False  # only evaluate out_dir/best.pt on the full validation split
 eval_interval = 250  # steps between evaluations, each preceded by a checkpoint
+early_stop = 0  # end after so many evaluations in a row without a new best; 0: never
 eval_iters = 20  # batches per evaluation; the run ends with one over the full validation split
 log_interval = 50  # steps between progress lines
 sample_at_eval = False  # print a sample at each evaluation, not only at the end
@@ -55,7 +56,7 @@ n_layer = 4  # blocks
 n_head = 4  # query heads per block
 n_kv_head = 2  # key/value heads per block: n_head is MHA, fewer is GQA, 1 is MQA
 n_embd = 128  # width of the residual stream
-mlp_ratio = 4.0  # MLP width over n_embd; SwiGLU, which has a third matrix, takes 2/3 of it
+mlp_ratio = 4.0  # MLP width over n_embd; SwiGLU, with a third matrix, takes 2/3 of it, in steps of 32
 dropout = 0.0  # share of activations dropped in training
 bias = False  # biases in linear layers and LayerNorm
 use_rope = True  # rotary positions; False: learned positions
@@ -170,7 +171,6 @@ class GPTConfig:
 
     @property
     def mlp_hidden(self):
-        """Width inside the MLP: SwiGLU, with a third matrix, takes 2/3 of the ratio, in steps of 32."""
         width = self.mlp_ratio * self.n_embd
         return 32 * round(width * 2 / 3 / 32) if self.use_swiglu else round(width)
 
@@ -194,18 +194,14 @@ def rotary_table(config):
 
 def rotate(x, rotary):
     """Turn the pairs of x (B, heads, T, head_dim) by their positions' angles (2, B or 1, 1, T, head_dim / 2).
-
-    Pair i is components i and i + head_dim / 2: Hugging Face's rotate-half layout.
-    """
+    Pair i is components i and i + head_dim / 2: Hugging Face's rotate-half layout."""
     cos, sin = rotary
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
 
 def attention(q, k, v, mask=None, dropout=0.0):
     """Attend from q (B, n_head, T, d) to k, v (B, n_kv_head, S, d); the one place that knows backends.
-
-    mask: (B, 1, T, S) bool, True where a query may look; None: causal, S = T. Returns (B, n_head, T, d).
-    """
+    mask: (B, 1, T, S) bool, True where a query may look; None: causal, S = T. Returns (B, n_head, T, d)."""
     T, d = q.shape[2:]
     groups = q.size(1) // k.size(1)  # query heads per key/value head (arXiv:2305.13245)
     if mask is None and q.dtype == torch.bfloat16 and q.device.type == "cpu":  # SDPA was slower
@@ -357,9 +353,7 @@ class GPT(nn.Module):
     @torch.no_grad()
     def generate(self, idx, max_tokens, repetition_penalty=1.0, generator=None, **sampling):
         """Yield max_tokens tensors (B,) of next ids for idx: (B, T) int64, or B lists of ids of any lengths.
-
-        sampling: keywords of sample_next. Past block_size the model sees the last context_length tokens.
-        """
+        sampling: as in sample_next. Past block_size the model sees the last context_length tokens."""
         device, block_size = self.wte.weight.device, self.config.block_size
         contexts = [torch.as_tensor(prompt, dtype=torch.long, device=device) for prompt in idx]
         if not all(len(context) for context in contexts):
@@ -411,9 +405,7 @@ def sample_next(logits, temperature=0.8, top_k=200, top_p=0.9, min_p=0.0, genera
 
 def context_length(n, block_size):
     """Return how many of the last of n tokens the model sees: all that fit, else half a block to a block.
-
-    When the block is full its older half is forgotten at once, so that the cache is refilled only then.
-    """
+    When the block is full its older half is forgotten at once, so that the cache is refilled only then."""
     half = block_size // 2
     return n if n <= block_size else half + 1 + (n - block_size - 1) % (block_size - half)
 
@@ -480,7 +472,6 @@ def make_optimizers(model, machine):
                   {"params": [m.c_proj.weight for m in mlps], "parts": width}]
     taken = {id(p) for group in hidden for p in group["params"]}
     rest = [p for p in model.parameters() if id(p) not in taken]
-    assert len(taken) + len(rest) == len(list(model.parameters())), "a parameter is in no group, or in two"
     groups = [{"params": [p for p in rest if p.ndim >= 2], "weight_decay": weight_decay},
               {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0}]  # norms, biases
     optimizers = [torch.optim.AdamW(groups, learning_rate, (beta1, beta2), fused=True)]
@@ -488,8 +479,8 @@ def make_optimizers(model, machine):
         native = machine.dtype != torch.float32 and native_bfloat16(machine.device)
         ns_dtype = torch.bfloat16 if native else torch.float32
         optimizers.append(Muon(hidden, muon_lr, weight_decay=weight_decay, dtype=ns_dtype))
-    for group in (group for o in optimizers for group in o.param_groups):
-        group["peak_lr"] = group["lr"]
+    held = [id(p) for o in optimizers for group in o.param_groups for p in group["params"]]
+    assert sorted(held) == sorted(map(id, model.parameters())), "a parameter is in no group, or in two"
     return optimizers
 
 # ---- Data: data/<name>/{train.bin, val.bin, meta.json} -----------------------------------------------------
@@ -572,11 +563,13 @@ class Data:
             raise FileNotFoundError(f"{folder} holds no data set: python prepare.py --input=FILE "
                                     f"--name={folder.name} makes one")
         try:
-            self.meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-            self.tokenizer = Tokenizer(**self.meta["tokenizer"])
-            dtype, vocab_size = np.dtype(self.meta["dtype"]).newbyteorder("<"), self.meta["vocab_size"]
-        except (KeyError, TypeError, json.JSONDecodeError) as e:
+            self.meta = json.loads((folder / "meta.json").read_bytes())
+            keys = ("dtype", "vocab_size", "tokenizer", "sha256", "train_tokens", "val_tokens", "val_bytes")
+            dtype, vocab_size, state, *_ = (self.meta[key] for key in keys)
+            dtype = np.dtype(dtype).newbyteorder("<")
+        except (KeyError, TypeError, ValueError) as e:
             raise ValueError(f"{folder / 'meta.json'} is damaged ({e}): prepare the data set again") from e
+        self.tokenizer = Tokenizer(**state)
         for split in ("train", "val"):
             path = folder / f"{split}.bin"
             n = path.stat().st_size // dtype.itemsize if path.exists() else 0
@@ -603,11 +596,10 @@ class Data:
 # ---- Schedule and evaluation -------------------------------------------------------------------------------
 def lr_scale(step, progress):
     """Return the factor on the peak rates of the update after `step` others; progress: share done, 0 to 1."""
-    if step < warmup_iters:
-        return (step + 1) / (warmup_iters + 1)
+    warm = min(1, (step + 1) / (warmup_iters + 1))
     falls = {"cosine": 0.5 + 0.5 * math.cos(math.pi * min(progress, 1)), "linear": 1 - progress,
              "wsd": min(1, 5 * (1 - progress)), "constant": 1}
-    return min_lr / learning_rate + (1 - min_lr / learning_rate) * max(0, falls[lr_schedule])
+    return warm * (min_lr / learning_rate + (1 - min_lr / learning_rate) * max(0, falls[lr_schedule]))
 
 @torch.no_grad()
 def evaluate(model, forward, data, machine, n_batches):
@@ -622,7 +614,7 @@ def evaluate(model, forward, data, machine, n_batches):
             losses.append(forward(*machine.move((x, y)))[1])
         counts.append(int((y >= 0).sum()))
     model.train()
-    nats = torch.stack(losses).double().cpu() @ torch.tensor(counts).double()
+    nats = torch.stack(losses).cpu().double() @ torch.tensor(counts).double()
     nats, count = machine.reduce([nats, sum(counts)], "SUM")
     return nats / count
 
@@ -709,7 +701,9 @@ class Machine:
 def pick_device(name):
     """Return the torch.device that the setting `device` names. Raises ValueError if it is not there."""
     if name == "auto":
-        name = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+        name = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun's processes take one GPU each
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         return torch.zeros(1, device=name).device
     except Exception as e:  # torch raises half a dozen types
@@ -725,8 +719,7 @@ def set_up_machine():
     """Choose device, dtype and compile, as the settings say; under torchrun, join the other processes."""
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     found = pick_device(device)
-    if world_size > 1 and found.type == "cuda":
-        found = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    if found.type == "cuda":
         torch.cuda.set_device(found)
     capability = torch.cuda.get_device_capability(found) if found.type == "cuda" else (0, 0)
     best = "bfloat16" if native_bfloat16(found) else "float16" if capability >= (7, 0) else "float32"
@@ -743,8 +736,7 @@ def compiled(model, machine, batch):
     forward = torch.compile(model, dynamic=False)
     try:
         with machine.autocast():
-            loss = forward(*machine.move(batch))[1]
-        loss.backward()
+            forward(*machine.move(batch))[1].backward()
     except Exception as e:  # noqa: BLE001  # compilers' errors have no common type
         if machine.rank == 0:
             print(f"torch.compile failed ({type(e).__name__}): training without it, as --compile=False does")
@@ -766,7 +758,7 @@ def check_settings():
             raise ValueError(f"{name} is {globals()[name]!r}: it must be one of {allowed.replace(' ', ', ')}")
     least = {"batch_size gradient_accumulation_steps eval_interval eval_iters log_interval": 1,
              "max_iters max_minutes warmup_iters lr_decay_iters min_lr weight_decay grad_clip seed": 0,
-             "sample_tokens": 0, "learning_rate muon_lr": 1e-12}
+             "sample_tokens early_stop": 0, "learning_rate muon_lr": 1e-12}
     for name, bound in ((name, bound) for names, bound in least.items() for name in names.split()):
         if not bound <= globals()[name] < 2**31:
             raise ValueError(f"{name} is {globals()[name]}: it must be at least {bound} and below 2**31")
@@ -779,8 +771,8 @@ def open_data(machine):
         dist.broadcast_object_list(folder)
     return Data(folder[0], block_size)
 
-def build_model(data, state):
-    """Return a GPT as the settings say: new, or with the weights of a checkpoint's state that agrees."""
+def build(data, machine, state):
+    """Return (model, optimizers, scaler) by the settings: new, or from a checkpoint's state that agrees."""
     torch.manual_seed(seed)
     model = GPT(model_config(data.meta["vocab_size"]))
     if state:
@@ -791,7 +783,13 @@ def build_model(data, state):
                 raise ValueError(f"{name} is {str(now[name])[:60]} but was {str(then[name])[:60]} in the "
                                  "checkpoint: go on with the settings and data it began with")
         model.load_state_dict(state["model"])
-    return model
+    optimizers = make_optimizers(model.to(machine.device), machine)
+    scaler = torch.amp.GradScaler("cuda", enabled=machine.dtype == torch.float16)
+    for o, saved in zip(optimizers, (state or {}).get("optimizers", ())):
+        o.load_state_dict(saved | {"param_groups": o.state_dict()["param_groups"]})  # rates as set now
+    if state and state.get("scaler"):
+        scaler.load_state_dict(state["scaler"])
+    return model, optimizers, scaler
 
 def split_batch(world_size):
     """Return (n_micro, rows): a process's micro-batches per step and their size; the global batch stays."""
@@ -803,13 +801,13 @@ def split_batch(world_size):
     return n_micro, rows
 
 def open_run(out):
-    """Make the run's folder and return its log file; an earlier run's files there get the ending .old."""
+    """Make the run's folder and return its log file; an earlier run's files there are renamed by date."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         for path in (out / "ckpt.pt", out / "best.pt", out / "log.jsonl"):
             if init_from == "scratch" and path.exists():
-                path.replace(f"{path}.old")
-                print(f"kept the earlier run's {path.name} as {path}.old")
+                kept = path.rename(f"{path}.{time.strftime('%Y-%m-%d-%H%M%S')}")
+                print(f"the earlier run's {path.name} is now {kept}")
         return open(out / "log.jsonl", "a", encoding="utf-8", buffering=1)  # each line at once
     except OSError as e:
         raise OSError(f"{out} cannot be written ({e.strerror}): choose another folder with --out_dir") from e
@@ -839,12 +837,12 @@ def print_sample(model, tokenizer, machine):
     model.train()
     print(f"{'-' * 80}\n{text.strip()}\n{'-' * 80}")
 
-def snapshot(model, data, step, best_val_loss):
-    """Return what a checkpoint for use holds: tensors, numbers, strings, lists and dicts only."""
+def snapshot(model, data, step, best_val_loss, **more):
+    """Return what a checkpoint for use holds, and more: tensors, numbers, strings, lists and dicts only."""
     config = {name: globals()[name] for name in SETTINGS} | {"dataset": data.folder.name}
     return {"config": config, "model_args": asdict(model.config), "optimizer": optimizer, "step": step,
             "tokenizer": data.tokenizer.state, "dataset_sha256": data.meta["sha256"],
-            "best_val_loss": best_val_loss, "model": model.state_dict()}
+            "best_val_loss": best_val_loss, "model": model.state_dict(), **more}
 
 def check_finite(loss, grad_norm, step, out):
     """Raise ValueError for a loss or gradient norm that is no number: such weights are not saved."""
@@ -856,8 +854,7 @@ def train(started=None):
     """Train as the settings say; return the final figures as a dict.
 
     started: time.time() from which max_minutes counts; None: now. Raises ValueError or OSError for what the
-    user can mend. SIGINT and SIGTERM save and end the run, the dict then has the number as "stopped_by".
-    """
+    user can mend. SIGINT and SIGTERM save and end the run, the dict then has the number as "stopped_by"."""
     check_settings()
     machine, caught, actions = set_up_machine(), [], {}
 
@@ -869,6 +866,9 @@ def train(started=None):
         actions = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
         figures = training_run(started or time.time(), machine, caught)
+    except torch.OutOfMemoryError as e:
+        raise ValueError(f"the GPU's memory is full: lower batch_size ({batch_size}) and raise "
+                         "gradient_accumulation_steps as much, or set gradient_checkpointing") from e
     finally:
         for signum, action in actions.items():
             signal.signal(signum, action)
@@ -883,24 +883,20 @@ def training_run(started, machine, caught):
     n_micro, rows = split_batch(machine.world_size)
     data = open_data(machine)
     out = Path(out_dir or HERE / "out" / data.folder.name)
-    state, step, best_val_loss = None, 0, math.inf
+    state, step, best_val_loss, stale = None, 0, math.inf, 0  # stale: evaluations since the best
     if eval_only:
         state = read_checkpoint(out / "best.pt")
     elif init_from == "resume":
         state = read_checkpoint(out / "ckpt.pt", "optimizers")
-        step, best_val_loss, started = state["step"], state["best_val_loss"], started - state["elapsed_s"]
-    model = build_model(data, state).to(machine.device)
+        step, best_val_loss, stale = state["step"], state["best_val_loss"], state["stale"]
+        started -= state["elapsed_s"]
+    model, optimizers, scaler = build(data, machine, state)
     if eval_only:
         return final_figures(model, model, data, machine, f"{out / 'best.pt'}, step {state['step']:,}")
-    optimizers = make_optimizers(model, machine)
-    scaler = torch.amp.GradScaler("cuda", enabled=machine.dtype == torch.float16)
-    for part, saved in zip((*optimizers, scaler), state["optimizers"] if state else ()):
-        part.load_state_dict(saved)
     log_file = open_run(out) if machine.rank == 0 else None
 
     def log(**values):
-        values = {"step": step, "elapsed_s": round(time.time() - started, 3)} | values
-        say(json.dumps(values), file=log_file)
+        say(json.dumps({"step": step, "elapsed_s": round(time.time() - started, 3)} | values), file=log_file)
 
     log(config=snapshot(model, data, step, None)["config"], dataset_sha256=data.meta["sha256"],
         torch=torch.__version__, machine=f"{machine.world_size} x {machine.name()}")
@@ -908,9 +904,8 @@ def training_run(started, machine, caught):
     say(describe(machine, data, model, out, tokens_per_step))
     forward = compiled(model, machine, data.get_batch("train", 0, rows)) if machine.compile else model
     train_forward = DistributedDataParallel(forward) if machine.world_size > 1 else forward
-    loss = grad_norm = torch.zeros(())
-    progress, reserve = 0.0, 0.0  # reserve: seconds that the end of the run will take
-    mark, mark_step = time.time(), step  # since when tokens per second are counted
+    loss, grad_norm, progress = torch.zeros(()), torch.zeros(()), 0.0
+    reserve, mark, mark_step = 0.0, time.time(), step  # seconds the end takes; since when speed is measured
 
     while True:
         # how far?
@@ -923,16 +918,18 @@ def training_run(started, machine, caught):
         if step % eval_interval == 0 or last or stop:
             pause = time.time()
             check_finite(loss, 0 if scaler.is_enabled() else grad_norm, step, out)  # a scaler skips those
-            rest = {"optimizers": [part.state_dict() for part in (*optimizers, scaler)], "elapsed_s": elapsed}
-            save(out / "ckpt.pt", snapshot(model, data, step, best_val_loss) | rest)
+            save(out / "ckpt.pt", snapshot(model, data, step, best_val_loss, elapsed_s=elapsed, stale=stale,
+                 scaler=scaler.state_dict(), optimizers=[o.state_dict() for o in optimizers]))
             if not stop:
                 val_loss = evaluate(model, forward, data, machine, min(eval_iters, n_val))
                 reserve = 0.6 * max_minutes + (time.time() - pause) * (1 + n_val / min(eval_iters, n_val))
                 log(val_loss=val_loss)
                 say(f"step {step:6,} | val loss {val_loss:.4f}")
+                stale += step > 0
                 if val_loss < best_val_loss and (step or last):
-                    best_val_loss = val_loss
+                    best_val_loss, stale = val_loss, 0
                     save(out / "best.pt", snapshot(model, data, step, best_val_loss))
+                last = last or stale >= early_stop > 0
                 if sample_at_eval and not last:
                     print_sample(model, data.tokenizer, machine)
             mark += time.time() - pause
@@ -941,8 +938,9 @@ def training_run(started, machine, caught):
 
         # set lr
         scale = lr_scale(step, step / lr_decay_iters if lr_decay_iters and not max_minutes else progress)
-        for group in (group for o in optimizers for group in o.param_groups):
-            group["lr"] = group["peak_lr"] * scale
+        for o, peak in zip(optimizers, (learning_rate, muon_lr)):
+            for group in o.param_groups:
+                group["lr"] = peak * scale
 
         # accumulate
         loss = torch.zeros((), device=machine.device)
@@ -962,7 +960,8 @@ def training_run(started, machine, caught):
             scaler.unscale_(o)
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
         for o in optimizers:
-            scaler.step(o)
+            if not scaler.is_enabled() or grad_norm.isfinite():  # float16 that overflows stops all or none
+                scaler.step(o)
             o.zero_grad(set_to_none=True)
         scaler.update()
         step += 1

@@ -70,6 +70,8 @@ def main():
     chosen, text, source = read_source()
     if len(text) < 2:
         raise ValueError(f"{source} is empty: give a text of two characters at least")
+    if Path(chosen).name != chosen:
+        raise ValueError(f"name {chosen!r} is not the plain name of a folder: other places go by --data_dir")
     folder = Path(data_dir or Path(__file__).resolve().parent / "data") / chosen
     characters = "".join(sorted(set(text))) if tokenizer == "char" else ""
     meta = write_dataset(folder, text, Tokenizer(tokenizer, characters), source, val_fraction)

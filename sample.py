@@ -1,6 +1,6 @@
 """sample.py: let a trained model continue a text.
 
-    python sample.py --prompt "ROMEO:"                 the newest run under out/
+    python sample.py --prompt "ROMEO:"                 the newest run under out/; --prompt may be left out
     python sample.py --out_dir=out/pydoc --interactive
     python sample.py --prompt=FILE:start.txt --max_tokens=60000 --output=long.txt
 
@@ -166,4 +166,4 @@ def main():
 if __name__ == "__main__":
     from configurator import run_script
 
-    run_script(globals(), main)
+    run_script(globals(), main, word_setting="prompt")

@@ -12,25 +12,28 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.mark.parametrize(
-    "name, vocab_size, promised",
+    ("names", "vocab_size", "promised"),
     [
-        ("tiny", 65, 10e6),
-        ("small", 65, 25e6),
-        ("medium", 50257, 80e6),
-        ("large", 50257, 350e6),
-        ("gpt2", 50257, 124e6),
+        (["train_tiny"], 65, 10e6),
+        (["train_small"], 65, 25e6),
+        (["train_medium"], 50257, 80e6),
+        (["train_large"], 50257, 350e6),
+        (["train_gpt2"], 50257, 124e6),
+        (["train_gpt2", "gpt2_medium"], 50257, 350e6),
+        (["train_gpt2", "gpt2_large"], 50257, 774e6),
+        (["train_gpt2", "gpt2_xl"], 50257, 1558e6),
+        (["train_1b"], 50257, 1.1e9),
     ],
 )
-def test_preset_is_as_large_as_its_name_says(name, vocab_size, promised):
+def test_preset_is_as_large_as_its_name_says(names, vocab_size, promised):
     script = {k: getattr(gpt, k) for k in gpt.SETTINGS} | {"__file__": str(ROOT / "gpt.py")}
-    configurator.configure(
-        script, [str(ROOT / "config" / f"train_{name}.py")], derive=lambda: {"device_type": "cuda"}
-    )
+    files = [str(ROOT / "config" / f"{name}.py") for name in names]
+    configurator.configure(script, files, derive=lambda: {"device_type": "cuda"})
     fields = set(gpt.GPTConfig.__dataclass_fields__) & set(gpt.SETTINGS)
     with torch.device("meta"):
         model = gpt.GPT(gpt.GPTConfig(vocab_size=vocab_size, **{k: script[k] for k in fields}))
     assert model.n_params() == pytest.approx(promised, rel=0.05)
-    stated = (ROOT / "config" / f"train_{name}.py").read_text(encoding="utf-8")
+    stated = Path(files[-1]).read_text(encoding="utf-8")
     n = model.n_params() / 1e6
     assert f"{n:.1f}M parameters" in stated or f"{n:.0f}M parameters" in stated
 

@@ -360,7 +360,7 @@ def test_prepare_refuses(mistake, arguments, holds):
         (["--dtype=float16"], ["dtype is 'float16'"]),
         (["--checkpoint=absent.pt"], ["absent.pt"]),
         (["--out_dir=absent"], ["absent"]),
-        (["7 times"], ["7 times"]),
+        (["7 times", "more"], ["more"]),
         (["--output=absent/x.txt"], ["absent/x.txt"]),
         (["--seed=99999999999999999999"], ["99999999999999999999"]),
     ],

@@ -496,4 +496,4 @@ def test_every_config_file_gives_valid_settings(path, device_type, monkeypatch):
 def test_every_config_file_begins_with_its_command(path):
     """The first line is a comment that can be pasted into a shell."""
     first = path.read_text(encoding="utf-8").splitlines()[0]
-    assert re.match(rf"# .*\b(python|torchrun) .*gpt\.py config/{re.escape(path.name)}\b", first), first
+    assert re.match(rf"# .*\b(python|torchrun) .*gpt\.py .*config/{re.escape(path.name)}\b", first), first

@@ -143,12 +143,16 @@ def test_best_keeps_the_best_weights(settings, tmp_path, monkeypatch):
     assert gpt.read_checkpoint(tmp_path / "out" / "ckpt.pt")["step"] == 6
 
 
-def test_a_new_run_keeps_the_files_of_the_one_before(settings, tmp_path):
+def test_new_runs_keep_the_files_of_all_before(settings, tmp_path, monkeypatch):
+    dates = iter(["a", "a", "a", "b", "b", "b"])
+    monkeypatch.setattr(gpt.time, "strftime", lambda _: next(dates))
     settings(max_iters=2)
-    gpt.train()
-    before = (tmp_path / "out" / "ckpt.pt").read_bytes()
-    gpt.train()
-    assert (tmp_path / "out" / "ckpt.pt.old").read_bytes() == before
+    written = []
+    for _ in range(3):
+        gpt.train()
+        written.append((tmp_path / "out" / "ckpt.pt").read_bytes())
+    assert [(tmp_path / "out" / f"ckpt.pt.{date}").read_bytes() for date in "ab"] == written[:2]
+    assert {p.name.partition(".")[0] for p in (tmp_path / "out").glob("*.b")} == {"ckpt", "best", "log"}
     assert len([r for r in read_log(tmp_path / "out") if "config" in r]) == 1
 
 
@@ -287,7 +291,7 @@ def test_resume_after_sigterm_is_bit_exact(settings, tmp_path, run_script):
 
 def test_a_second_interrupt_is_not_swallowed_and_handlers_are_restored(settings, monkeypatch):
     settings(max_iters=1000, eval_interval=1000)
-    before = signal.getsignal(signal.SIGINT)
+    original = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     step = torch.optim.AdamW.step
 
     def interrupting(self, *args, **kwargs):
@@ -296,9 +300,12 @@ def test_a_second_interrupt_is_not_swallowed_and_handlers_are_restored(settings,
         return step(self, *args, **kwargs)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", interrupting)
-    with pytest.raises(KeyboardInterrupt):
-        gpt.train()
-    assert signal.getsignal(signal.SIGINT) is before
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            gpt.train()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, original)
 
 
 @pytest.mark.parametrize(
@@ -320,16 +327,106 @@ def test_resume_with_a_changed_architecture_is_refused(settings, name, value):
         gpt.train()
 
 
+def test_resume_takes_rates_and_decay_from_the_settings(settings, tmp_path):
+    settings(max_iters=2)
+    gpt.train()
+    before = gpt.read_checkpoint(tmp_path / "out" / "ckpt.pt")
+    settings(max_iters=6, init_from="resume", learning_rate=1e-12, muon_lr=1e-12, weight_decay=0.5, beta2=0.9)
+    gpt.train()
+    after = gpt.read_checkpoint(tmp_path / "out" / "ckpt.pt")
+    for name, weight in before["model"].items():
+        assert torch.allclose(weight, after["model"][name], atol=1e-8), name
+    adamw, muon = (o["param_groups"][0] for o in after["optimizers"])
+    assert (adamw["weight_decay"], adamw["betas"], muon["weight_decay"]) == (0.5, (0.9, 0.9), 0.5)
+
+
+# ---- gradients ----
+
+
+def test_gradients_are_clipped_to_grad_clip(settings, monkeypatch):
+    norms = []
+    step = torch.optim.AdamW.step
+
+    def noting(self, *args, **kwargs):
+        model_norm = sum(p.grad.square().sum() for g in self.param_groups for p in g["params"]).sqrt()
+        norms.append(float(model_norm))
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", noting)
+    settings(optimizer="adamw", grad_clip=0.01, max_iters=5)
+    gpt.train()
+    assert norms == pytest.approx([0.01] * 5, rel=1e-3)
+    settings(grad_clip=0.0)
+    gpt.train()
+    assert min(norms[5:]) > 0.02
+
+
+def scaled_run(settings, monkeypatch, tmp_path, overflow_at):
+    """Train 6 steps in float32 with a working GradScaler, its gradients overflowing at one step."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda *_, **__: scaler)
+    clip = torch.nn.utils.clip_grad_norm_
+    seen = []
+
+    def noting(parameters, max_norm):
+        parameters = list(parameters)
+        seen.append([p.detach().clone() for p in parameters])
+        return clip(parameters, max_norm)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", noting)
+    scale, calls = scaler.scale, [0]
+
+    def overflowing(loss):
+        calls[0] += 1
+        return scale(loss) * (math.inf if calls[0] == overflow_at else 1)
+
+    monkeypatch.setattr(scaler, "scale", overflowing)
+    settings(max_iters=6, out_dir=str(tmp_path / f"scaled{overflow_at}"))
+    return gpt.train(), seen
+
+
+def test_scaled_losses_train_as_unscaled_ones(settings, monkeypatch, tmp_path):
+    settings(max_iters=6)
+    plain = gpt.train()
+    scaled, _ = scaled_run(settings, monkeypatch, tmp_path, overflow_at=None)
+    assert scaled["val_loss"] == pytest.approx(plain["val_loss"], abs=1e-5)
+
+
+def test_an_overflow_skips_the_step_of_both_optimizers(settings, monkeypatch, tmp_path):
+    figures, seen = scaled_run(settings, monkeypatch, tmp_path, overflow_at=3)
+    assert all(torch.equal(a, b) for a, b in zip(seen[2], seen[3]))  # weights at steps 3 and 4
+    assert not all(torch.equal(a, b) for a, b in zip(seen[3], seen[4]))
+    assert math.isfinite(figures["val_loss"])
+
+
+def test_early_stop_ends_after_evaluations_without_a_new_best(settings, monkeypatch):
+    scripted = iter([9.0, 3.0, 5.0, 2.0, 4.0, 4.0, 4.0, 4.0])
+    monkeypatch.setattr(gpt, "evaluate", lambda *_: next(scripted))
+    settings(max_iters=100, eval_interval=2, early_stop=2)
+    figures = gpt.train()
+    assert (figures["step"], figures["best_val_loss"], figures["stopped_by"]) == (10, 2.0, None)
+
+
+def test_out_of_memory_is_a_sentence(settings, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(gpt.Machine, "move", full)
+    settings(batch_size=7, gradient_accumulation_steps=1)
+    with pytest.raises(ValueError, match=r"memory is full.*batch_size \(7\)"):
+        gpt.train()
+
+
 # ---- time budget ----
 
 
 def test_max_minutes_ends_on_time_with_the_schedule_at_its_end(settings, tmp_path, monkeypatch):
-    """The clock is the test's own: 5 s before train(), 0.5 s a training step, 0.1 s a batch evaluated."""
+    """The clock is the test's own: 5 s before train(), 0.5 s a training step, 0.3 s a batch evaluated."""
     now = [1000.0]
     forward = gpt.GPT.forward
 
     def slow(self, *args, **kwargs):
-        now[0] += 0.5 if self.training else 0.1
+        now[0] += 0.5 if self.training else 0.3
         return forward(self, *args, **kwargs)
 
     monkeypatch.setattr(gpt, "time", types.SimpleNamespace(time=lambda: now[0]))
@@ -420,8 +517,7 @@ def test_overfits_one_batch(settings):
     settings(learning_rate=3e-3)
     data = gpt.Data(Path(gpt.data_dir) / "toy", 16)
     machine = gpt.set_up_machine()
-    model = gpt.build_model(data, None)
-    optimizers = gpt.make_optimizers(model, machine)
+    model, optimizers, _ = gpt.build(data, machine, None)
     x, y = data.get_batch("train", 0, 4)
     for _ in range(200):
         loss = model(x, y)[1]
@@ -472,7 +568,8 @@ def test_mfu_counts_the_known_gpus_and_is_none_elsewhere(monkeypatch):
 )
 def test_dtype_and_compile_follow_the_gpu(settings, monkeypatch, capability, expected):
     settings(dtype="auto", device="cuda")
-    monkeypatch.setattr(gpt, "pick_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(gpt, "pick_device", lambda name: torch.device("cuda:0"))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     machine = gpt.set_up_machine()
     assert (machine.dtype, machine.compile) == expected
@@ -491,6 +588,15 @@ def test_compile_failure_is_one_line_and_trains_on(settings, monkeypatch, capsys
     assert gpt.train()["step"] == 2
     out = capsys.readouterr().out
     assert out.count("torch.compile failed (RuntimeError)") == 1 and "long story" not in out
+
+
+def test_the_batch_that_compile_is_tried_on_leaves_no_gradient(settings, monkeypatch):
+    settings()
+    data, machine = gpt.Data(Path(gpt.data_dir) / "toy", 16), gpt.set_up_machine()
+    model, *_ = gpt.build(data, machine, None)
+    monkeypatch.setattr(torch, "compile", lambda module, **_: module)
+    assert gpt.compiled(model, machine, data.get_batch("train", 0, 4)) is model
+    assert all(p.grad is None for p in model.parameters())
 
 
 # ---- from Python, from a notebook ----
