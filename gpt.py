@@ -397,7 +397,7 @@ def penalize(logits, seen, penalty):
 
 def sample_next(logits, temperature=0.8, top_k=200, top_p=0.9, min_p=0.0, generator=None):
     """Draw one id (B,) int64 per row of logits (B, vocab_size); at temperature 0 the likeliest."""
-    if temperature == 0:
+    if temperature < 1e-6:
         return logits.argmax(-1)
     probs = filter_logits(logits.float() / temperature, top_k, top_p, min_p).softmax(-1)
     noise = torch.empty_like(probs).exponential_(generator=generator)
@@ -520,6 +520,7 @@ def write_dataset(folder, text, tokenizer, source, val_fraction=0.1):
     (folder / "meta.json").unlink(missing_ok=True)  # written last, it says that the folder is whole
     for split, part in (("train", text[:cut]), ("val", text[cut:])):
         ids = np.array(tokenizer.encode(part), dtype=np.dtype(dtype).newbyteorder("<"))
+        (folder / f"{split}.bin").unlink(missing_ok=True)  # a run that has it mapped keeps the old file
         ids.tofile(folder / f"{split}.bin")
         meta |= {f"{split}_tokens": len(ids), f"{split}_bytes": len(part.encode())}
     (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")

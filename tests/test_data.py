@@ -263,3 +263,13 @@ def test_a_damaged_meta_json_is_named(tmp_path, content):
     (folder / "meta.json").write_text(content, encoding="utf-8")
     with pytest.raises(ValueError, match="odd"):
         gpt.Data(folder, BLOCK)
+
+
+def test_preparing_again_does_not_disturb_a_run_that_has_the_data_mapped(settings):
+    """The tokens of an open Data stay what they were."""
+    folder = Path(gpt.data_dir) / "toy"
+    data = gpt.Data(folder, 16)
+    before = np.array(data.tokens["train"])
+    gpt.write_dataset(folder, "ab" * 200, gpt.Tokenizer("char", "ab"), "another text")
+    assert np.array_equal(data.tokens["train"], before)
+    assert set(gpt.Data(folder, 16).tokens["train"]) == {0, 1}
