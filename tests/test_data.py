@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
