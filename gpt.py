@@ -428,8 +428,8 @@ def generate_text(model, tokenizer, prompt, max_tokens, stop=(), **sampling):
 def orthogonalize(G, dtype=torch.float32):
     """Return nearly UV^T, singular values of about 0.7 to 1.2, for each G = USV^T of a batch (n, rows, cols):
     five Newton-Schulz steps of the quintic in kellerjordan.github.io/posts/muon, in `dtype`."""
-    X = (G.mT if G.size(1) > G.size(2) else G).to(dtype)
-    X = X / (X.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    X = G.mT if G.size(1) > G.size(2) else G
+    X = (X / (X.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)
     for _ in range(5):
         A = X @ X.mT
         X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=-4.7750, alpha=2.0315), X, beta=3.4445)
@@ -451,8 +451,8 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             params, lr, momentum = group["params"], group["lr"], group["momentum"]
-            for p in params:
-                self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+            for p in (p for p in params if p not in self.state):
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
             averages, grads = [self.state[p]["momentum_buffer"] for p in params], [p.grad for p in params]
             torch._foreach_lerp_(averages, grads, 1 - momentum)
             updates = torch.stack(torch._foreach_lerp(grads, averages, momentum))  # (n, rows, cols)
@@ -476,8 +476,7 @@ def make_optimizers(model, machine):
               {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0}]  # norms, biases
     optimizers = [torch.optim.AdamW(groups, learning_rate, (beta1, beta2), fused=True)]
     if hidden:
-        native = machine.dtype != torch.float32 and native_bfloat16(machine.device)
-        ns_dtype = torch.bfloat16 if native else torch.float32
+        ns_dtype = machine.dtype if native_bfloat16(machine.device) else torch.float32
         optimizers.append(Muon(hidden, muon_lr, weight_decay=weight_decay, dtype=ns_dtype))
     held = [id(p) for o in optimizers for group in o.param_groups for p in group["params"]]
     assert sorted(held) == sorted(map(id, model.parameters())), "a parameter is in no group, or in two"
@@ -664,8 +663,8 @@ def load_checkpoint(path, device="cpu"):
 
 # ---- The machine: what is chosen by hardware is chosen here ------------------------------------------------
 # dense bfloat16 or float16 TFLOP/s, from the makers' data sheets; the first name found in the GPU's counts
-PEAK_TFLOPS = {"B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L4": 121,
-               "A10G": 70, "V100": 125, "T4": 65, "RTX 4090": 165, "RTX 3090": 71, "A6000": 155}
+PEAK_TFLOPS = {"B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "A10G": 70, "V100": 125,
+               "L40S": 362, "L40": 181, "L4": 121, "T4": 65, "RTX 4090": 165, "RTX 3090": 71, "A6000": 155}
 
 @dataclass
 class Machine:
@@ -874,7 +873,7 @@ def train(started=None):
         for signum, action in actions.items():
             signal.signal(signum, action)
     if machine.world_size > 1:
-        dist.barrier()  # who leaves while another still talks is aborted by gloo
+        machine.reduce([0], "SUM")  # wait: gloo aborts who leaves while another still talks
         dist.destroy_process_group()
     return figures
 
