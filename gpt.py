@@ -873,7 +873,7 @@ def train(started=None):
         for signum, action in actions.items():
             signal.signal(signum, action)
     if machine.world_size > 1:
-        dist.barrier()  # gloo aborts a process that leaves while another still talks; all_reduce is not enough
+        dist.barrier()  # gloo aborts who leaves while another still talks; an all_reduce is not enough
         dist.destroy_process_group()
     return figures
 
