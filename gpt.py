@@ -14,6 +14,7 @@ import time
 __started__ = time.time()  # before torch, whose import takes seconds: max_minutes counts from here
 
 import codecs
+import gc
 import hashlib
 import json
 import math
@@ -554,10 +555,9 @@ def epoch_starts(n_tokens, block_size, seed, epoch):
     return rng.integers(n_tokens - n_windows * block_size) + block_size * rng.permutation(n_windows)
 
 class Data:
-    """A data set, memory-mapped; its batches depend on (seed, step) alone, whatever was drawn before."""
+    """A memory-mapped data set; a batch depends on seed and step. Raises FileNotFoundError, ValueError."""
 
     def __init__(self, folder, block_size):
-        """Raises FileNotFoundError or ValueError: no data set, too few tokens, ids beyond the vocabulary."""
         self.folder, self.block_size, self.tokens = folder, block_size, {}
         if not (folder / "meta.json").exists():
             raise FileNotFoundError(f"{folder} holds no data set: python prepare.py --input=FILE "
@@ -873,7 +873,7 @@ def train(started=None):
         for signum, action in actions.items():
             signal.signal(signum, action)
     if machine.world_size > 1:
-        dist.barrier()  # gloo aborts who leaves while another still talks; an all_reduce is not enough
+        gc.collect()  # DDP's reference cycles hold gloo's threads, which would abort the process at its end
         dist.destroy_process_group()
     return figures
 
