@@ -54,6 +54,12 @@ def assert_same_state(a, b):
         assert_same(a[key], b[key], key)
 
 
+def toy_flags(tmp_path):
+    """Return the flags of a small run on the `toy` data that the settings fixture makes."""
+    sizes = ["--n_layer=2", "--n_embd=32", "--n_head=4", "--block_size=16", "--batch_size=4"]
+    return [f"--data_dir={tmp_path / 'data'}", "--dataset=toy", *sizes]
+
+
 # ---- schedule ----
 
 
@@ -248,13 +254,7 @@ def test_resume_is_bit_exact(settings, tmp_path, changes):
 def test_resume_after_sigterm_is_bit_exact(settings, tmp_path, run_script):
     settings()
     common = [
-        f"--data_dir={tmp_path / 'data'}",
-        "--dataset=toy",
-        "--n_layer=2",
-        "--n_embd=32",
-        "--n_head=4",
-        "--block_size=16",
-        "--batch_size=4",
+        *toy_flags(tmp_path),
         "--max_iters=3000",
         "--lr_decay_iters=3000",
         "--log_interval=1",
@@ -447,13 +447,7 @@ def test_max_minutes_ends_on_time_with_the_schedule_at_its_end(settings, tmp_pat
 def test_two_processes_see_the_same_batches_and_losses_as_one(settings, tmp_path, run_script, changes):
     settings()
     common = [
-        f"--data_dir={tmp_path / 'data'}",
-        "--dataset=toy",
-        "--n_layer=2",
-        "--n_embd=32",
-        "--n_head=4",
-        "--block_size=16",
-        "--batch_size=4",
+        *toy_flags(tmp_path),
         "--gradient_accumulation_steps=4",
         "--max_iters=30",
         "--log_interval=1",
