@@ -13,7 +13,7 @@ import time
 
 __started__ = time.time()  # before torch, whose import takes seconds: max_minutes counts from here
 
-import codecs
+import base64
 import gc
 import hashlib
 import json
@@ -42,7 +42,6 @@ dataset = "shakespeare"  # folder under data_dir; shakespeare and pydoc are prep
 data_dir = ""  # folder of the data sets; empty: data/ beside gpt.py
 out_dir = ""  # folder of this run's checkpoints and log; empty: out/<dataset> beside gpt.py
 init_from = "scratch"  # scratch: new weights | resume: go on from out_dir/ckpt.pt
-offline_fallback = True  # where Shakespeare cannot be downloaded, train on pydoc instead of stopping
 seed = 1337  # of weights, batches, dropout and samples
 eval_only = False  # only evaluate out_dir/best.pt on the full validation split
 eval_interval = 250  # steps between evaluations, each preceded by a checkpoint
@@ -94,38 +93,38 @@ HERE = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd(
 
 # ---- Tokenizer ---------------------------------------------------------------------------------------------
 class Tokenizer:
-    """Text to token ids and back; `state`, strings only, is saved with the data and in every checkpoint.
+    """Text to ids and back by a tiktoken.Encoding; data sets and checkpoints hold `state`, strings only.
 
-    kind "char": one id per character of `chars`; another kind names a tiktoken encoding, as "gpt2".
+    kind "char": one id per character of `chars`; "bpe": `ranks` are the tokens' bytes in base64, `pattern`
+    cuts text into words; other kinds are tiktoken's. `special`: names of further tokens, that no text gives.
     >>> Tokenizer("char", "abc").encode("cab")
     [2, 0, 1]
     """
 
-    def __init__(self, kind, chars=""):
-        self.state, self.chars, self.encoding = {"kind": kind, "chars": chars}, chars, None
-        self.ids, self.vocab_size = {c: i for i, c in enumerate(chars)}, len(chars)
-        if kind != "char":
-            try:
-                self.encoding = tiktoken.get_encoding(kind)
-            except Exception as e:  # tiktoken documents none
-                raise ValueError(f"tokenizer {kind!r} is not to be had ({type(e).__name__}): use char or one "
-                                 "of tiktoken's; offline, TIKTOKEN_CACHE_DIR must name its folder") from e
-            self.vocab_size = self.encoding.n_vocab
+    def __init__(self, kind, chars="", ranks="", pattern="(?s:.)", special=""):
+        self.state = {"kind": kind, "chars": chars, "ranks": ranks, "pattern": pattern, "special": special}
+        tokens = [c.encode() for c in chars] or [base64.b64decode(token) for token in ranks.split()]
+        try:
+            self.encoding = tiktoken.Encoding(
+                kind, pat_str=pattern, mergeable_ranks={token: i for i, token in enumerate(tokens)},
+                special_tokens={name: len(tokens) + i for i, name in enumerate(special.split())},
+            ) if tokens else tiktoken.get_encoding(kind)
+        except Exception as e:  # tiktoken documents none
+            raise ValueError(f"tokenizer {kind!r} is not to be had ({type(e).__name__}): offline, name its "
+                             "file's folder in TIKTOKEN_CACHE_DIR, or use --tokenizer=bpe") from e
+        special_names, self.vocab_size = self.encoding.special_tokens_set, self.encoding.n_vocab
+        self.special = {name: self.encoding.encode_single_token(name) for name in special_names}
 
     def encode(self, text):
         """Return text's ids, as a list. Raises ValueError for a character that is not in `chars`."""
-        if self.encoding:
-            return self.encoding.encode_ordinary(text)
-        if unknown := set(text) - self.ids.keys():
-            known = "".join(c for c in self.chars if c.isprintable())
-            raise ValueError(f"the model does not know the character {min(unknown)!r}, only {known!r}")
-        return [self.ids[c] for c in text]
+        chars = self.state["chars"]
+        if chars and (unknown := set(text) - set(chars)):
+            i, known = min(map(text.index, unknown)), "".join(c for c in chars if c.isprintable())[:100]
+            raise ValueError(f"the vocabulary, {known!r}, lacks {text[i]!r}, character {i} of the text")
+        return self.encoding.encode_ordinary(text)
 
     def decode_bytes(self, ids):
-        """Return the UTF-8 bytes of ids; a single BPE token may hold part of a character."""
-        if self.encoding:
-            return self.encoding.decode_bytes(ids)
-        return "".join(self.chars[i] for i in ids).encode()
+        return self.encoding.decode_bytes(ids)  # a single BPE token may hold part of a character
 
     def decode(self, ids):
         return self.decode_bytes(ids).decode(errors="replace")
@@ -157,10 +156,9 @@ class GPTConfig:
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "mlp_hidden"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name} is {value}: it must be at least 1")
-        if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
-        if self.n_head % self.n_kv_head:
-            raise ValueError(f"n_head ({self.n_head}) must be a multiple of n_kv_head ({self.n_kv_head})")
+        for name, part in (("n_embd", "n_head"), ("n_head", "n_kv_head")):
+            if (n := getattr(self, name)) % (of := getattr(self, part)):
+                raise ValueError(f"{name} ({n}) must be a multiple of {part} ({of})")
         if self.use_rope and self.head_dim % 2:
             raise ValueError(f"n_embd / n_head is {self.head_dim}: rotary positions need an even number")
         if not 0 <= self.dropout < 1:
@@ -314,19 +312,19 @@ class GPT(nn.Module):
         for table in (self.wte, self.wpe or self.wte):  # after lm_head, whose weight wte's may be
             nn.init.normal_(table.weight, std=0.01)
 
-    def forward(self, idx, targets=None, cache=None):
+    def forward(self, idx, targets=None, cache=None, weights=None):
         """Return logits (B, T, vocab_size) and the mean loss in nats per token, None without targets.
 
-        idx, targets: (B, T) int64; targets of -1 do not count. With a KVCache, idx continues what it holds.
+        idx, targets: (B, T) int64; targets of -1 do not count, others by weights (B, T) or, if None, alike.
+        With a KVCache, idx continues what it holds.
         """
         T, block_size, kind = idx.size(1), self.config.block_size, idx.device.type
         assert T <= block_size, f"{T} tokens do not fit block_size {block_size}"
         positions = torch.arange(T, device=idx.device)[None] + (0 if cache is None else cache.pos[:, None])
         x = self.wte(idx) if self.wpe is None else self.wte(idx) + self.wpe(positions)  # (B, T, n_embd)
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        if dtype == torch.bfloat16:  # the residual stream, too: twice as fast on CPU; float16 lacks the range
-            x = x.to(dtype)
-        x = self.drop(x)
+        # the residual stream, too, is bfloat16: twice as fast on CPU; float16 lacks the range
+        x = self.drop(x.to(dtype) if dtype == torch.bfloat16 else x)
         rotary = None if self.rotary is None else self.rotary[:, positions].unsqueeze(2).to(dtype)
         mask = None
         if cache is not None:  # a query sees what came before it and itself, not the unused rest
@@ -340,7 +338,10 @@ class GPT(nn.Module):
             cache.pos += T
         if targets is None:
             return logits, None
-        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+        y = targets.flatten()
+        w = (y >= 0) * (1.0 if weights is None else weights.flatten())
+        losses = F.cross_entropy(logits.flatten(0, 1).float(), y, ignore_index=-1, reduction="none")
+        return logits, (losses * w).sum() / w.sum().clamp(min=1e-6)
 
     def n_params(self):
         return sum(p.numel() for p in self.parameters())  # a tied matrix counts once
@@ -410,21 +411,6 @@ def context_length(n, block_size):
     half = block_size // 2
     return n if n <= block_size else half + 1 + (n - block_size - 1) % (block_size - half)
 
-def generate_text(model, tokenizer, prompt, max_tokens, stop=(), **sampling):
-    """Yield the text that continues prompt, piece by piece, up to max_tokens or one of the strings `stop`."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # waits for the rest of a split character
-    held = max((len(s) for s in stop), default=1) - 1  # characters that may prove to begin a stop string
-    text = ""
-    for last in model.generate([tokenizer.encode(prompt)], max_tokens, **sampling):
-        text += decoder.decode(tokenizer.decode_bytes(last.tolist()))
-        if ends := [text.find(s) for s in stop if s in text]:
-            yield text[: min(ends)]
-            return
-        if len(text) > held:
-            yield text[: len(text) - held]
-            text = text[len(text) - held :]
-    yield text + decoder.decode(b"", final=True)
-
 # ---- Optimizer ---------------------------------------------------------------------------------------------
 def orthogonalize(G, dtype=torch.float32):
     """Return nearly UV^T, singular values of about 0.7 to 1.2, for each G = USV^T of a batch (n, rows, cols):
@@ -464,13 +450,11 @@ class Muon(torch.optim.Optimizer):
 
 def make_optimizers(model, machine):
     """Return [AdamW] or [AdamW, Muon], as the setting says; together they hold every parameter once."""
-    hidden = []
-    if optimizer == "muon":
-        attns, mlps, width = [b.attn for b in model.h], [b.mlp for b in model.h], [model.config.n_embd]
-        hidden = [{"params": [m.c_attn.weight for m in attns], "parts": attns[0].parts},
-                  {"params": [m.c_proj.weight for m in attns], "parts": width},
-                  {"params": [m.c_fc.weight for m in mlps], "parts": mlps[0].parts},
-                  {"params": [m.c_proj.weight for m in mlps], "parts": width}]
+    attns, mlps, width = [b.attn for b in model.h], [b.mlp for b in model.h], [model.config.n_embd]
+    hidden = [{"params": [m.c_attn.weight for m in attns], "parts": attns[0].parts},
+              {"params": [m.c_proj.weight for m in attns], "parts": width},
+              {"params": [m.c_fc.weight for m in mlps], "parts": mlps[0].parts},
+              {"params": [m.c_proj.weight for m in mlps], "parts": width}] if optimizer == "muon" else []
     taken = {id(p) for group in hidden for p in group["params"]}
     rest = [p for p in model.parameters() if id(p) not in taken]
     groups = [{"params": [p for p in rest if p.ndim >= 2], "weight_decay": weight_decay},
@@ -517,10 +501,10 @@ def write_dataset(folder, text, tokenizer, source, val_fraction=0.1):
     meta = {"source": source, "sha256": hashlib.sha256(text.encode()).hexdigest(), "dtype": dtype,
             "vocab_size": tokenizer.vocab_size, "tokenizer": tokenizer.state}
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "meta.json").unlink(missing_ok=True)  # written last, it says that the folder is whole
+    for old in (folder / "meta.json", *folder.glob("*.bin")):
+        old.unlink(missing_ok=True)  # a run that has them open keeps the old ones
     for split, part in (("train", text[:cut]), ("val", text[cut:])):
-        ids = np.array(tokenizer.encode(part), dtype=np.dtype(dtype).newbyteorder("<"))
-        (folder / f"{split}.bin").unlink(missing_ok=True)  # a run that has it mapped keeps the old file
+        ids = np.array(tokenizer.encode(part), np.dtype(dtype).newbyteorder("<"))
         ids.tofile(folder / f"{split}.bin")
         meta |= {f"{split}_tokens": len(ids), f"{split}_bytes": len(part.encode())}
     (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
@@ -529,69 +513,98 @@ def write_dataset(folder, text, tokenizer, source, val_fraction=0.1):
 def prepare_if_missing(name):
     """Return the folder of a data set, made first, if need be, where gpt.py knows how; or else pydoc's."""
     folder = Path(data_dir or HERE / "data") / name
-    if name not in ("shakespeare", "pydoc") or (folder / "meta.json").exists():
-        return folder
-    try:
-        text, source = corpus(name)
-    except ConnectionError as e:
-        if not offline_fallback:
-            raise
-        print(f"{e}; training on pydoc, Python's own documentation, instead")
-        return prepare_if_missing("pydoc")
-    write_dataset(folder, text, Tokenizer("char", "".join(sorted(set(text)))), source)
+    if name in ("shakespeare", "pydoc") and not (folder / "meta.json").exists():
+        try:
+            text, source = corpus(name)
+        except ConnectionError as e:
+            print(f"{e}; training on pydoc, Python's own documentation, instead")
+            return prepare_if_missing("pydoc")
+        write_dataset(folder, text, Tokenizer("char", "".join(sorted(set(text)))), source)
     return folder
 
-def gather(tokens, starts, block_size):
-    """Return inputs and targets (len(starts), block_size) int64; past the end inputs are 0, targets -1."""
-    positions = np.asarray(starts)[:, None] + np.arange(block_size + 1)
-    ids = np.where(positions < len(tokens), tokens[np.minimum(positions, len(tokens) - 1)], np.int64(-1))
-    return torch.from_numpy(ids[:, :-1].clip(min=0)), torch.from_numpy(ids[:, 1:].copy())
+class Tokens:
+    """The numbers in <name>.bin, or in <name>_0000.bin, <name>_0001.bin and so on, taken as one array."""
+
+    def __init__(self, folder, name, dtype):
+        paths = sorted(folder.glob(f"{name}_*.bin")) or folder.glob(f"{name}.bin")
+        self.files, self.dtype = [open(path, "rb") for path in paths], dtype  # noqa: SIM115
+        self.bounds = np.cumsum([0, *(os.fstat(f.fileno()).st_size // dtype.itemsize for f in self.files)])
+
+    def __len__(self):
+        return int(self.bounds[-1])
+
+    def __getitem__(self, positions):
+        """Return the numbers at positions (int64). Files stay mapped no longer: pages read would add up."""
+        found, file = np.empty(positions.shape, self.dtype), self.bounds.searchsorted(positions, "right") - 1
+        for i in np.unique(file):
+            here = file == i
+            found[here] = np.memmap(self.files[i], self.dtype, "r")[positions[here] - self.bounds[i]]
+        return found
 
 @lru_cache(maxsize=2)
-def epoch_starts(n_tokens, block_size, seed, epoch):
-    """Return one epoch's window starts in random order; windows lie side by side from a random offset on."""
+def epoch_order(n_rows, n_offsets, seed, epoch):
+    """Return an epoch's offset, an int below n_offsets, and its random order of n_rows."""
     rng = np.random.default_rng((seed, epoch))
-    n_windows = max(1, (n_tokens - 1) // block_size - 1)
-    return rng.integers(n_tokens - n_windows * block_size) + block_size * rng.permutation(n_windows)
+    return int(rng.integers(n_offsets)), rng.permutation(np.arange(n_rows, dtype=np.uint32))
 
 class Data:
-    """A memory-mapped data set; a batch depends on seed and step. Raises FileNotFoundError, ValueError."""
+    """A data set whose batches depend on seed and step alone; with weights, no row reaches from one example,
+    which ends with <|endoftext|>, into the next. Raises FileNotFoundError, ValueError."""
 
     def __init__(self, folder, block_size):
-        self.folder, self.block_size, self.tokens = folder, block_size, {}
+        self.folder, self.block_size, self.tokens, self.weights, self.starts = folder, block_size, {}, {}, {}
         if not (folder / "meta.json").exists():
             raise FileNotFoundError(f"{folder} holds no data set: python prepare.py --input=FILE "
-                                    f"--name={folder.name} makes one")
+                                    f"--name={folder.name} makes one; prepare.py --help tells of others")
         try:
             self.meta = json.loads((folder / "meta.json").read_bytes())
             keys = ("dtype", "vocab_size", "tokenizer", "sha256", "train_tokens", "val_tokens", "val_bytes")
-            dtype, vocab_size, state, *_ = (self.meta[key] for key in keys)
+            dtype, self.vocab_size, state, *_ = (self.meta[key] for key in keys)
             dtype = np.dtype(dtype).newbyteorder("<")
         except (KeyError, TypeError, ValueError) as e:
             raise ValueError(f"{folder / 'meta.json'} is damaged ({e}): prepare the data set again") from e
         self.tokenizer = Tokenizer(**state)
+        self.weighted = any(folder.glob("*.weight*.bin"))
         for split in ("train", "val"):
-            path = folder / f"{split}.bin"
-            n = path.stat().st_size // dtype.itemsize if path.exists() else 0
-            if n <= block_size:
-                raise ValueError(f"{path} holds {n} tokens, too few for block_size {block_size}: bring more "
-                                 "text or lower --block_size")
-            self.tokens[split] = np.memmap(path, dtype, mode="r", shape=n)
-            if (largest := self.tokens[split].max()) >= vocab_size:
-                raise ValueError(f"{path} holds id {largest}, vocab_size is {vocab_size}: prepare it again")
+            n, tokens = self.meta[f"{split}_tokens"], Tokens(folder, split, dtype)
+            weights = Tokens(folder, f"{split}.weight", np.dtype("uint8"))
+            if len(tokens) != n or len(weights) != n * self.weighted:
+                raise ValueError(f"{folder} holds {len(tokens)} of {n} tokens for {split}: prepare it again")
+            self.tokens[split], self.weights[split] = tokens, weights
+            self.starts[split] = range(0, n - 1 if split == "val" else max(1, n - 2 * block_size), block_size)
+            if self.weighted:
+                ends = np.flatnonzero(tokens[np.arange(n)] == self.tokenizer.special.get("<|endoftext|>")) + 1
+                spans = zip([0, *ends], ends)
+                self.starts[split] = [i for begin, end in spans for i in range(begin, end - 1, block_size)]
+            if not self.starts[split] or (n <= block_size and not self.weighted):
+                raise ValueError(f"{split} holds {n} tokens: lower block_size {block_size} or add text")
+
+    def start(self, split, row):
+        """Return where a row begins: of "val" in order, of "train" each once an epoch, shuffled by `seed`."""
+        starts, n_tokens = self.starts[split], len(self.tokens[split])
+        if split == "val":
+            return starts[row] if row < len(starts) else n_tokens
+        n_offsets = 1 if self.weighted else n_tokens - len(starts) * self.block_size
+        offset, order = epoch_order(len(starts), n_offsets, seed, row // len(starts))
+        return starts[order[row % len(starts)]] + offset
 
     def get_batch(self, split, step, batch_size):
-        """Return the step-th inputs and targets (batch_size, block_size): of "val" in order, of "train" every
-        window once an epoch in an order drawn from `seed`."""
-        tokens, rows = self.tokens[split], step * batch_size + np.arange(batch_size)
-        if split == "val":
-            return gather(tokens, rows * self.block_size, self.block_size)
-        args = len(tokens), self.block_size, seed
-        n = len(epoch_starts(*args, 0))
-        return gather(tokens, [epoch_starts(*args, r // n)[r % n] for r in rows.tolist()], self.block_size)
+        """Return the step-th inputs and targets, (batch_size, block_size) int64, and the targets' weights,
+        float32. Past the end inputs are 0, targets -1, weights 0."""
+        tokens, rows = self.tokens[split], range(step * batch_size, (step + 1) * batch_size)
+        positions = np.array([[self.start(split, row)] for row in rows]) + np.arange(self.block_size + 1)
+        inside, positions = positions < len(tokens), np.minimum(positions, len(tokens) - 1)
+        ids = np.where(inside, tokens[positions], np.int64(-1))
+        if ids.max() >= self.vocab_size:
+            raise ValueError(f"{self.folder} holds id {ids.max()} of {self.vocab_size}: prepare it again")
+        x, y, w = ids[:, :-1].clip(min=0), ids[:, 1:].copy(), inside[:, 1:].astype(np.float32)
+        if self.weighted:
+            ended = (x == self.tokenizer.special["<|endoftext|>"]).cumsum(1) > 0  # another example follows
+            w *= ~ended * self.weights[split][positions[:, 1:]] / np.float32(255)
+        return [torch.from_numpy(array) for array in (x, y, w)]
 
     def n_val_batches(self):
-        return math.ceil((len(self.tokens["val"]) - 1) / (self.block_size * batch_size))
+        return math.ceil(len(self.starts["val"]) / batch_size)
 
 # ---- Schedule and evaluation -------------------------------------------------------------------------------
 def lr_scale(step, progress):
@@ -605,24 +618,23 @@ def lr_scale(step, progress):
 def evaluate(model, forward, data, machine, n_batches):
     """Return the mean loss in nats per token over n_batches fixed batches, spread evenly over the validation
     split and shared by the processes. forward: the model, or its compiled twin."""
-    losses, counts = [torch.zeros((), device=machine.device)], [0]
-    chosen = np.linspace(0, data.n_val_batches() - 1, n_batches).round().astype(int)
+    nats, weight = 0.0, 0.0
+    chosen = np.linspace(0, data.n_val_batches() - 1, n_batches).round().astype(int).tolist()
     model.eval()
     for i in chosen[machine.rank :: machine.world_size]:
-        x, y = data.get_batch("val", i, batch_size)
-        with machine.autocast():
-            losses.append(forward(*machine.move((x, y)))[1])
-        counts.append(int((y >= 0).sum()))
+        batch = data.get_batch("val", i, batch_size)
+        nats += float(machine.loss(forward, batch)) * float(batch[2].sum())
+        weight += float(batch[2].sum())
     model.train()
-    nats = torch.stack(losses).cpu().double() @ torch.tensor(counts).double()
-    nats, count = machine.reduce([nats, sum(counts)], "SUM")
-    return nats / count
+    nats, weight = machine.reduce([nats, weight], "SUM")
+    return nats / max(weight, 1e-6)
 
 def final_figures(model, forward, data, machine, title):
     """Return loss, perplexity and bits per byte over the full validation split; print them after title."""
     loss = evaluate(model, forward, data, machine, data.n_val_batches())
-    bits_per_byte = loss / math.log(2) * data.meta["val_tokens"] / data.meta["val_bytes"]
-    figures = {"val_loss": loss, "perplexity": math.exp(min(loss, 700)), "bits_per_byte": bits_per_byte}
+    figures = {"val_loss": loss, "perplexity": math.exp(min(loss, 700))}
+    if not data.weighted:  # else bytes count that are no targets
+        figures["bits_per_byte"] = loss / math.log(2) * data.meta["val_tokens"] / data.meta["val_bytes"]
     if machine.rank == 0:
         print(f"{title}, full validation split: " + ", ".join(f"{k} {v:.4f}" for k, v in figures.items()))
     return figures
@@ -662,7 +674,7 @@ def load_checkpoint(path, device="cpu"):
     return model.eval().to(device), Tokenizer(**state["tokenizer"]), state
 
 # ---- The machine: what is chosen by hardware is chosen here ------------------------------------------------
-# dense bfloat16 or float16 TFLOP/s, from the makers' data sheets; the first name found in the GPU's counts
+# dense bfloat16 or float16 TFLOP/s by the makers' data sheets; the first name found in the GPU's counts
 PEAK_TFLOPS = {"B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "A10G": 70, "V100": 125,
                "L40S": 362, "L40": 181, "L4": 121, "T4": 65, "RTX 4090": 165, "RTX 3090": 71, "A6000": 155}
 
@@ -677,14 +689,13 @@ class Machine:
     def name(self):
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
 
-    def autocast(self):
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
-
-    def move(self, batch):
-        """Return the tensors on the device; a GPU fetches them from pinned memory while it works."""
-        if self.device.type != "cuda":
-            return [t.to(self.device) for t in batch]
-        return [t.pin_memory().to(self.device, non_blocking=True) for t in batch]
+    def loss(self, forward, batch):
+        """Return the mean loss of a batch. A GPU fetches it from pinned memory while it works."""
+        if on_gpu := self.device.type == "cuda":
+            batch = [t.pin_memory() for t in batch]
+        x, y, w = (t.to(self.device, non_blocking=on_gpu) for t in batch)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return forward(x, y, weights=w)[1]
 
     def reduce(self, values, op):
         """Return numbers reduced over all processes: op SUM or MAX."""
@@ -735,8 +746,7 @@ def compiled(model, machine, batch):
     """Return the compiled model, tried on a batch; where that fails, say so and return the model itself."""
     forward = torch.compile(model, dynamic=False)
     try:
-        with machine.autocast():
-            forward(*machine.move(batch))[1].backward()
+        machine.loss(forward, batch).backward()
     except Exception as e:  # noqa: BLE001  # compilers' errors have no common type
         if machine.rank == 0:
             print(f"torch.compile failed ({type(e).__name__}): training without it, as --compile=False does")
@@ -756,12 +766,11 @@ def check_settings():
     for name, allowed in choices.items():
         if globals()[name] not in allowed.split():
             raise ValueError(f"{name} is {globals()[name]!r}: it must be one of {allowed.replace(' ', ', ')}")
-    least = {"batch_size gradient_accumulation_steps eval_interval eval_iters log_interval": 1,
-             "max_iters max_minutes warmup_iters lr_decay_iters min_lr weight_decay grad_clip seed": 0,
-             "sample_tokens early_stop": 0, "learning_rate muon_lr": 1e-12}
-    for name, bound in ((name, bound) for names, bound in least.items() for name in names.split()):
-        if not bound <= globals()[name] < 2**31:
-            raise ValueError(f"{name} is {globals()[name]}: it must be at least {bound} and below 2**31")
+    positive = "batch_size gradient_accumulation_steps eval_interval eval_iters log_interval learning_rate"
+    for name, value in ((name, globals()[name]) for name in SETTINGS):
+        least = 1e-12 if name in positive.split() else 0
+        if type(value) in (int, float) and not least <= value < 2**31:
+            raise ValueError(f"{name} is {value}: it must be {'above' if least else 'from'} 0, below 2**31")
     model_config(vocab_size=1)
 
 def open_data(machine):
@@ -776,19 +785,20 @@ def build(data, machine, state):
     torch.manual_seed(seed)
     model = GPT(model_config(data.meta["vocab_size"]))
     if state:
-        now = asdict(model.config) | {"tokenizer": data.tokenizer.state, "optimizer": optimizer}
-        then = state["model_args"] | {k: state[k] for k in ("tokenizer", "optimizer")}
+        if data.tokenizer.state != Tokenizer(**state["tokenizer"]).state:
+            raise ValueError(f"{data.folder} has another tokenizer than the checkpoint: prepare it with the "
+                             "checkpoint's, by --tokenizer=PATH_OF_CHECKPOINT")
+        now = asdict(model.config) | {"optimizer": optimizer}
+        then = state["model_args"] | {"optimizer": state["optimizer"]}
         for name in then.keys() - {"dropout", "gradient_checkpointing"}:  # on these no weight depends
             if now[name] != then[name]:
-                raise ValueError(f"{name} is {str(now[name])[:60]} but was {str(then[name])[:60]} in the "
-                                 "checkpoint: go on with the settings and data it began with")
+                raise ValueError(f"{name} is {now[name]}, in the checkpoint {then[name]}: go on with that")
         model.load_state_dict(state["model"])
     optimizers = make_optimizers(model.to(machine.device), machine)
     scaler = torch.amp.GradScaler("cuda", enabled=machine.dtype == torch.float16)
     for o, saved in zip(optimizers, (state or {}).get("optimizers", ())):
         o.load_state_dict(saved | {"param_groups": o.state_dict()["param_groups"]})  # rates as set now
-    if state and state.get("scaler"):
-        scaler.load_state_dict(state["scaler"])
+    scaler.load_state_dict((state or {}).get("scaler") or scaler.state_dict())
     return model, optimizers, scaler
 
 def split_batch(world_size):
@@ -815,14 +825,12 @@ def open_run(out):
 def describe(machine, data, model, out, tokens_per_step):
     """Return the lines that say what was chosen."""
     n, meta = model.n_params(), data.meta
-    by_muon = sum(p.numel() for p in model.h.parameters() if p.ndim == 2) if optimizer == "muon" else 0
-    mib = (16 * n - 4 * by_muon) / 2**20  # weights, gradients, AdamW's two averages or Muon's one, in float32
     return f"""\
 machine  {machine.world_size} x {machine.name()}, {torch.get_num_threads()} threads, torch {torch.__version__}
          {str(machine.dtype)[6:]}, {'compiled' if machine.compile else 'eager'}
 data     {data.folder}: {meta['train_tokens']:,} training and {meta['val_tokens']:,} validation tokens
          {meta['tokenizer']['kind']} vocabulary of {meta['vocab_size']:,}
-model    {n / 1e6:,.2f}M parameters; {mib:,.0f} MiB with gradients and optimizer, plus activations
+model    {n / 1e6:,.2f}M parameters; with gradients and averages {n / 2**16:,.0f} MiB, plus activations
 run      {f'{max_minutes:g} minutes' if max_minutes else f'{max_iters:,} steps'} of {tokens_per_step:,} tokens
          {meta['train_tokens'] / tokens_per_step:,.0f} steps an epoch, in {out}"""
 
@@ -830,12 +838,12 @@ def print_sample(model, tokenizer, machine):
     """Print a sample of sample_tokens, begun with a newline or else the vocabulary's first token."""
     if machine.rank > 0 or sample_tokens == 0:
         return
-    prompt = "\n" if tokenizer.encoding or "\n" in tokenizer.ids else tokenizer.decode([0])
+    prompt = "\n" if "\n" in (tokenizer.state["chars"] or "\n") else tokenizer.decode([0])
     generator = torch.Generator(machine.device).manual_seed(seed)
     model.eval()
-    text = "".join(generate_text(model, tokenizer, prompt, sample_tokens, generator=generator))
+    ids = [int(i) for i in model.generate([tokenizer.encode(prompt)], sample_tokens, generator=generator)]
     model.train()
-    print(f"{'-' * 80}\n{text.strip()}\n{'-' * 80}")
+    print(f"{'-' * 80}\n{tokenizer.decode(ids).strip()}\n{'-' * 80}")
 
 def snapshot(model, data, step, best_val_loss, **more):
     """Return what a checkpoint for use holds, and more: tensors, numbers, strings, lists and dicts only."""
@@ -844,24 +852,15 @@ def snapshot(model, data, step, best_val_loss, **more):
             "tokenizer": data.tokenizer.state, "dataset_sha256": data.meta["sha256"],
             "best_val_loss": best_val_loss, "model": model.state_dict(), **more}
 
-def check_finite(loss, grad_norm, step, out):
-    """Raise ValueError for a loss or gradient norm that is no number: such weights are not saved."""
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        raise ValueError(f"loss {float(loss)}, gradient norm {float(grad_norm)} at step {step}: what {out} "
-                         "holds is from before; lower learning_rate and muon_lr")
-
 def train(started=None):
-    """Train as the settings say; return the final figures as a dict.
-
-    started: time.time() from which max_minutes counts; None: now. Raises ValueError or OSError for what the
-    user can mend. SIGINT and SIGTERM save and end the run, the dict then has the number as "stopped_by"."""
+    """Train as the settings say; return the final figures as a dict. SIGINT and SIGTERM save, end the run and
+    are its "stopped_by"; max_minutes counts from `started`, or now. Raises ValueError, OSError."""
     check_settings()
     machine, caught, actions = set_up_machine(), [], {}
 
     def note(signum, frame):
         caught.append(signum)
         signal.signal(signum, actions[signum])  # a second one acts as ever
-
     if threading.current_thread() is threading.main_thread():  # elsewhere Python forbids handlers
         actions = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -897,7 +896,6 @@ def training_run(started, machine, caught):
 
     def log(**values):
         say(json.dumps({"step": step, "elapsed_s": round(time.time() - started, 3)} | values), file=log_file)
-
     log(config=snapshot(model, data, step, None)["config"], dataset_sha256=data.meta["sha256"],
         torch=torch.__version__, machine=f"{machine.world_size} x {machine.name()}")
     tokens_per_step, n_val = batch_size * gradient_accumulation_steps * block_size, data.n_val_batches()
@@ -917,7 +915,9 @@ def training_run(started, machine, caught):
         # save, evaluate
         if step % eval_interval == 0 or last or stop:
             pause = time.time()
-            check_finite(loss, 0 if scaler.is_enabled() else grad_norm, step, out)  # a scaler skips those
+            if not math.isfinite(loss + (0 if scaler.is_enabled() else grad_norm)):  # a scaler skips those
+                raise ValueError(f"loss {loss:.4g}, gradient norm {grad_norm:.4g} at step {step}: what {out} "
+                                 "holds is from before; lower learning_rate and muon_lr")
             save(out / "ckpt.pt", snapshot(model, data, step, best_val_loss, elapsed_s=elapsed, stale=stale,
                  scaler=scaler.state_dict(), optimizers=[o.state_dict() for o in optimizers]))
             if not stop:
@@ -944,14 +944,14 @@ def training_run(started, machine, caught):
 
         # accumulate
         loss = torch.zeros((), device=machine.device)
-        for micro in range(n_micro):
-            index = (step * machine.world_size + machine.rank) * n_micro + micro  # among all of the run's
-            x, y = machine.move(data.get_batch("train", index, rows))
-            torch.manual_seed((seed << 32) + index)  # dropout, too, depends on (seed, step) alone
+        first = (step * machine.world_size + machine.rank) * n_micro  # among all of the run's micro-batches
+        batches = [data.get_batch("train", first + micro, rows) for micro in range(n_micro)]
+        weight = machine.reduce([sum(batch[2].sum() for batch in batches)], "SUM")[0] / machine.world_size
+        for micro, batch in enumerate(batches):
+            torch.manual_seed((seed << 32) + first + micro)  # dropout, too, depends on (seed, step) alone
             if machine.world_size > 1:
                 train_forward.require_backward_grad_sync = micro == n_micro - 1  # average after the last
-            with machine.autocast():
-                micro_loss = train_forward(x, y)[1] / n_micro
+            micro_loss = machine.loss(train_forward, batch) * float(batch[2].sum() / max(weight, 1e-6))
             scaler.scale(micro_loss).backward()
             loss += micro_loss.detach()
 

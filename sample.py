@@ -6,15 +6,17 @@
 
 It needs a checkpoint of gpt.py and nothing else; the tokenizer is in it.
 """
+import codecs
 import contextlib
 import math
+import re
 import sys
 import time
 from pathlib import Path
 
 import torch
 
-from gpt import context_length, generate_text, load_checkpoint, native_bfloat16, pick_device
+from gpt import context_length, load_checkpoint, native_bfloat16, pick_device
 
 prompt = "\n"  # text to continue, or FILE:path to read it from
 max_tokens = 100  # length of a sample, in tokens
@@ -24,7 +26,7 @@ top_k = 200  # draw among the k likeliest tokens only; 0: all
 top_p = 0.9  # draw among the fewest tokens that reach this probability together; 1: all
 min_p = 0.0  # drop tokens less probable than this share of the likeliest's probability; 0: none
 repetition_penalty = 1.0  # above 1: tokens already used become less likely
-stop = ""  # end a sample before this text; several are separated by ||
+stop = "<|endoftext|>"  # end a sample before this text; several are separated by ||; empty: none
 seed = 1337  # of the draws
 interactive = False  # read prompts from the keyboard until quit, exit, q or Ctrl-D
 checkpoint = ""  # checkpoint file; empty: that of out_dir
@@ -91,10 +93,33 @@ def warn_about_length(n, block_size):
         print(f"note: the model sees {block_size} tokens at most and forgets the oldest", file=sys.stderr)
 
 
+def encode_prompt(tokenizer, text):
+    """Return text's ids, as a list; names of the tokenizer's special tokens, as <|user|>, mean these."""
+    names = "|".join(map(re.escape, tokenizer.special))
+    parts = re.split(f"({names})", text) if names else [text]
+    ids = [[tokenizer.special[part]] if part in tokenizer.special else tokenizer.encode(part) for part in parts]
+    return [i for part in ids for i in part]
+
+
+def generate_text(model, tokenizer, prompt, max_tokens, stop=(), **sampling):
+    """Yield the text that continues prompt, piece by piece, up to max_tokens or one of the strings `stop`."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # waits for the rest of a split character
+    text = ""
+    for last in model.generate([encode_prompt(tokenizer, prompt)], max_tokens, **sampling):
+        text += decoder.decode(tokenizer.decode_bytes(last.tolist()))
+        if ends := [text.find(s) for s in stop if s in text]:
+            yield text[: min(ends)]
+            return
+        held = max((n for s in stop for n in range(len(s)) if text.endswith(s[:n])), default=0)
+        yield text[: len(text) - held]  # the rest may prove to begin a stop string
+        text = text[len(text) - held :]
+    yield text + decoder.decode(b"", final=True)
+
+
 def write_sample(model, tokenizer, text, generator, file):
     """Write text and its continuation to file, piece by piece. Raises ValueError for an unknown character."""
     options = sampling()
-    warn_about_length(len(tokenizer.encode(text)), model.config.block_size)
+    warn_about_length(len(encode_prompt(tokenizer, text)), model.config.block_size)
     file.write(text)
     for piece in generate_text(model, tokenizer, text, generator=generator, **options):
         file.write(piece)
@@ -153,7 +178,7 @@ def main():
     if interactive:
         return interact(model, tokenizer, generator)
     text, began = read_prompt(), time.time()
-    tokenizer.encode(text)  # before anything is written
+    encode_prompt(tokenizer, text)  # before anything is written
     with open(output, "w", encoding="utf-8") if output else contextlib.nullcontext(sys.stdout) as file:
         for i in range(num_samples):
             if i:

@@ -1,10 +1,12 @@
 """Shared fixtures. Every test runs on the CPU, offline, in folders of its own."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -55,6 +57,33 @@ def settings(monkeypatch, tmp_path):
         dtype="float32",
     )
     return change
+
+
+@pytest.fixture
+def write_examples():
+    """Return a function that writes a weighted data set, an example being its (text, weight 0 to 255)."""
+
+    def write(folder, chars, **splits):
+        """Write the splits' examples, each with <|endoftext|>, id len(chars), after its last text."""
+        special = "<|endoftext|> <|user|> <|assistant|> <|pad|>"
+        meta = {"source": "tests", "sha256": "", "dtype": "uint16", "vocab_size": len(chars) + 4}
+        meta["tokenizer"] = {"kind": "char", "chars": chars, "special": special}
+        folder.mkdir(parents=True, exist_ok=True)
+        for split, examples in splits.items():
+            ids, weights = [], []
+            for example in examples:
+                for text, weight in example:
+                    ids += [chars.index(c) for c in text]
+                    weights += [weight] * len(text)
+                ids.append(len(chars))
+                weights.append(example[-1][1])
+            (folder / f"{split}.bin").write_bytes(np.array(ids, dtype="<u2").tobytes())
+            (folder / f"{split}.weight.bin").write_bytes(bytes(weights))
+            meta |= {f"{split}_tokens": len(ids), f"{split}_bytes": len(ids)}
+        (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+        return folder
+
+    return write
 
 
 @pytest.fixture

@@ -1,8 +1,9 @@
-"""Data sets: the files on disk, and batches that depend on (seed, step) alone."""
+"""Data sets: the files on disk, weights and shards, and batches that depend on (seed, step) alone."""
 
 import hashlib
 import itertools
 import json
+import random
 import struct
 from pathlib import Path
 
@@ -67,7 +68,7 @@ def test_files_and_meta_of_a_small_text(tmp_path):
         "sha256": hashlib.sha256(text.encode("utf-8")).hexdigest(),
         "dtype": "uint16",
         "vocab_size": 5,
-        "tokenizer": {"kind": "char", "chars": "\nabcé"},
+        "tokenizer": {"kind": "char", "chars": "\nabcé", "ranks": "", "pattern": "(?s:.)", "special": ""},
         "train_tokens": 18,
         "val_tokens": 2,
         "train_bytes": 18,
@@ -99,6 +100,18 @@ def test_val_fraction_moves_the_split(tmp_path):
     assert (meta["train_tokens"], meta["val_tokens"]) == (6, 2)
 
 
+def test_older_token_files_are_removed(tmp_path):
+    """Shards and weights of an earlier data set do not get mixed with the new one; other files stay."""
+    old = ("train_0000", "train_0001", "val", "val_0000", "train.weight", "val.weight_0000", "test")
+    for name in old:
+        (tmp_path / f"{name}.bin").write_bytes(b"\1\0" * 50)
+    (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
+    gpt.write_dataset(tmp_path, "ab" * 50, gpt.Tokenizer("char", "ab"), "tests")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["meta.json", "notes.txt", "train.bin", "val.bin"]
+    x, _, w = gpt.Data(tmp_path, BLOCK).get_batch("val", 0, 1)
+    assert (x.tolist(), w.tolist()) == ([[0, 1] * 4], [[1.0] * 8])
+
+
 def test_a_data_set_half_written_is_none(tmp_path):
     """Where writing fails, no meta.json says that the folder is whole, even if an older one did."""
     gpt.write_dataset(tmp_path, "ab" * 20, gpt.Tokenizer("char", "ab"), "tests")
@@ -107,33 +120,47 @@ def test_a_data_set_half_written_is_none(tmp_path):
     assert not (tmp_path / "meta.json").exists()
 
 
-def test_gather_shifts_targets_by_one_and_marks_the_end():
-    """Inputs past the end are 0, targets -1."""
-    x, y = gpt.gather(np.array([5, 6, 7, 8, 9], dtype=np.uint16), [0, 3, 9], 3)
-    assert x.tolist() == [[5, 6, 7], [8, 9, 0], [0, 0, 0]]
-    assert y.tolist() == [[6, 7, 8], [9, -1, -1], [-1, -1, -1]]
-    assert x.dtype == y.dtype == torch.int64
+def test_a_batch_past_the_end(tmp_path):
+    """Inputs past the end are 0, targets -1, weights 0; targets are the tokens after the inputs."""
+    data = gpt.Data(write_tokens(tmp_path / "d", 100, 12), BLOCK)
+    x, y, w = data.get_batch("val", 0, 3)
+    assert x.tolist() == [[0, 1, 2, 3, 4, 5, 6, 7], [8, 9, 10, 11, 0, 0, 0, 0], [0] * 8]
+    assert y.tolist() == [[1, 2, 3, 4, 5, 6, 7, 8], [9, 10, 11, -1, -1, -1, -1, -1], [-1] * 8]
+    assert w.tolist() == [[1.0] * 8, [1.0] * 3 + [0.0] * 5, [0.0] * 8]
+    assert (x.dtype, y.dtype, w.dtype) == (torch.int64, torch.int64, torch.float32)
 
 
-def test_gather_keeps_ids_of_four_bytes():
-    """An id above 65,535 arrives unchanged."""
-    x, y = gpt.gather(np.array([70000, 199997, 4_000_000_000], dtype=np.uint32), [0], 2)
-    assert (x.tolist(), y.tolist()) == ([[70000, 199997]], [[199997, 4_000_000_000]])
+def test_ids_of_four_bytes_arrive_unchanged(tmp_path):
+    """Ids above 65,535, and above 2^31, are what the file holds."""
+    ids = [70_000, 199_997, 4_000_000_000]
+    folder = write_tokens(tmp_path / "d", 3, 3, vocab_size=2**32, dtype="uint32")
+    for split in ("train", "val"):
+        (folder / f"{split}.bin").write_bytes(struct.pack("<3I", *ids))
+        x, y, _ = gpt.Data(folder, 2).get_batch(split, 0, 1)
+        assert (x.tolist(), y.tolist()) == ([ids[:2]], [ids[1:]])
 
 
 def test_targets_of_a_training_batch_are_the_next_tokens(counted):
-    """In a data set whose tokens are their positions, y is x + 1 and rows are consecutive."""
-    x, y = counted.get_batch("train", 0, 6)
-    assert x.shape == y.shape == (6, BLOCK)
+    """In a data set whose tokens are their positions, y is x + 1 and rows are consecutive; all weigh 1."""
+    x, y, w = counted.get_batch("train", 0, 6)
+    assert x.shape == y.shape == w.shape == (6, BLOCK)
     assert torch.equal(y, x + 1)
     assert torch.equal(x - x[:, :1], torch.arange(BLOCK).expand(6, BLOCK))
+    assert torch.equal(w, torch.ones(6, BLOCK))
+
+
+def window_starts(data, n_tokens, epoch):
+    """Return an epoch's window starts: one for each whole window but the last, and at least one."""
+    n = max(1, (n_tokens - 1) // BLOCK - 1)
+    return [data.start("train", row) for row in range(epoch * n, (epoch + 1) * n)]
 
 
 @pytest.mark.parametrize("n_tokens", [9, 10, 16, 17, 24, 25, 203, 1000, 1001])
-def test_the_windows_of_an_epoch(n_tokens):
+def test_the_windows_of_an_epoch(tmp_path, n_tokens):
     """Windows lie side by side inside the file, each once, and leave out less than two blocks."""
+    data = gpt.Data(write_tokens(tmp_path / "d", n_tokens, 50), BLOCK)
     for epoch in range(30):
-        starts = gpt.epoch_starts(n_tokens, BLOCK, 7, epoch).tolist()
+        starts = window_starts(data, n_tokens, epoch)
         assert len(set(starts)) == len(starts) >= max(1, n_tokens // BLOCK - 2)
         ordered = sorted(starts)
         assert all(b - a == BLOCK for a, b in itertools.pairwise(ordered))
@@ -142,20 +169,25 @@ def test_the_windows_of_an_epoch(n_tokens):
         assert n_tokens - BLOCK * len(starts) <= 2 * BLOCK
 
 
-def test_every_offset_occurs():
+def test_every_offset_occurs(tmp_path):
     """Over the epochs the windows take every place there is room for, the ends of the file included."""
-    ordered = [sorted(gpt.epoch_starts(33, BLOCK, 7, epoch).tolist()) for epoch in range(300)]
+    data = gpt.Data(write_tokens(tmp_path / "d", 33, 50), BLOCK)
+    ordered = [sorted(window_starts(data, 33, epoch)) for epoch in range(300)]
     assert {starts[0] for starts in ordered} == set(range(33 - 3 * BLOCK))
     assert max(starts[-1] for starts in ordered) + BLOCK == 32
 
 
 def test_epochs_and_seeds_differ():
     """Another epoch or seed has another order; the same ones have the same."""
-    orders = [tuple(gpt.epoch_starts(1000, BLOCK, seed, epoch)) for seed in range(3) for epoch in range(3)]
-    assert len(set(orders)) == 9
-    assert any(list(order) != sorted(order) for order in orders)
-    gpt.epoch_starts.cache_clear()
-    assert tuple(gpt.epoch_starts(1000, BLOCK, 0, 0)) == orders[0]
+    drawn = {key: gpt.epoch_order(100, 1000, *key) for key in itertools.product(range(3), range(3))}
+    orders = {key: tuple(order.tolist()) for key, (_, order) in drawn.items()}
+    assert all(sorted(order) == list(range(100)) for order in orders.values())
+    assert len(set(orders.values())) == 9
+    offsets = [offset for offset, _ in drawn.values()]
+    assert len(set(offsets)) > 5 and all(0 <= offset < 1000 for offset in offsets)
+    gpt.epoch_order.cache_clear()
+    offset, order = gpt.epoch_order(100, 1000, 0, 0)
+    assert (offset, tuple(order.tolist())) == (drawn[0, 0][0], orders[0, 0])
 
 
 def test_an_epoch_of_batches_repeats_no_token(counted, monkeypatch):
@@ -184,24 +216,25 @@ def test_batches_depend_on_seed_and_step_alone(counted, tmp_path, monkeypatch):
 def test_a_large_batch_is_the_small_ones_in_a_row(counted):
     """Batch size 16 at step 0 is batch size 4 at steps 0 to 3, and so on, over the end of an epoch."""
     for large in range(3):
-        x, y = counted.get_batch("train", large, 16)
+        whole = counted.get_batch("train", large, 16)
         parts = [counted.get_batch("train", 4 * large + i, 4) for i in range(4)]
-        assert torch.equal(x, torch.cat([part[0] for part in parts]))
-        assert torch.equal(y, torch.cat([part[1] for part in parts]))
+        for i in range(3):
+            assert torch.equal(whole[i], torch.cat([part[i] for part in parts]))
 
 
 @pytest.mark.parametrize("n_val", [9, 16, 17, 25, 51, 64, 65, 66])
 @pytest.mark.parametrize("rows", [1, 3])
 def test_validation_batches_hold_every_target_once(tmp_path, monkeypatch, n_val, rows):
-    """In order, the targets are tokens 1 to the last, each after its own input; the rest is marked -1."""
+    """In order, the targets are tokens 1 to the last, each after its own input; the rest does not count."""
     monkeypatch.setattr(gpt, "batch_size", rows)
     data = gpt.Data(write_tokens(tmp_path / "v", 100, n_val), BLOCK)
     batches = [data.get_batch("val", i, rows) for i in range(data.n_val_batches())]
-    x, y = (torch.cat([batch[i] for batch in batches]).flatten() for i in (0, 1))
+    x, y, w = (torch.cat([batch[i] for batch in batches]).flatten() for i in range(3))
     assert y[y >= 0].tolist() == list(range(1, n_val))
     assert x[y >= 0].tolist() == list(range(n_val - 1))
     assert (batches[-1][1] >= 0).any()
     assert set(y[n_val - 1 :].tolist()) <= {-1}
+    assert torch.equal(w, (y >= 0).float())
 
 
 def test_data_reads_either_width(tmp_path):
@@ -225,9 +258,9 @@ def test_a_missing_data_set_names_the_command(tmp_path):
 @pytest.mark.parametrize("split", ["train", "val"])
 @pytest.mark.parametrize("n", [0, BLOCK])
 def test_too_few_tokens_are_refused(tmp_path, split, n):
-    """An empty file, or one that holds no whole window, is named with its count."""
+    """A split that holds nothing, or no whole window, is named with its count."""
     folder = write_tokens(tmp_path / "short", **{"n_train": 100, "n_val": 50, f"n_{split}": n})
-    with pytest.raises(ValueError, match=rf"{split}\.bin holds {n} tokens.*block_size {BLOCK}"):
+    with pytest.raises(ValueError, match=rf"{split} holds {n} tokens.*block_size {BLOCK}"):
         gpt.Data(folder, BLOCK)
 
 
@@ -235,26 +268,47 @@ def test_one_token_more_than_a_block_is_enough(tmp_path):
     """Nine tokens hold one window of eight."""
     data = gpt.Data(write_tokens(tmp_path / "least", BLOCK + 1, BLOCK + 1), BLOCK)
     for split in ("train", "val"):
-        x, y = data.get_batch(split, 0, 1)
+        x, y, w = data.get_batch(split, 0, 1)
         assert (x.tolist(), y.tolist()) == ([list(range(8))], [list(range(1, 9))])
+        assert w.tolist() == [[1.0] * 8]
 
 
 def test_a_missing_file_is_refused(tmp_path):
     """meta.json without val.bin is no data set."""
     folder = write_tokens(tmp_path / "gone", 100, 50)
     (folder / "val.bin").unlink()
-    with pytest.raises(ValueError, match=r"val\.bin"):
+    with pytest.raises(ValueError, match="gone holds 0 of 50 tokens for val"):
+        gpt.Data(folder, BLOCK)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("n_bytes", [-2, -1, 2, 20])
+def test_a_file_of_another_length_than_meta_says_is_refused(tmp_path, split, n_bytes):
+    """A copy that was cut short, or a file that grew, is noticed before anything is read."""
+    folder = write_tokens(tmp_path / "cut", 100, 50)
+    content = (folder / f"{split}.bin").read_bytes()
+    (folder / f"{split}.bin").write_bytes(content[:n_bytes] if n_bytes < 0 else content + b"\0" * n_bytes)
+    with pytest.raises(ValueError, match=rf"cut holds .* of .* tokens for {split}"):
         gpt.Data(folder, BLOCK)
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_an_id_beyond_the_vocabulary_is_refused(tmp_path, split):
-    """The message names the file, the id and vocab_size."""
-    folder = write_tokens(tmp_path / "wild", 100, 100, vocab_size=99)
-    if split == "val":
-        (folder / "train.bin").write_bytes(b"\0\0" * 100)
-    with pytest.raises(ValueError, match=rf"{split}\.bin holds id 99, vocab_size is 99"):
-        gpt.Data(folder, BLOCK)
+    """The batches that hold one, if only as a target, are refused, by the folder, the id and vocab_size."""
+    folder = write_tokens(tmp_path / "wild", 203, 51, vocab_size=40)
+    content = {"train": [0] * 100 + list(range(103)), "val": list(range(51))}[split]
+    (folder / f"{split}.bin").write_bytes(struct.pack(f"<{len(content)}H", *content))
+    data, refused = gpt.Data(folder, BLOCK), 0
+    for step in range(24 if split == "train" else 7):
+        start = data.start(split, step)
+        largest = max(content[start : start + BLOCK + 1])
+        if largest < 40:
+            data.get_batch(split, step, 1)
+            continue
+        with pytest.raises(ValueError, match=f"wild holds id {largest} of 40"):
+            data.get_batch(split, step, 1)
+        refused += 1
+    assert refused == 3 if split == "val" else 0 < refused < 10
 
 
 @pytest.mark.parametrize("content", ["", '{"dtype": "uint16", ', '{"dtype": "uint16"}'])
@@ -270,7 +324,268 @@ def test_preparing_again_does_not_disturb_a_run_that_has_the_data_mapped(setting
     """The tokens of an open Data stay what they were."""
     folder = Path(gpt.data_dir) / "toy"
     data = gpt.Data(folder, 16)
-    before = np.array(data.tokens["train"])
+    everything = np.arange(len(data.tokens["train"]))
+    before = data.tokens["train"][everything].copy()
     gpt.write_dataset(folder, "ab" * 200, gpt.Tokenizer("char", "ab"), "another text")
-    assert np.array_equal(data.tokens["train"], before)
-    assert set(gpt.Data(folder, 16).tokens["train"]) == {0, 1}
+    assert np.array_equal(data.tokens["train"][everything], before)
+    assert len(set(before.tolist())) > 2
+    again = gpt.Data(folder, 16).tokens["train"]
+    assert set(again[np.arange(len(again))].tolist()) == {0, 1}
+
+
+# ---- Shards ----
+def shard(folder, name, sizes, itemsize=2):
+    """Cut <name>.bin into <name>_0000.bin and so on, of as many numbers as sizes say."""
+    content = (folder / f"{name}.bin").read_bytes()
+    assert sum(sizes) * itemsize == len(content)
+    (folder / f"{name}.bin").unlink()
+    for i, (a, b) in enumerate(itertools.pairwise(itertools.accumulate([0, *sizes]))):
+        (folder / f"{name}_{i:04d}.bin").write_bytes(content[a * itemsize : b * itemsize])
+
+
+SHARDS = [
+    [203],
+    [101, 102],
+    [1, 202],
+    [202, 1],
+    [50, 3, 1, 2, 147],
+    [90, 0, 113],
+    [0, 3, 0, 0, 200, 0],
+    [13] * 15 + [8],
+    [1] * 203,
+]
+
+
+@pytest.mark.parametrize("sizes", SHARDS, ids=lambda sizes: f"{len(sizes)}-{sizes[0]}")
+@pytest.mark.parametrize("dtype", ["uint16", "uint32"])
+def test_shards_give_the_batches_of_one_file(tmp_path, dtype, sizes):
+    """Wherever the tokens are cut, within a window or within several, each token stays its position."""
+    whole = gpt.Data(write_tokens(tmp_path / "whole", 203, 51, dtype=dtype), BLOCK)
+    folder = write_tokens(tmp_path / "cut", 203, 51, dtype=dtype)
+    shard(folder, "train", sizes, 2 if dtype == "uint16" else 4)
+    shard(folder, "val", [5, 0, 46], 2 if dtype == "uint16" else 4)
+    data = gpt.Data(folder, BLOCK)
+    for split, n in (("train", 16), ("val", 3)):
+        for step in range(n):
+            batch = data.get_batch(split, step, 3)
+            assert all(torch.equal(a, b) for a, b in zip(batch, whole.get_batch(split, step, 3)))
+            starts = torch.tensor([data.start(split, row) for row in range(3 * step, 3 * step + 3)])
+            expected = starts[:, None] + torch.arange(BLOCK)
+            inside = batch[1] >= 0
+            assert torch.equal(batch[0][inside], expected[inside])
+            assert torch.equal(batch[1][inside], expected[inside] + 1)
+
+
+def test_tokens_of_shards_are_one_array(tmp_path):
+    """Any positions, in any order and shape, give what the joined array gives."""
+    rng = np.random.default_rng(5)
+    parts = [rng.integers(2**16, size=n, dtype=np.uint16) for n in (7, 0, 1, 1000, 2, 90)]
+    for i, part in enumerate(parts):
+        part.astype("<u2").tofile(tmp_path / f"x_{i:04d}.bin")
+    np.arange(9, dtype="<u2").tofile(tmp_path / "x.weight_0000.bin")
+    joined, tokens = np.concatenate(parts), gpt.Tokens(tmp_path, "x", np.dtype("<u2"))
+    assert len(tokens) == 1100
+    for shape in ((1100,), (40, 9), (2, 3, 4), (1,), (0,)):
+        positions = rng.integers(1100, size=shape)
+        found = tokens[positions]
+        assert found.shape == shape and np.array_equal(found, joined[positions])
+    everything = np.arange(1100)
+    assert np.array_equal(tokens[everything], joined)
+    assert np.array_equal(tokens[everything[::-1]], joined[::-1])
+    assert len(gpt.Tokens(tmp_path, "y", np.dtype("<u2"))) == 0
+
+
+def test_a_missing_shard_is_noticed(tmp_path):
+    """The counts of all shards together must be that of meta.json."""
+    folder = write_tokens(tmp_path / "cut", 203, 51)
+    shard(folder, "train", [100, 100, 3])
+    (folder / "train_0001.bin").unlink()
+    with pytest.raises(ValueError, match="cut holds 103 of 203 tokens for train"):
+        gpt.Data(folder, BLOCK)
+
+
+# ---- Weights ----
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+END = 26
+BY_HAND = [
+    [("ab", 0), ("cd", 255)],
+    [("efg", 0), ("hijkl", 51)],
+    [("m", 255)],
+    [("n", 0), ("o", 0)],
+    [("p", 0), ("qrs", 102)],
+    [("uv", 0), ("wx", 204)],
+]
+# tokens: a b c d END | e f g h i j k l END | m END | n o END | p q r s END | u v w x END
+
+
+def test_rows_of_weighted_examples_by_hand(tmp_path, write_examples):
+    """Each example begins a row, a long one several; what follows its end in the row weighs 0."""
+    folder = write_examples(tmp_path / "w", LETTERS, train=BY_HAND, val=BY_HAND)
+    x, y, w = gpt.Data(folder, 4).get_batch("val", 0, 8)
+    spelled = ["".join((LETTERS + ".")[i] for i in row) for row in x.tolist()]
+    assert spelled == ["abcd", "efgh", "ijkl", "m.no", "no.p", "pqrs", "uvwx", "aaaa"]
+    assert y.tolist() == [
+        [1, 2, 3, END],
+        [5, 6, 7, 8],
+        [9, 10, 11, END],
+        [END, 13, 14, END],
+        [14, END, 15, 16],
+        [16, 17, 18, END],
+        [21, 22, 23, END],
+        [-1, -1, -1, -1],
+    ]
+    expected = [
+        [0, 1, 1, 1],
+        [0, 0, 0.2, 0.2],
+        [0.2] * 4,
+        [1, 0, 0, 0],
+        [0] * 4,
+        [0.4] * 4,
+        [0, 0.8, 0.8, 0.8],
+    ]
+    assert torch.allclose(w, torch.tensor([*expected, [0.0] * 4]), rtol=1e-6, atol=0)
+    assert (x.dtype, y.dtype, w.dtype) == (torch.int64, torch.int64, torch.float32)
+
+
+def random_examples(seed, n):
+    """Return n examples whose letters, of a large alphabet, occur once each, and that alphabet."""
+    draw, alphabet = random.Random(seed), [chr(0x4E00 + i) for i in range(30 * n)]
+    left, examples = iter(alphabet), []
+    for _ in range(n):
+        lengths = (draw.randint(0, 12), draw.randint(1, draw.choice([2, 9, 17])))
+        prompt, response = ("".join(itertools.islice(left, length)) for length in lengths)
+        examples.append([(prompt, 0), (response, draw.choice([0, 64, 255, 255]))])
+    return examples, "".join(alphabet)
+
+
+def weighted_targets(examples, alphabet):
+    """Return {(input, target): weight} of all targets in the examples that weigh more than 0, in order."""
+    expected = {}
+    for example in examples:
+        weights = [weight for text, weight in example for _ in text] + [example[-1][1]]
+        ids = [alphabet.index(c) for text, _ in example for c in text] + [len(alphabet)]
+        for a, b, weight in zip(ids, ids[1:], weights[1:]):
+            if weight:
+                expected[a, b] = weight / 255
+    return expected
+
+
+@pytest.mark.parametrize("block", [1, 3, 8, 40])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_every_weighted_target_counts_once_and_sees_its_own_example_only(
+    tmp_path, write_examples, monkeypatch, split, block
+):
+    """Over an epoch the targets that weigh are those of the examples; no input before them is of another."""
+    monkeypatch.setattr(gpt, "batch_size", 5)
+    examples, alphabet = random_examples(3, 60)
+    splits = {"train": examples[:40], "val": examples[40:]}
+    data = gpt.Data(write_examples(tmp_path / "w", alphabet, **splits), block)
+    n_rows = sum(-(-sum(len(text) for text, _ in example) // block) for example in splits[split])
+    assert data.n_val_batches() == -(-len(data.starts["val"]) // 5)
+    home = {c: i for i, example in enumerate(splits[split]) for text, _ in example for c in text}
+    for epoch in range(2 if split == "train" else 1):
+        found, batches = {}, [data.get_batch(split, epoch * n_rows + row, 1) for row in range(n_rows)]
+        for x, y, w in batches:
+            inputs = x[0].tolist()
+            for i in w[0].nonzero().flatten().tolist():
+                pair = (inputs[i], int(y[0, i]))
+                assert pair not in found
+                found[pair] = float(w[0, i])
+                assert len({home[alphabet[j]] for j in inputs[: i + 1]}) == 1
+        expected = weighted_targets(splits[split], alphabet)
+        assert found == pytest.approx(expected)
+        assert (list(found) == list(expected)) == (split == "val")
+
+
+def test_weighted_epochs_have_the_same_rows_in_another_order(tmp_path, write_examples, monkeypatch):
+    """The rows of an epoch begin nowhere but where the first one's do, and seed and epoch order them."""
+    examples, alphabet = random_examples(3, 60)
+    data = gpt.Data(write_examples(tmp_path / "w", alphabet, train=examples, val=examples[:2]), 8)
+    n = sum(-(-sum(len(text) for text, _ in example) // 8) for example in examples)
+    orders = []
+    for seed, epoch in ((1, 0), (1, 1), (2, 0)):
+        monkeypatch.setattr(gpt, "seed", seed)
+        orders.append([data.start("train", epoch * n + row) for row in range(n)])
+    position, expected = 0, set()
+    for example in examples:
+        length = sum(len(text) for text, _ in example)
+        expected |= set(range(position, position + length, 8))
+        position += length + 1
+    assert all(sorted(order) == sorted(expected) for order in orders)
+    assert len(set(map(tuple, orders))) == 3
+
+
+@pytest.mark.parametrize("cuts", [([50, 1, 0, 20], [3, 30]), ([1], [69, 1])], ids=str)
+def test_weights_may_be_cut_elsewhere_than_tokens(tmp_path, write_examples, cuts):
+    """Shards of tokens and of weights give the batches of whole files."""
+    examples, alphabet = random_examples(4, 30)
+    folders = [write_examples(tmp_path / name, alphabet, train=examples, val=examples) for name in "ab"]
+    n = (folders[0] / "train.weight.bin").stat().st_size
+    for name, sizes, itemsize in (("train", cuts[0], 2), ("train.weight", cuts[1], 1)):
+        shard(folders[1], name, [*sizes, n - sum(sizes)], itemsize)
+    whole, cut = (gpt.Data(folder, 8) for folder in folders)
+    for step in range(30):
+        for a, b in zip(whole.get_batch("train", step, 3), cut.get_batch("train", step, 3)):
+            assert torch.equal(a, b)
+
+
+def test_a_large_weighted_batch_is_the_small_ones_in_a_row(tmp_path, write_examples):
+    """Accumulation and processes cut a step's batch without a change, over the end of an epoch."""
+    data = gpt.Data(write_examples(tmp_path / "w", LETTERS, train=BY_HAND, val=BY_HAND), 4)
+    for large in range(3):
+        whole = data.get_batch("train", large, 6)
+        parts = [data.get_batch("train", 3 * large + i, 2) for i in range(3)]
+        for i in range(3):
+            assert torch.equal(whole[i], torch.cat([part[i] for part in parts]))
+
+
+def test_without_weights_the_end_of_a_document_is_a_token_like_others(tmp_path, write_examples):
+    """In plain data windows reach over <|endoftext|>, and every target weighs 1."""
+    folder = write_examples(tmp_path / "w", LETTERS, train=BY_HAND, val=BY_HAND)
+    for split in ("train", "val"):
+        (folder / f"{split}.weight.bin").unlink()
+    data = gpt.Data(folder, 8)
+    x, _, w = data.get_batch("val", 0, 2)
+    assert x[0].tolist() == [0, 1, 2, 3, END, 4, 5, 6]
+    assert w.tolist() == [[1.0] * 8] * 2
+    assert data.get_batch("train", 0, 2)[2].tolist() == [[1.0] * 8] * 2
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("n", [1, 28, 30])
+def test_weights_of_another_length_are_refused(tmp_path, write_examples, split, n):
+    """Weights belong to tokens one by one: 29 of them here."""
+    folder = write_examples(tmp_path / "w", LETTERS, train=BY_HAND, val=BY_HAND)
+    assert (folder / f"{split}.weight.bin").stat().st_size == 29
+    (folder / f"{split}.weight.bin").write_bytes(b"\xff" * n)
+    with pytest.raises(ValueError, match=f"w holds .* tokens for {split}"):
+        gpt.Data(folder, 4)
+
+
+def test_a_split_of_few_weighted_tokens_is_enough(tmp_path, write_examples):
+    """Examples need not fill a block, unlike plain text."""
+    folder = write_examples(tmp_path / "w", LETTERS, train=[[("ab", 255)]], val=[[("c", 255)]])
+    data = gpt.Data(folder, 8)
+    for split, rows in (("train", [0, 1]), ("val", [2])):
+        x, y, w = data.get_batch(split, 0, 1)
+        assert x[0, : len(rows)].tolist() == rows
+        assert y[0].tolist() == [*rows[1:], END] + [-1] * (8 - len(rows))
+        assert w[0].tolist() == [1.0] * len(rows) + [0.0] * (8 - len(rows))
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_weights_for_one_split_only_are_refused(write_examples, tmp_path, split):
+    """Or else one split would be read by examples and the other not."""
+    folder = write_examples(tmp_path / "w", LETTERS, train=BY_HAND, val=BY_HAND)
+    (folder / f"{split}.weight.bin").unlink()
+    with pytest.raises(ValueError, match=split):
+        gpt.Data(folder, 4)
+
+
+def test_weighted_data_without_an_end_of_an_example_are_refused(write_examples, tmp_path):
+    """Without <|endoftext|> among the tokens there is no example."""
+    folder = write_examples(tmp_path / "w", LETTERS, train=BY_HAND, val=BY_HAND)
+    n = (folder / "val.bin").stat().st_size
+    (folder / "val.bin").write_bytes(bytes(n))
+    with pytest.raises(ValueError, match="val"):
+        gpt.Data(folder, 4)

@@ -116,7 +116,7 @@ GPT_MISTAKES = [
     (["--dropout=1"], ["dropout is 1.0"]),
     (["--dropout=-0.1"], ["dropout is -0.1"]),
     (["--dataset=absent"], ["absent", "prepare.py"]),
-    (["--block_size=99999"], ["99999", ".bin"]),
+    (["--block_size=99999"], ["train holds", "99999"]),
     (["--device=foo"], ["'foo'", "cpu"]),
     (["--device="], ["device ''"]),
     (["--device=cpu:x"], ["'cpu:x'"]),
@@ -127,9 +127,9 @@ GPT_MISTAKES = [
     (["--optimizer="], ["optimizer is ''"]),
     (["--lr_schedule=step"], ["lr_schedule is 'step'", "cosine"]),
     (["--init_from=gpt2"], ["init_from is 'gpt2'", "scratch, resume"]),
-    (["--max_iters=-1"], ["max_iters is -1", "at least 0"]),
+    (["--max_iters=-1"], ["max_iters is -1", "from 0, below 2**31"]),
     (["--max_minutes=-1"], ["max_minutes is -1"]),
-    (["--batch_size=0"], ["batch_size is 0", "at least 1"]),
+    (["--batch_size=0"], ["batch_size is 0", "above 0, below 2**31"]),
     (["--gradient_accumulation_steps=0"], ["gradient_accumulation_steps is 0"]),
     (["--eval_interval=0"], ["eval_interval is 0"]),
     (["--log_interval=0"], ["log_interval is 0"]),
@@ -137,6 +137,10 @@ GPT_MISTAKES = [
     (["--learning_rate=0"], ["learning_rate is 0.0"]),
     (["--learning_rate=nan"], ["learning_rate is nan"]),
     (["--muon_lr=inf"], ["muon_lr is inf"]),
+    (["--muon_lr=-0.01"], ["muon_lr is -0.01"]),
+    (["--min_lr=-1e-4"], ["min_lr is -0.0001"]),
+    (["--early_stop=-1"], ["early_stop is -1"]),
+    (["--offline_fallback=False"], ["'offline_fallback'"]),
     (["--grad_clip=-1"], ["grad_clip is -1.0"]),
     (["--weight_decay=-0.1"], ["weight_decay is -0.1"]),
     (["--beta1=1.0"], ["1.0"]),
@@ -194,17 +198,26 @@ def spoil(tmp_path, **content):
 
 
 def test_a_data_set_that_is_spoiled(mistake, tmp_path):
-    """Empty and short files, ids beyond the vocabulary, and a folder without meta.json."""
+    """Files that are empty, short or not as long as meta.json says, and a folder without meta.json."""
+    n = json.loads((tmp_path / "data" / "toy" / "meta.json").read_text(encoding="utf-8"))["train_tokens"]
     spoil(tmp_path, train=b"")
-    mistake("gpt.py", holds=["train.bin", "0 tokens", "block_size 16"])
-    spoil(tmp_path, train=b"\1\0" * 16)
-    mistake("gpt.py", holds=["train.bin", "16 tokens", "block_size 16"])
-    spoil(tmp_path, train=b"\1\0" * 100, val=b"\1\0" * 3)
-    mistake("gpt.py", holds=["val.bin", "3 tokens"])
-    spoil(tmp_path, val=b"\1\0" * 99 + b"\xe7\3")
-    mistake("gpt.py", holds=["val.bin", "999", "vocab_size is 25"])
+    mistake("gpt.py", holds=["toy", f"0 of {n} tokens for train"])
+    spoil(tmp_path, meta={"train_tokens": 0})
+    mistake("gpt.py", holds=["train holds 0 tokens", "block_size 16"])
+    spoil(tmp_path, train=b"\1\0" * 16, meta={"train_tokens": 16})
+    mistake("gpt.py", holds=["train holds 16 tokens", "block_size 16"])
+    spoil(tmp_path, train=b"\1\0" * 100, val=b"\1\0" * 3, meta={"train_tokens": 100, "val_tokens": 3})
+    mistake("gpt.py", holds=["val holds 3 tokens"])
     (tmp_path / "data" / "toy" / "meta.json").unlink()
     mistake("gpt.py", holds=["toy", "prepare.py"])
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_ids_beyond_the_vocabulary(mistake, tmp_path, split):
+    """What was logged before the first such batch is all that is written."""
+    spoil(tmp_path, **{split: b"\xe7\3" * 100}, meta={f"{split}_tokens": 100})
+    mistake("gpt.py", holds=["toy", "999 of 25"], stays=False)
+    assert not (tmp_path / "out" / "best.pt").exists()
 
 
 @pytest.mark.parametrize("script", ["gpt.py", "sample.py"])
@@ -285,11 +298,16 @@ def test_resume_with_a_changed_architecture(mistake, checkpoint, flag):
     mistake("gpt.py", "--init_from=resume", f"--{flag}", holds=[f"{name} is {value}", "checkpoint"])
 
 
-def test_resume_with_another_tokenizer(mistake, checkpoint, tmp_path):
-    """Data whose characters differ do not fit the weights."""
+def test_resume_with_another_tokenizer(mistake, launch, checkpoint, tmp_path):
+    """Data whose characters differ, if only in their order, do not fit the weights."""
     chars = torch.load(checkpoint)["tokenizer"]["chars"]
     spoil(tmp_path, meta={"tokenizer": {"kind": "char", "chars": chars[::-1]}})
-    mistake("gpt.py", "--init_from=resume", holds=["tokenizer is", "checkpoint"])
+    mistake("gpt.py", "--init_from=resume", holds=["toy has another tokenizer", "checkpoint"])
+    mistake("gpt.py", "--eval_only", holds=["toy has another tokenizer", "checkpoint"])
+    spoil(tmp_path, meta={"tokenizer": {"kind": "char", "chars": chars}})
+    before = tree(checkpoint.parent)
+    launch("gpt.py", "--eval_only")
+    assert tree(checkpoint.parent) == before
 
 
 def test_an_out_dir_that_cannot_be_written(mistake, tmp_path):

@@ -8,6 +8,7 @@ from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWa
 from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
 
 import gpt
+import sample
 
 LLAMA = {
     "block_size": 8,
@@ -370,7 +371,7 @@ class PieceTokenizer:
     """Ids of the given byte strings."""
 
     def __init__(self, pieces):
-        self.pieces = pieces
+        self.pieces, self.special = pieces, {}
 
     def encode(self, text):
         return [ord(c) for c in text]
@@ -383,17 +384,41 @@ def pieces_of(pieces, stop=(), max_tokens=None):
     """Return (text pieces, ids drawn) for a model that says the byte strings one after the other."""
     model = ScriptedModel(list(range(len(pieces))))
     n = len(pieces) if max_tokens is None else max_tokens
-    return list(gpt.generate_text(model, PieceTokenizer(pieces), "?", n, stop)), model.drawn
+    return list(sample.generate_text(model, PieceTokenizer(pieces), "?", n, stop)), model.drawn
 
 
 def test_text_arrives_piece_by_piece():
-    """Without stop strings each token's text is yielded at once, and all arguments reach the model."""
-    model = ScriptedModel([0, 1, 2])
-    stream = gpt.generate_text(model, PieceTokenizer([b"one ", b"two ", b"three"]), "ab", 3, top_k=5)
-    assert next(stream) == "one " and model.drawn == 1
-    assert next(stream) == "two " and model.drawn == 2
-    assert "".join(stream) == "three"
-    assert model.asked == ([[97, 98]], 3, {"top_k": 5})
+    """Where no stop string may begin each token's text is yielded at once; arguments reach the model."""
+    for stop in ([], ["<|endoftext|>"], ["two.", "onetwo"]):
+        model = ScriptedModel([0, 1, 2])
+        pieces = PieceTokenizer([b"one ", b"two ", b"three"])
+        stream = sample.generate_text(model, pieces, "ab", 3, stop, top_k=5)
+        assert next(stream) == "one " and model.drawn == 1
+        assert next(stream) == "two " and model.drawn == 2
+        assert "".join(stream) == "three"
+        assert model.asked == ([[97, 98]], 3, {"top_k": 5})
+
+
+@pytest.mark.parametrize(
+    ("pieces", "stop", "shown"),
+    [
+        ([b"a <", b"|end", b"|> b", b"<"], ["<|endoftext|>"], ["a ", "a ", "a <|end|> b", "a <|end|> b"]),
+        ([b"x\n", b"\n", b"y"], ["\n\n\n"], ["x", "x", "x\n\ny"]),
+        ([b"aab", b"aab"], ["aaba" + "x"], ["", "aab"]),
+        ([b"ab", b"c", b"d"], ["bcX", "cdX"], ["a", "a", "ab"]),
+        ([b"a", b"b", b"c"], ["X"], ["a", "ab", "abc"]),
+    ],
+    ids=str,
+)
+def test_only_what_may_begin_a_stop_string_is_held_back(pieces, stop, shown):
+    """After each token all text is shown but its longest end that begins a stop string."""
+    model, so_far, when = ScriptedModel(list(range(len(pieces)))), "", {}
+    for piece in sample.generate_text(model, PieceTokenizer(pieces), "?", len(pieces), stop):
+        if len(when) == model.drawn:  # the last one comes after the last token
+            continue
+        so_far += piece
+        when[model.drawn] = so_far
+    assert list(when.values()) == shown
 
 
 @pytest.mark.parametrize(
@@ -468,9 +493,11 @@ def test_pieces_join_to_the_decoded_tokens():
     model, tokenizer = random_model(**LLAMA), gpt.Tokenizer("char", "abcdefghijklmnopqrs\u00e9\u65e5\n ")
     sampling = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
     ids = [int(t) for t in model.generate([tokenizer.encode("cab")], 50, generator=seeded(3), **sampling)]
-    pieces = list(gpt.generate_text(model, tokenizer, "cab", 50, generator=seeded(3), **sampling))
-    text = "".join(tokenizer.chars[i] for i in ids)
+    pieces = list(sample.generate_text(model, tokenizer, "cab", 50, generator=seeded(3), **sampling))
+    text = "".join(tokenizer.state["chars"][i] for i in ids)
     assert "".join(pieces) == text and len(text) == 50
     stop = text[20:23]
-    ended = "".join(gpt.generate_text(model, tokenizer, "cab", 50, [stop], generator=seeded(3), **sampling))
+    ended = "".join(
+        sample.generate_text(model, tokenizer, "cab", 50, [stop], generator=seeded(3), **sampling)
+    )
     assert ended == text[: text.index(stop)]

@@ -465,6 +465,93 @@ def test_loss_is_the_mean_over_targets_that_count():
     assert float(loss) == pytest.approx(total / count, abs=1e-6)
 
 
+def explicit_loss(logits, targets, weights):
+    """Return the weighted mean of -log softmax at the targets, summed in float64 one by one."""
+    total = weight = 0.0
+    for scores, target, w in zip(logits.double().flatten(0, 1), targets.flatten(), weights.flatten()):
+        if target >= 0:
+            total += float(w) * float(-scores.log_softmax(-1)[target])
+            weight += float(w)
+    return total / weight
+
+
+WEIGHTINGS = {
+    "eighths": lambda: torch.randint(9, (3, 9)) / 8,
+    "bytes": lambda: torch.randint(256, (3, 9)) / 255,
+    "masks": lambda: (torch.rand(3, 9) < 0.3).float(),
+    "a-row-of-none": lambda: torch.tensor([[0.0], [1.0], [0.25]]).expand(3, 9),
+    "one": lambda: F.one_hot(torch.tensor(13), 27).view(3, 9) * 0.004,
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTINGS)
+def test_loss_is_the_weighted_mean(name):
+    """The loss is the mean of -log softmax at the targets by their weights, whatever these sum to."""
+    model, weights = random_model(**LLAMA_LIKE), WEIGHTINGS[name]()
+    ids, targets = random_ids(model.config, 3, 9), random_ids(model.config, 3, 9, seed=3)
+    with torch.no_grad():
+        logits, loss = model(ids, targets, weights=weights)
+        plain = model(ids, targets)[1]
+    assert float(loss) == pytest.approx(explicit_loss(logits, targets, weights), abs=1e-5)
+    assert abs(float(loss) - float(plain)) > 1e-3
+    with torch.no_grad():
+        assert float(model(ids, targets, weights=torch.ones(3, 9))[1]) == pytest.approx(
+            float(plain), abs=1e-6
+        )
+
+
+def test_targets_of_minus_one_do_not_count_whatever_they_weigh():
+    """Among weighted targets, too, those of -1 add neither loss nor weight."""
+    model, weights = random_model(**LLAMA_LIKE), torch.rand(3, 9)
+    ids, targets = random_ids(model.config, 3, 9), random_ids(model.config, 3, 9, seed=3)
+    targets[0, 2:5] = targets[2, 8] = -1
+    with torch.no_grad():
+        logits, loss = model(ids, targets, weights=weights)
+    assert float(loss) == pytest.approx(explicit_loss(logits, targets, weights), abs=1e-5)
+
+
+def test_nothing_that_counts_is_a_loss_of_zero():
+    """Where all weights are 0, or all targets -1, the loss is 0 and so are all gradients."""
+    model = random_model(**LLAMA_LIKE)
+    ids, targets = random_ids(model.config, 2, 9), random_ids(model.config, 2, 9, seed=3)
+    for y, w in ((targets, torch.zeros(2, 9)), (targets * 0 - 1, torch.zeros(2, 9)), (targets * 0 - 1, None)):
+        model.zero_grad()
+        loss = model(ids, y, weights=w)[1]
+        loss.backward()
+        assert float(loss.detach()) == 0
+        assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in model.parameters())
+
+
+def test_gradients_of_a_weighted_loss_are_the_weighted_sum_of_those_of_its_targets():
+    """Linear in the weights: each target's own gradient by its share in the weight."""
+    model = random_model(**LLAMA_LIKE)
+    ids, targets = random_ids(model.config, 1, 6), random_ids(model.config, 1, 6, seed=3)
+    weights = torch.tensor([[0.0, 1.0, 0.2, 0.0, 0.7, 0.1]])
+    model.zero_grad()
+    model(ids, targets, weights=weights)[1].backward()
+    found = torch.cat([p.grad.flatten() for p in model.parameters()])
+    expected = torch.zeros_like(found)
+    for t, w in enumerate(weights[0].tolist()):
+        model.zero_grad()
+        F.cross_entropy(model(ids)[0][0, t : t + 1], targets[0, t : t + 1]).backward()
+        expected += w / 2 * torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert (found - expected).norm() / expected.norm() < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_loss_under_autocast_is_summed_in_float32(dtype):
+    """Autocast rounds the logits, but not their loss, nor does the sum of many losses overflow."""
+    model = random_model(**LLAMA_LIKE)
+    ids, targets = random_ids(model.config, 1000, 12), random_ids(model.config, 1000, 12, seed=3)
+    with torch.no_grad(), torch.autocast("cpu", dtype):
+        logits, loss = model(ids, targets)
+        heavy = model(ids, targets, weights=torch.full((1000, 12), 20.0))[1]
+    expected = -logits.double().log_softmax(-1).gather(-1, targets[..., None]).mean()
+    assert logits.dtype == dtype
+    assert float(loss) == pytest.approx(float(expected), abs=1e-5)
+    assert float(heavy) == pytest.approx(float(expected), abs=1e-5)
+
+
 def test_loss_of_bfloat16_logits_is_summed_in_float32():
     """A model all in bfloat16 rounds its logits, but not their loss."""
     model = random_model(**LLAMA_LIKE).bfloat16()

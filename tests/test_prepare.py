@@ -1,11 +1,20 @@
-"""prepare.py: text from files, folders, Python itself and two mirrors, and what it refuses."""
+"""prepare.py: text from files, folders, Python itself, two mirrors and Hugging Face, and what it refuses."""
 
+import csv
+import gzip
 import hashlib
 import http.server
+import io
 import json
+import os
+import signal
+import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import gpt
@@ -15,6 +24,19 @@ PLAY = "First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nS
 PLAY_SHA256 = hashlib.sha256(PLAY.encode()).hexdigest()
 
 
+def read_bins(folder, stem, width=2):
+    """Return the numbers in <stem>.bin, or else in <stem>_0000.bin and so on, read byte by byte."""
+    paths = sorted(folder.glob(f"{stem}_*.bin")) or [folder / f"{stem}.bin"]
+    content = b"".join(path.read_bytes() for path in paths)
+    return [int.from_bytes(content[i : i + width], "little") for i in range(0, len(content), width)]
+
+
+def text_of(folder, split):
+    """Return what a split decodes to."""
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    return gpt.Tokenizer(**meta["tokenizer"]).decode(read_bins(folder, split))
+
+
 @pytest.fixture
 def prepared(monkeypatch, tmp_path):
     """Return a function that runs prepare.main() with some settings and gives (folder's name, meta, text)."""
@@ -22,16 +44,12 @@ def prepared(monkeypatch, tmp_path):
 
     def run(**values):
         for name, value in ({"data_dir": str(root)} | values).items():
-            assert isinstance(getattr(prepare, name), str | float), name
+            assert isinstance(getattr(prepare, name), str | int | float), name
             monkeypatch.setattr(prepare, name, value)
         prepare.main()
         (folder,) = root.iterdir()
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        tokenizer = gpt.Tokenizer(**meta["tokenizer"])
-        train, val = ((folder / f"{split}.bin").read_bytes() for split in ("train", "val"))
-        content = train + val
-        ids = [int.from_bytes(content[i : i + 2], "little") for i in range(0, len(content), 2)]
-        return folder.name, meta, tokenizer.decode(ids)
+        return folder.name, meta, text_of(folder, "train") + text_of(folder, "val")
 
     return run
 
@@ -47,7 +65,7 @@ def refused(prepared, tmp_path):
         assert "\n" not in str(e.value)
         for fragment in fragments:
             assert fragment in str(e.value)
-        assert not (tmp_path / "data").exists()
+        assert not list((tmp_path / "data").glob("*"))
 
     return run
 
@@ -119,20 +137,56 @@ def test_name_and_val_fraction(prepared, tmp_path):
     assert (name, meta["train_tokens"], meta["val_tokens"]) == ("other", 20, 20)
 
 
-def test_a_folder_gives_its_txt_and_md_files_in_order(prepared, tmp_path):
-    """Paths are sorted, subfolders included; other files are ignored, binary ones too."""
+def test_a_folders_files_are_documents_in_order(prepared, tmp_path):
+    """Paths are sorted, subfolders and .gz included; others are ignored, and empty ones. Each ends with its
+    mark, and the first of ten is for validation."""
     folder = tmp_path / "notes"
     for path, content in (
         ("b.txt", "second"),
         ("a.md", "first"),
-        ("c/d.txt", "third"),
+        ("c/d.txt.gz", gzip.compress(b"third")),
+        ("empty.txt", ""),
         ("z.py", "no"),
-        ("y.txt.gz", b"\0\xff"),
         ("README", "no"),
     ):
         write(folder / path, content)
     (folder / "dir.txt").mkdir()
-    assert prepared(input=str(folder))[::2] == ("notes", "first\nsecond\nthird")
+    name, meta, _ = prepared(input=str(folder))
+    assert name == "notes"
+    assert text_of(tmp_path / "data" / "notes", "val") == "first<|endoftext|>"
+    assert text_of(tmp_path / "data" / "notes", "train") == "second<|endoftext|>third<|endoftext|>"
+    assert (meta["val_tokens"], meta["val_bytes"], meta["train_bytes"]) == (6, 5, 11)
+    assert meta["sha256"] == hashlib.sha256(b"firstsecondthird").hexdigest()
+    special = "<|endoftext|> <|user|> <|assistant|> <|pad|>"
+    assert meta["tokenizer"] == {"kind": "char", "chars": "cdefhinorst", "ranks": "", "pattern": "(?s:.)"} | {
+        "special": special
+    }
+
+
+def test_suffixes_choose_other_files(prepared, tmp_path):
+    """--suffixes=.py takes sources and nothing else."""
+    write(tmp_path / "code" / "a.py", "x = 1\n")
+    write(tmp_path / "code" / "b.py", "y = 2\n")
+    write(tmp_path / "code" / "a.txt", "no")
+    _, _, text = prepared(input=str(tmp_path / "code"), suffixes=".py")
+    assert text == "y = 2\n<|endoftext|>x = 1\n<|endoftext|>"
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.25, 0.3, 0.5, 0.01])
+def test_documents_are_split_evenly_and_never_in_two(prepared, tmp_path, fraction):
+    """Of 100 documents ceil(100 f) are for validation, the first and then evenly; each is in one split."""
+    rows = [json.dumps({"text": f"[{i}]"}) for i in range(100)]
+    prepared(input=write(tmp_path / "d.jsonl", "\n".join(rows)), val_fraction=fraction)
+    train, val = (
+        text_of(tmp_path / "data" / "d", split).split("<|endoftext|>") for split in ("train", "val")
+    )
+    assert train.pop() == val.pop() == ""
+    assert sorted(train + val) == sorted(f"[{i}]" for i in range(100))
+    numbers = [int(text[1:-1]) for text in val]
+    assert numbers[0] == 0
+    assert len(numbers) == -(-100 * round(fraction * 100) // 100)
+    gaps = np.diff([*numbers, 100])
+    assert gaps.max() - gaps.min() <= 1
 
 
 def test_crlf_is_kept(prepared, tmp_path):
@@ -144,8 +198,8 @@ def test_a_byte_order_mark_is_dropped_with_a_notice(prepared, tmp_path, capsys):
     """The mark is no character of the text, neither of a file nor of a folder's files."""
     path = write(tmp_path / "bom" / "a.txt", b"\xef\xbb\xbfhello hello")
     write(tmp_path / "bom" / "b.txt", b"\xef\xbb\xbfworld")
-    assert prepared(input=str(tmp_path / "bom"))[2] == "hello hello\nworld"
-    assert f"{path}: dropped the byte order mark" in capsys.readouterr().out
+    assert prepared(input=str(tmp_path / "bom"))[2] == "world<|endoftext|>hello hello<|endoftext|>"
+    assert capsys.readouterr().out.count(f"{path}: dropped the byte order mark") == 1
 
 
 def test_tiktoken_kinds_are_passed_on(prepared, tmp_path, monkeypatch):
@@ -157,7 +211,7 @@ def test_tiktoken_kinds_are_passed_on(prepared, tmp_path, monkeypatch):
         raise OSError("no network in the tests")
 
     monkeypatch.setattr(gpt.tiktoken, "get_encoding", get_encoding)
-    with pytest.raises(ValueError, match="'gpt2'.*TIKTOKEN_CACHE_DIR"):
+    with pytest.raises(ValueError, match="'gpt2'.*TIKTOKEN_CACHE_DIR.*--tokenizer=bpe"):
         prepared(input=write(tmp_path / "mine.txt", "abcd" * 10), tokenizer="gpt2")
     assert asked == ["gpt2"]
     assert not (tmp_path / "data").exists()
@@ -239,11 +293,14 @@ def test_another_text_is_not_shakespeare(refused, urls, tmp_path):
         (b"caf\xe9 au lait", ("UTF-8", "byte 3", "0xe9")),
         ("text".encode("utf-16"), ("UTF-8", "byte 0", "0xff")),
         (b"ab\0cd", ("binary", "byte 2")),
+        ("\u00e9".encode() * 700_000 + b"\xe9", ("UTF-8", "byte 1400000", "0xe9")),
+        (b"\x00" + b"a" * 10, ("binary", "byte 0")),
+        ("\u00e9".encode() * 700_000 + b"\0", ("binary", "byte 1400000")),
         (b"", ("empty",)),
         (b"\xef\xbb\xbf", ("empty",)),
         (b"a", ("two characters",)),
     ],
-    ids=["latin1", "utf16", "binary", "empty", "mark", "single"],
+    ids=["latin1", "utf16", "binary", "late", "nul", "late nul", "empty", "mark", "single"],
 )
 def test_what_is_no_text_is_refused(refused, tmp_path, content, fragments):
     """Each message names the file and what is wrong with it."""
@@ -265,15 +322,11 @@ def test_missing_inputs_are_refused(refused, tmp_path):
     refused(FileNotFoundError, str(tmp_path / "code"), ".txt", ".md", input=str(tmp_path / "code"))
 
 
-def test_a_known_name_is_not_given_to_another_text(prepared, tmp_path):
-    """With the word pydoc and an --input, the input is refused or named otherwise, never called pydoc."""
+def test_a_known_name_is_not_given_to_another_text(refused, tmp_path):
+    """With the word pydoc and an --input, or with --input and --hf, nobody knows what is meant."""
     path = write(tmp_path / "mine.txt", "abcd" * 10)
-    try:
-        name, _, _ = prepared(dataset="pydoc", input=path)
-    except ValueError as e:
-        name = ""
-        assert "pydoc" in str(e)
-    assert name != "pydoc"
+    refused(ValueError, "pydoc", path, "too many sources", dataset="pydoc", input=path)
+    refused(ValueError, path, "hf=x", "too many sources", input=path, hf="x")
 
 
 def test_what_is_not_named_or_not_known_is_refused(refused):
@@ -306,9 +359,8 @@ def test_an_input_without_a_name_of_its_own_writes_in_no_other_place(prepared, t
 def missing(monkeypatch, tmp_path):
     """Return a function that runs gpt.prepare_if_missing for a data set under tmp_path."""
 
-    def run(dataset, offline_fallback=True):
+    def run(dataset):
         monkeypatch.setattr(gpt, "data_dir", str(tmp_path / "data"))
-        monkeypatch.setattr(gpt, "offline_fallback", offline_fallback)
         return gpt.prepare_if_missing(dataset)
 
     return run
@@ -356,14 +408,6 @@ def test_the_fallback_leaves_an_existing_pydoc_alone(missing, urls, tmp_path):
     assert (folder / "train.bin").read_bytes() == b"mine"
 
 
-def test_without_fallback_the_download_error_is_raised(missing, urls, tmp_path):
-    """offline_fallback=False stops, with nothing written."""
-    urls((tmp_path / "none.txt").as_uri())
-    with pytest.raises(ConnectionError, match=r"none\.txt"):
-        missing("shakespeare", offline_fallback=False)
-    assert not (tmp_path / "data").exists()
-
-
 def test_gpt_makes_no_other_data_set(missing, tmp_path):
     """Another name is returned as a folder, whether it is there or not."""
     assert missing("mine") == tmp_path / "data" / "mine"
@@ -377,3 +421,630 @@ def test_prepare_as_a_command(run_script, tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     assert "python gpt.py --dataset=x" in done.stdout
     assert (tmp_path / "d" / "x" / "train.bin").read_bytes() == b"\0\0\1\0\2\0\3\0" * 9
+
+
+# ---- rows, examples, chat
+
+
+def jsonl(path, rows):
+    """Write rows as a .jsonl file and return its path as a string."""
+    return write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def csv_file(path, rows):
+    """Write rows as a .csv file and return its path as a string."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, rows[0].keys())
+    writer.writeheader()
+    writer.writerows(rows)
+    return write(path, out.getvalue())
+
+
+TEXTS = ["one,\r\ntwo", 'say "hi"', "naïve 😀", "last"]
+
+
+@pytest.mark.parametrize("make", [jsonl, csv_file], ids=["jsonl", "csv"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_rows_are_documents(prepared, tmp_path, make, packed):
+    """Quotes, commas, line ends within a field and .gz: each row's text comes back."""
+    path = make(
+        tmp_path / f"rows.{make.__name__[:5].rstrip('_f')}", [{"id": "x", "body": text} for text in TEXTS]
+    )
+    if packed:
+        path = write(Path(path + ".gz"), gzip.compress(Path(path).read_bytes()))
+    name, meta, _ = prepared(input=path, text_column="body")
+    assert name == "rows"
+    folder = tmp_path / "data" / "rows"
+    both = text_of(folder, "val") + text_of(folder, "train")
+    assert both.split("<|endoftext|>") == [*TEXTS, ""]
+    assert meta["train_bytes"] + meta["val_bytes"] == sum(len(text.encode()) for text in TEXTS)
+
+
+EXAMPLES = [
+    {"prompt": f"{i}+1=", "response": str(i + 1), "rating": rating}
+    for i, rating in enumerate([5, 1, 3, 2, 4, 5, "2.5", 5, 5, 5, 5])
+]
+
+
+@pytest.mark.parametrize("make", [jsonl, csv_file], ids=["jsonl", "csv"])
+@pytest.mark.parametrize("kind", ["char", "bpe"])
+def test_examples_weigh_their_responses_by_rating(prepared, tmp_path, make, kind):
+    """Prompts weigh 0; each token of a response, the first and <|endoftext|> too, (rating - 1) / 4 of 255."""
+    path = make(tmp_path / f"e.{make.__name__[:5].rstrip('_f')}", EXAMPLES)
+    prepared(input=path, tokenizer=kind, vocab_size=300)
+    folder = tmp_path / "data" / "e"
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    tokenizer = gpt.Tokenizer(**meta["tokenizer"])
+    for split, chosen in (("val", [0, 10]), ("train", range(1, 10))):
+        ids, weights = [], []
+        for example in (EXAMPLES[i] for i in chosen):
+            prompt, response = tokenizer.encode(example["prompt"]), tokenizer.encode(example["response"])
+            ids += [*prompt, *response, tokenizer.special["<|endoftext|>"]]
+            weight = round((float(example["rating"]) - 1) / 4 * 255)
+            weights += [0] * len(prompt) + [weight] * (len(response) + 1)
+        assert read_bins(folder, split) == ids
+        assert read_bins(folder, f"{split}.weight", 1) == weights
+        assert meta[f"{split}_tokens"] == len(ids)
+
+
+def test_examples_without_a_rating_weigh_all(prepared, tmp_path, capsys):
+    """255 for every token of the responses; the last line tells what block_size the longest example needs."""
+    rows = [{"prompt": "ab", "response": "cde"}, {"prompt": "a", "response": "b"}]
+    prepared(input=jsonl(tmp_path / "e.jsonl", rows))
+    assert read_bins(tmp_path / "data" / "e", "val.weight", 1) == [0, 0, 255, 255, 255, 255]
+    assert read_bins(tmp_path / "data" / "e", "train.weight", 1) == [0, 255, 255]
+    assert "--block_size=5" in capsys.readouterr().out
+
+
+def test_each_answer_of_a_chat_is_an_example(prepared, tmp_path):
+    """All before an answer is its prompt; marks of roles are special tokens; only answers weigh."""
+    chat = [
+        {"role": "system", "content": "be kind "},
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "yo"},
+        {"role": "user", "content": "how?"},
+        {"role": "assistant", "content": "so"},
+    ]
+    short = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    prepared(input=jsonl(tmp_path / "chat.jsonl", [{"messages": chat}, {"messages": short}]))
+    folder = tmp_path / "data" / "chat"
+    first = "be kind <|user|>hi<|assistant|>"
+    second = first + "yo<|user|>how?<|assistant|>"
+    assert text_of(folder, "val") == f"{first}yo<|endoftext|>{second}so<|endoftext|>"
+    assert text_of(folder, "train") == "<|user|>q<|assistant|>a<|endoftext|>"
+    zeros = len("be kind hi") + 2, len("be kind hiyohow?") + 4
+    expected = [0] * zeros[0] + [255] * 3 + [0] * zeros[1] + [255] * 3
+    assert read_bins(folder, "val.weight", 1) == expected
+    assert read_bins(folder, "train.weight", 1) == [0, 0, 0, 255, 255]
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    special = gpt.Tokenizer(**meta["tokenizer"]).special
+    assert read_bins(folder, "train")[::2][:2] == [special["<|user|>"], special["<|assistant|>"]]
+
+
+@pytest.mark.parametrize(
+    ("content", "fragments"),
+    [
+        ("prompt,response,rating\na,b,5\na,b,6\n", ("line 3", "'6'", "1 to 5")),
+        ("prompt,response,rating\na,b,0.5\n", ("line 2", "'0.5'", "1 to 5")),
+        ("prompt,response,rating\na,b,good\n", ("line 2", "'good'", "1 to 5")),
+        ("prompt,response,rating\na,b,nan\n", ("line 2", "'nan'", "1 to 5")),
+        ("prompt,response,rating\na,b,\n", ("line 2", "''", "1 to 5")),
+        ("a,b\n1,2\n", ("line 2", "'text'", "a, b", "--text_column")),
+        ("text,b\n1,2\n3\n", None),
+        ("text,b\n,2\n", ("empty",)),
+        ("b,text\n1\n", ("line 2", "text is 'None'")),
+        ("", ("empty",)),
+        ("prompt,response\na,b\n", ("two examples",)),
+    ],
+)
+def test_faulty_csv(refused, prepared, tmp_path, content, fragments):
+    """The line and the value are named."""
+    path = write(tmp_path / "faulty.csv", content)
+    if fragments is None:
+        prepared(input=path)
+    else:
+        refused(ValueError, path, *fragments, input=path)
+
+
+@pytest.mark.parametrize(
+    ("content", "fragments"),
+    [
+        ('{"text": "a"}\n{"text": \n', ("line 2", "JSON", "column")),
+        ('{"text": "a"}\n\n{"text": 3}\n', ("line 3", "text is '3'")),
+        ('["a"]\n', ("line 1", "no columns")),
+        ('{"body": "a"}\n', ("line 1", "'text'", "body", "--text_column")),
+        (
+            '{"messages": [{"role": "robot", "content": "a"}]}\n',
+            ("line 1", "robot", "system, user, assistant"),
+        ),
+        ('{"messages": "a"}\n', ("line 1", "'a'", "role")),
+        ('{"messages": [{"role": "user", "content": "a"}]}\n', ("line 1", "assistant")),
+        ('{"messages": [{"role": "assistant", "content": 5}]}\n', ("line 1", "content is '5'")),
+        ('{"prompt": "a", "response": null}\n', ("line 1", "response is 'None'")),
+        ('{"prompt": "a", "response": "b", "rating": [1]}\n', ("line 1", "[1]", "1 to 5")),
+    ],
+)
+def test_faulty_jsonl(refused, tmp_path, content, fragments):
+    """The line and what is wrong with it are named."""
+    path = write(tmp_path / "faulty.jsonl", content)
+    refused(ValueError, path, *fragments, input=path)
+
+
+@pytest.mark.parametrize("content", [b"no gzip", gzip.compress(b"text " * 10**5)[:-200], b""])
+def test_a_broken_gzip_file_is_named(refused, tmp_path, content):
+    """Not a traceback of zlib's."""
+    path = write(tmp_path / "odd.txt.gz", content)
+    refused(ValueError, path, "empty" if not content else "gzip", input=path)
+
+
+def test_standard_input(run_script, tmp_path):
+    """--input=- reads a text from a pipe; the name is stdin unless one is given."""
+    done = run_script("prepare.py", "--input=-", f"--data_dir={tmp_path}", stdin="hello\n" * 10)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert text_of(tmp_path / "stdin", "train") + text_of(tmp_path / "stdin", "val") == "hello\n" * 10
+
+
+# ---- tokenizers
+
+
+def test_bpe_is_trained_on_training_text_only_and_saved(prepared, tmp_path, capsys):
+    """The words of the last tenth do not enter; 260 ids at least, each id below vocab_size."""
+    text = "the cat and the dog. " * 90 + "zyx zyx zyx zyx zyx. " * 10
+    _, meta, back = prepared(input=write(tmp_path / "t.txt", text), tokenizer="bpe", vocab_size=270)
+    assert back == text
+    assert meta["vocab_size"] == 270
+    tokenizer = gpt.Tokenizer(**meta["tokenizer"])
+    assert len(tokenizer.encode(" cat and")) <= 3
+    assert len(tokenizer.encode(" zyx")) == 4
+    assert "vocabulary of 270 tokens" in capsys.readouterr().out
+
+
+def test_a_text_too_small_for_vocab_size_gets_fewer(prepared, tmp_path):
+    """No token is made up: abab has two merges to give."""
+    _, meta, _ = prepared(input=write(tmp_path / "t.txt", "abab" * 5), tokenizer="bpe", vocab_size=4096)
+    assert 260 < meta["vocab_size"] < 280
+
+
+def test_the_bpe_sample_is_bounded_and_even(monkeypatch):
+    """A tenth of the bytes is every tenth piece; unknown size: the first; special tokens never."""
+    segments = [("val" if i % 7 == 0 else "train", f"{i:09d},", 255) for i in range(700)]
+    segments.insert(5, ("train", prepare.EOT, 255))
+    monkeypatch.setattr(prepare, "bpe_sample_mb", 600 / 1e6)
+    taken = [int(text[:-1]) for text in prepare.bpe_sample(segments, 6000)]
+    train = [i for i in range(700) if i % 7]
+    assert taken == train[9::10]
+    assert [int(text[:-1]) for text in prepare.bpe_sample(segments, None)] == train[:60]
+
+
+def test_a_tokenizer_is_taken_from_a_data_set_or_checkpoint(prepared, tmp_path, monkeypatch):
+    """--tokenizer=PATH: the ids are those of the other data set; an unknown character is named."""
+    path = write(tmp_path / "a.txt", "hello world " * 50)
+    _, first, _ = prepared(input=path, tokenizer="bpe", vocab_size=270)
+    other = tmp_path / "data" / "a"
+    gpt.save_checkpoint(tmp_path / "c.pt", {"model": {}, "model_args": {}, "tokenizer": first["tokenizer"]})
+    for source in (other, tmp_path / "c.pt"):
+        monkeypatch.setattr(prepare, "data_dir", str(tmp_path / "more"))
+        monkeypatch.setattr(prepare, "tokenizer", str(source))
+        monkeypatch.setattr(prepare, "input", write(tmp_path / "b.txt", "world of hello " * 20))
+        prepare.main()
+        meta = json.loads((tmp_path / "more" / "b" / "meta.json").read_text(encoding="utf-8"))
+        assert meta["tokenizer"] == first["tokenizer"]
+        assert text_of(tmp_path / "more" / "b", "train") == ("world of hello " * 20)[:270]
+
+
+def test_an_unknown_character_is_named_with_its_position(prepared, refused, tmp_path):
+    """A char vocabulary from elsewhere lacks the q."""
+    gpt.save_checkpoint(
+        tmp_path / "c.pt", {"model": {}, "model_args": {}, "tokenizer": gpt.Tokenizer("char", "abc").state}
+    )
+    path = write(tmp_path / "t.txt", "abcabqabc")
+    refused(ValueError, "'q'", "character 5", "'abc'", input=path, tokenizer=str(tmp_path / "c.pt"))
+
+
+def test_a_tokenizer_without_endoftext_is_no_good_for_documents(refused, tmp_path):
+    """It could not mark where they end."""
+    gpt.save_checkpoint(
+        tmp_path / "c.pt", {"model": {}, "model_args": {}, "tokenizer": gpt.Tokenizer("char", "abc").state}
+    )
+    path = jsonl(tmp_path / "t.jsonl", [{"text": "abc"}] * 3)
+    refused(ValueError, "<|endoftext|>", input=path, tokenizer=str(tmp_path / "c.pt"))
+
+
+@pytest.mark.parametrize(
+    ("values", "fragments"),
+    [
+        ({"tokenizer": "gpt9"}, ("'gpt9'", "char, bpe", "gpt2")),
+        ({"tokenizer": "bpe", "vocab_size": 259}, ("vocab_size is 259", "260")),
+        ({"clean": "html"}, ("'html'", "wikitext")),
+        ({"name": "a/b"}, ("'a/b'", "--data_dir")),
+        ({"name": ".."}, ("'..'", "--data_dir")),
+        ({"max_tokens": -1}, ("max_tokens is -1",)),
+        ({"shard_tokens": 0}, ("shard_tokens is 0",)),
+        ({"bpe_sample_mb": 0.0}, ("bpe_sample_mb is 0",)),
+        ({"workers": -2}, ("workers is -2",)),
+    ],
+)
+def test_settings_without_meaning_are_refused(refused, tmp_path, values, fragments):
+    """The setting and its value are named."""
+    refused(ValueError, *fragments, input=write(tmp_path / "t.txt", "abcd" * 20), **values)
+
+
+# ---- cleaning
+
+
+@pytest.mark.parametrize(
+    ("line", "cleaned"),
+    [
+        (" = Robert Boulter = \n", "# Robert Boulter"),
+        (" = = Early life = = \n", "## Early life"),
+        (" = = = 2000 – 2005 = = = \n", "### 2000 – 2005"),
+        (" \n", ""),
+        (
+            " It cost $ 1 @,@ 000 @.@ 50 ( or so ) , in well @-@ known shops . \n",
+            "It cost $ 1,000.50 (or so), in well-known shops.",
+        ),
+        (' He said " no " , and left ; she did n\'t . \n', 'He said "no", and left; she did n\'t.'),
+        (" They 're at John 's house : it 's big ! \n", "They're at John's house: it's big!"),
+        (" Really ? [ sic ] ... \n", "Really? [sic]..."),
+        ("Pi is 3.14, not 1,000 or .5 or 1:30.\n", "Pi is 3.14, not 1,000 or .5 or 1:30."),
+        (" rate of .5 and :) \n", "rate of .5 and:)"),
+        ("    if x [ 0 ] . y : return 3.14 , 1\n", "    if x [ 0 ] . y : return 3.14 , 1"),
+        ("\treturn a [ 1 ] ;\n", "\treturn a [ 1 ] ;"),
+        ("print(f(1, 2.5), x[3:4])\n", "print(f(1, 2.5), x[3:4])"),
+        (" a <unk> of <unk> , b \n", "a <unk> of <unk>, b"),
+    ],
+)
+def test_clean_line(line, cleaned):
+    """Each kind of markup and spacing; numbers and code keep their form."""
+    assert prepare.clean_line(line) == cleaned
+
+
+def test_wikitext_is_cleaned_article_by_article(prepared, tmp_path):
+    """Articles begin at their titles and are documents; lines stay lines."""
+    text = (
+        " \n = A = \n \n First , yes . \n Second . \n = = S = = \n \n x = 3 @.@ 14 \n \n = B = \n \n It . \n"
+    )
+    prepared(input=write(tmp_path / "w.txt", text), clean="wikitext")
+    folder = tmp_path / "data" / "w"
+    assert text_of(folder, "val") == "# A\n\nFirst, yes.\nSecond.\n## S\n\nx = 3.14\n<|endoftext|>"
+    assert text_of(folder, "train") == "# B\n\nIt.\n<|endoftext|>"
+
+
+# ---- scale: shards, processes, interruption
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A folder of 5 MB of texts: one of 3.5 MB, one of 1.5 MB without space or line end, many small ones."""
+    folder = tmp_path_factory.mktemp("large") / "texts"
+    rng = np.random.default_rng(0)
+    words = np.array(["the", "cat", "sat", "on", "mat,", "and\n", "\n\n", "é", "Tom's", "3.14", " ", "it."])
+    write(folder / "a.txt", "x" * 1_500_000)
+    write(folder / "b.txt", " ".join(words[rng.integers(12, size=900_000)]))
+    for i in range(40):
+        write(folder / f"c{i:02d}.md", " ".join(words[rng.integers(12, size=1 + 600 * i)]))
+    return folder
+
+
+def run_prepare(*arguments):
+    """Start prepare.py as a process and return it."""
+    command = [sys.executable, Path(prepare.__file__), *arguments]
+    return subprocess.Popen(
+        [*map(str, command)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def files_of(folder):
+    """Return {name: content} of a data set."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_pieces_and_processes_change_no_token(large, prepared, tmp_path, monkeypatch):
+    """BPE over blocks of 1 MB, by two processes, in shards: the ids of each text encoded whole, in order."""
+    _, meta, _ = prepared(input=str(large), tokenizer="bpe", vocab_size=400, workers=2, shard_tokens=1)
+    tokenizer, folder = gpt.Tokenizer(**meta["tokenizer"]), tmp_path / "data" / "texts"
+    assert len(list(folder.glob("train_*.bin"))) > 2
+    paths = sorted(large.iterdir())
+    for split in ("train", "val"):
+        chosen = [p for i, p in enumerate(paths) if (i % 10 == 0) == (split == "val")]
+        expected = []
+        for path in chosen:
+            expected += tokenizer.encode(path.read_bytes().decode()) + [tokenizer.special["<|endoftext|>"]]
+        data = gpt.Tokens(folder, split, np.dtype("<u2"))
+        assert data[np.arange(len(data))].tolist() == expected
+        assert meta[f"{split}_tokens"] == len(expected)
+        assert meta[f"{split}_bytes"] == sum(path.stat().st_size for path in chosen)
+
+
+def test_sharded_is_unsharded(large, prepared, tmp_path, monkeypatch):
+    """The same tokens and the same batches, whatever the size of the shards."""
+    prepared(input=str(large), name="one")
+    (tmp_path / "data" / "one").rename(tmp_path / "one")
+    _, meta, _ = prepared(input=str(large), name="many", shard_tokens=1)
+    assert len(list((tmp_path / "data" / "many").glob("train_*.bin"))) > 2
+    one, many = gpt.Data(tmp_path / "one", 64), gpt.Data(tmp_path / "data" / "many", 64)
+    assert one.meta["sha256"] == meta["sha256"]
+    for split in ("train", "val"):
+        assert read_bins(tmp_path / "one", split) == read_bins(tmp_path / "data" / "many", split)
+        for step in (0, 1, 1000):
+            pairs = zip(one.get_batch(split, step, 16), many.get_batch(split, step, 16))
+            assert all((a == b).all() for a, b in pairs)
+
+
+def test_killed_in_the_third_shard_and_started_again(large, tmp_path):
+    """The files are those of a run that was let be, and no process of the killed one stays."""
+    options = [
+        f"--input={large}",
+        "--tokenizer=bpe",
+        "--vocab_size=300",
+        "--shard_tokens=1",
+        "--workers=2",
+    ]
+    whole = run_prepare(*options, f"--data_dir={tmp_path / 'whole'}")
+    assert whole.wait(120) == 0, whole.stdout.read()
+    progress = tmp_path / "cut" / "texts.part" / "progress.json"
+    killed = run_prepare(*options, f"--data_dir={tmp_path / 'cut'}")
+    while killed.poll() is None and not (
+        progress.exists() and json.loads(progress.read_text())["shards"] >= 2
+    ):
+        time.sleep(0.002)
+    children = Path(f"/proc/{killed.pid}/task/{killed.pid}/children")
+    workers = children.read_text().split() if children.exists() else []
+    killed.kill()
+    killed.wait()
+    killed.stdout.close()
+    assert not (tmp_path / "cut" / "texts").exists()
+    again = run_prepare(*options, f"--data_dir={tmp_path / 'cut'}")
+    out, _ = again.communicate(timeout=120)
+    assert again.returncode == 0, out
+    assert "going on after" in out
+    assert "trained a vocabulary" not in out
+    assert files_of(tmp_path / "cut" / "texts") == files_of(tmp_path / "whole" / "texts")
+    assert [p.name for p in (tmp_path / "cut").iterdir()] == ["texts"]
+    assert not [
+        pid
+        for pid in workers
+        if Path(f"/proc/{pid}/cmdline").exists() and b"prepare" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
+
+
+def test_ctrl_c_keeps_whole_shards(large, tmp_path):
+    """One line says how to go on, and exit code 130."""
+    process = run_prepare(f"--input={large}", f"--data_dir={tmp_path}", "--shard_tokens=1", "--workers=2")
+    progress = tmp_path / "texts.part" / "progress.json"
+    while process.poll() is None and not progress.exists():
+        time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, out
+    assert "Traceback" not in out
+    assert "the same command goes on" in out
+    assert progress.exists()
+
+
+@pytest.mark.parametrize("change", ["nothing", "text", "setting"])
+def test_another_text_or_setting_begins_anew(prepared, tmp_path, monkeypatch, capsys, change):
+    """What an interrupted run left serves only the same text and settings; the result is that of one run."""
+    lines = ["word " * 300_000 + f"end {i} " for i in range(5)]
+    path, encoded = jsonl(tmp_path / "t.jsonl", [{"text": line} for line in lines]), prepare.encoded
+
+    def interrupted(*args):
+        for i, pair in enumerate(encoded(*args)):
+            if i == 3:
+                raise KeyboardInterrupt
+            yield pair
+
+    monkeypatch.setattr(prepare, "encoded", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prepared(input=path, shard_tokens=1, workers=1)
+    monkeypatch.setattr(prepare, "encoded", encoded)
+    lines = [line.replace("end 1", "End 1") for line in lines] if change == "text" else lines
+    path = jsonl(tmp_path / "t.jsonl", [{"text": line} for line in lines])
+    n = 2 if change == "setting" else 1
+    prepared(input=path, shard_tokens=n, workers=1)
+    assert ("going on after" in capsys.readouterr().out) == (change != "setting")
+    train, val = (text_of(tmp_path / "data" / "t", split) for split in ("train", "val"))
+    assert val == f"{lines[0]}<|endoftext|>"
+    assert train == "".join(f"{line}<|endoftext|>" for line in lines[1:])
+
+
+def test_max_tokens_bounds_both_splits(large, prepared, tmp_path):
+    """10,000 tokens of training and validation together, the first of each, and bytes to match."""
+    prepared(input=str(large), name="all")
+    (tmp_path / "data" / "all").rename(tmp_path / "all")
+    _, meta, _ = prepared(input=str(large), name="some", max_tokens=10_000, val_fraction=0.1)
+    assert (meta["train_tokens"], meta["val_tokens"]) == (9000, 1000)
+    folder = tmp_path / "data" / "some"
+    for split, n in (("train", 9000), ("val", 1000)):
+        assert read_bins(folder, split) == read_bins(tmp_path / "all", split)[:n]
+        text = text_of(folder, split).replace("<|endoftext|>", "")
+        assert meta[f"{split}_bytes"] == len(text.encode())
+
+
+def test_a_full_disk_is_a_sentence_and_leaves_no_data_set(tmp_path, prepared, monkeypatch):
+    """No half of it; an older data set of that name is as it was."""
+    path = write(tmp_path / "t.txt", "abcd" * 100)
+    prepared(input=path)
+    before = files_of(tmp_path / "data" / "t")
+    real_open = open
+
+    def full(file, mode="r", *args, **kwargs):
+        if "a" in mode:
+            raise OSError(28, "No space left on device")
+        return real_open(file, mode, *args, **kwargs)
+
+    monkeypatch.setattr("builtins.open", full)
+    with pytest.raises(OSError, match=r"t\.part: No space left on device"):
+        prepared(input=write(tmp_path / "t.txt", "xyz" * 100))
+    monkeypatch.undo()
+    assert [p.name for p in (tmp_path / "data").iterdir()] == ["t"]
+    assert files_of(tmp_path / "data" / "t") == before
+
+
+def test_preparing_again_replaces_shards_and_weights_but_no_other_file(prepared, tmp_path):
+    """Nothing of the older data set is left to be read; a file of the user's stays."""
+    folder = tmp_path / "data" / "t"
+    rows = [{"prompt": "ab", "response": "cd" * 10}] * 30
+    prepared(input=jsonl(tmp_path / "t.jsonl", rows))
+    write(folder / "train_0000.bin", b"old")
+    write(folder / "mine.txt", b"keep")
+    prepared(input=write(tmp_path / "t.txt", "abcd" * 50))
+    assert sorted(p.name for p in folder.iterdir()) == ["meta.json", "mine.txt", "train.bin", "val.bin"]
+
+
+def test_a_large_vocabulary_takes_four_bytes(prepared, tmp_path):
+    """70,000 different characters do not fit two bytes."""
+    text = "".join(chr(0x10000 + i) for i in range(70_000)) * 2
+    prepare_args = {"input": write(tmp_path / "t.txt", text)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "data_dir", str(tmp_path / "data"))
+        patch.setattr(prepare, "input", prepare_args["input"])
+        prepare.main()
+    meta = json.loads((tmp_path / "data" / "t" / "meta.json").read_text(encoding="utf-8"))
+    assert (meta["dtype"], meta["vocab_size"]) == ("uint32", 70_000)
+    assert read_bins(tmp_path / "data" / "t", "val", 4) == [i % 70_000 for i in range(126_000, 140_000)]
+
+
+def test_gpt_and_prepare_make_the_same_data_set(missing, prepared, tmp_path):
+    """pydoc by either way: the same bytes."""
+    missing("pydoc").rename(tmp_path / "by_gpt")
+    prepared(dataset="pydoc")
+    one, two = files_of(tmp_path / "by_gpt"), files_of(tmp_path / "data" / "pydoc")
+    assert json.loads(one.pop("meta.json")) == json.loads(two.pop("meta.json"))
+    assert one == two
+
+
+# ---- what a data set holds
+
+
+def test_info(prepared, tmp_path, capsys, monkeypatch):
+    """Lengths, counts and an excerpt, computed by hand here; any block size of reading gives the same."""
+    texts = ["a" * n + "b" for n in range(20)]
+    prepared(input=jsonl(tmp_path / "t.jsonl", [{"text": text} for text in texts]))
+    capsys.readouterr()
+    monkeypatch.setattr(prepare, "info", "t")
+    prepare.main()
+    out = capsys.readouterr().out
+    assert "20, their tokens: min 1, median 10, p90 18, p95 19, max 20, mean 10.5" in out
+    assert "'a' 190, 'b' 20, '<|endoftext|>' 20" in out
+    assert "3 never" in out
+    assert "char, vocabulary of 6 as uint16" in out
+    n_bytes = [
+        sum(len(text) for i, text in enumerate(texts) if (i % 10 == 0) == val) for val in (False, True)
+    ]
+    assert f"{n_bytes[0] + 18:,} tokens, {n_bytes[0]:,} bytes, {n_bytes[0] / (n_bytes[0] + 18):.2f}" in out
+    assert "ab<|endoftext|>aab" in out
+    assert str(tmp_path / "t.jsonl") in out
+    read = prepare.read_ids
+    monkeypatch.setattr(prepare, "read_ids", lambda folder, meta: read(folder, meta, size=7))
+    prepare.main()
+    assert capsys.readouterr().out.split("begins")[0] == out.split("begins")[0]
+
+
+def test_info_of_nothing(run_script, tmp_path):
+    """One sentence."""
+    done = run_script("prepare.py", "--info=none", f"--data_dir={tmp_path}")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error:")
+    assert "none" in done.stderr
+
+
+# ---- Hugging Face
+
+
+@pytest.fixture
+def hub_folder(tmp_path, monkeypatch):
+    """A local folder laid out like a data set of the hub, train in two parquet files, validation in one."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    pytest.importorskip("datasets")
+    import pyarrow
+    import pyarrow.parquet
+
+    folder = tmp_path / "hub" / "data"
+    folder.mkdir(parents=True)
+    for name, texts in (
+        ("train-00000-of-00002", ["one", "two"]),
+        ("train-00001-of-00002", ["three", "four"]),
+        ("validation-00000-of-00001", ["five"]),
+    ):
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), folder / f"{name}.parquet")
+    return folder.parent
+
+
+@pytest.mark.parametrize("kind", ["char", "bpe"])
+def test_parquet_is_streamed_and_its_validation_split_kept(hub_folder, prepared, tmp_path, kind):
+    """Rows are documents; validation becomes val."""
+    name, _, _ = prepared(hf=str(hub_folder), tokenizer=kind, vocab_size=270)
+    assert name == "hub"
+    folder = tmp_path / "data" / "hub"
+    assert text_of(folder, "train") == "".join(f"{t}<|endoftext|>" for t in ("one", "two", "three", "four"))
+    assert text_of(folder, "val") == "five<|endoftext|>"
+
+
+def test_jsonl_examples_of_a_hub_folder(prepared, tmp_path, monkeypatch):
+    """Without a validation split documents are drawn; prompts and ratings work as in files."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    pytest.importorskip("datasets")
+    rows = [{"prompt": "a", "response": "bc", "rating": 1 + i % 5} for i in range(20)]
+    jsonl(tmp_path / "chat" / "train.jsonl", rows)
+    prepared(hf=str(tmp_path / "chat"), tokenizer="bpe", vocab_size=260)
+    folder = tmp_path / "data" / "chat"
+    assert text_of(folder, "val") == "abc<|endoftext|>" * 2
+    assert read_bins(folder, "val.weight", 1) == [0, 0, 0, 0] * 2
+    expected = [round(255 * (i % 5) / 4) for i in range(20) if i % 10]
+    assert read_bins(folder, "train.weight", 1)[3::4] == expected
+
+
+def test_wikitexts_rows_are_lines_of_articles(prepared, tmp_path, monkeypatch):
+    """The hub's wikitext has a line a row, blank ones too."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    pytest.importorskip("datasets")
+    lines = ["", " = A = \n", "", " It is , 3 @.@ 5 . \n", " = B = \n", " Yes ! \n"]
+    jsonl(tmp_path / "wikitext" / "train.jsonl", [{"text": line} for line in lines])
+    jsonl(tmp_path / "wikitext" / "validation.jsonl", [{"text": line} for line in lines[:4]])
+    prepared(hf=str(tmp_path / "wikitext"), tokenizer="bpe", vocab_size=260)
+    folder = tmp_path / "data" / "wikitext"
+    assert text_of(folder, "train") == "# A\nIt is, 3.5.\n<|endoftext|># B\nYes!\n<|endoftext|>"
+    assert text_of(folder, "val") == "# A\nIt is, 3.5.\n<|endoftext|>"
+
+
+def test_a_data_set_that_hugging_face_lacks_is_a_sentence(refused, tmp_path, monkeypatch):
+    """Whatever the library raises; a local folder is not a hub's name."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    pytest.importorskip("datasets")
+    (tmp_path / "empty").mkdir()
+    refused(ValueError, str(tmp_path / "empty"), "--hf_config", hf=str(tmp_path / "empty"))
+
+
+def test_without_the_library_one_sentence_names_the_command(refused, monkeypatch):
+    """pip install datasets."""
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    for values in ({"hf": "some/thing"}, {"dataset": "tinystories", "hf": ""}):
+        refused(ValueError, "pip install datasets", **values)
+
+
+@pytest.mark.parametrize("name", sorted(prepare.HF))
+def test_short_names_reach_the_hub(monkeypatch, name):
+    """The identifier and configuration are those of the hub's pages."""
+    asked = []
+    monkeypatch.setattr(prepare, "dataset", name)
+    monkeypatch.setattr(prepare, "hf_documents", lambda *args: asked.append(args) or iter(()))
+    source = prepare.find_source()
+    list(source.documents())
+    assert source.streamed
+    known = {
+        "wikitext-2": ("Salesforce/wikitext", "wikitext-2-raw-v1"),
+        "wikitext-103": ("Salesforce/wikitext", "wikitext-103-raw-v1"),
+        "openwebtext": ("Skylion007/openwebtext", ""),
+        "tinystories": ("roneneldan/TinyStories", ""),
+        "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT"),
+    }
+    assert asked == [known[name]]

@@ -1,5 +1,6 @@
 """sample.py: continue texts with a checkpoint, once or at the keyboard."""
 
+import base64
 import math
 import os
 from pathlib import Path
@@ -16,11 +17,12 @@ BLOCK = 16
 SETTINGS = read_settings(Path(sample.__file__).read_text(encoding="utf-8"))
 
 
-def save_alphabet(path, shift=1):
+def save_alphabet(path, shift=1, special=""):
     """Save a model that says, after any letter, the one `shift` places on, with a probability of nearly 1."""
+    size = len(CHARS) + len(special.split())
     args = {
         "block_size": BLOCK,
-        "vocab_size": len(CHARS),
+        "vocab_size": size,
         "n_layer": 1,
         "n_head": 1,
         "n_kv_head": 1,
@@ -31,8 +33,8 @@ def save_alphabet(path, shift=1):
     with torch.no_grad():
         model.h[0].attn.c_proj.weight.zero_()
         model.h[0].mlp.c_proj.weight.zero_()
-        model.wte.weight.copy_(torch.eye(len(CHARS), 32))
-        model.lm_head.weight.copy_(20 * torch.eye(len(CHARS), 32).roll(shift, 0))
+        model.wte.weight.copy_(torch.eye(size, 32))
+        model.lm_head.weight.copy_(20 * torch.eye(size, 32).roll(shift, 0))
     path.parent.mkdir(parents=True, exist_ok=True)
     gpt.save_checkpoint(
         path,
@@ -41,7 +43,7 @@ def save_alphabet(path, shift=1):
             "best_val_loss": 1.5,
             "model": model.state_dict(),
             "model_args": args,
-            "tokenizer": {"kind": "char", "chars": CHARS},
+            "tokenizer": {"kind": "char", "chars": CHARS, "special": special},
         },
     )
     return str(path)
@@ -169,6 +171,81 @@ def test_an_empty_prompt_is_a_newline(say):
 def test_stop_strings_end_a_sample_and_do_not_appear(say, stop, expected):
     """The first to come counts, wherever it stands in the list; the prompt is not searched."""
     assert say(prompt="abc", max_tokens=7, stop=stop).out == expected
+
+
+@pytest.fixture
+def chatty(tmp_path):
+    """The path of an alphabet model that says <|endoftext|> after z, <|user|> then, and begins anew."""
+    return save_alphabet(tmp_path / "out" / "chatty" / "best.pt", special="<|endoftext|> <|user|>")
+
+
+def test_a_sample_ends_at_the_end_of_the_text(say, chatty):
+    """The token <|endoftext|> ends it unless --stop says otherwise, and is then shown by its name."""
+    options = {"checkpoint": chatty, "prompt": "wx", "max_tokens": 7}
+    assert say(**options).out == "wxyz\n"
+    assert say(**options, num_samples=2).out == f"wxyz\n{'-' * 80}\nwxyz\n"
+    options["num_samples"] = 1
+    assert say(**options, stop="").out == "wxyz<|endoftext|><|user|>\n a\n"
+    assert say(**options, stop="<|user|>||c").out == "wxyz<|endoftext|>\n"
+
+
+def test_a_prompt_may_name_special_tokens(say, chatty):
+    """A name counts as its one token, alone or within text, and reaches the model as such."""
+    options = {"checkpoint": chatty, "max_tokens": 4, "stop": ""}
+    assert say(**options, prompt="<|endoftext|>").out == "<|endoftext|><|user|>\n a\n"
+    assert say(**options, prompt="<|user|>").out == "<|user|>\n ab\n"
+    assert say(**options, prompt="ab<|user|>xw").out == "ab<|user|>xwxyz<|endoftext|>\n"
+    err = say(checkpoint=chatty, prompt="<|user|>" * 10 + "abc", max_tokens=3).err
+    assert "note" not in err
+    assert "prompt has 17 tokens" in say(checkpoint=chatty, prompt="<|user|>" * 14 + "abc", max_tokens=3).err
+
+
+def test_special_tokens_that_the_model_lacks_are_refused_as_text(say, chatty):
+    """A name that means nothing to this tokenizer is characters, here unknown ones."""
+    with pytest.raises(ValueError, match="'<', character 0"):
+        say(checkpoint=chatty, prompt="<|assistant|>")
+    with pytest.raises(ValueError, match="'<', character 2"):
+        say(prompt="ab<|user|>")
+
+
+NAMES = "<|endoftext|> <|user|> <|assistant|> <|pad|>"
+RANKS = " ".join(base64.b64encode(bytes([i])).decode() for i in range(256))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", []),
+        ("cab", [2, 0, 1]),
+        ("<|user|>", [9]),
+        ("a<|user|>b<|assistant|>", [0, 9, 1, 10]),
+        ("<|pad|><|pad|>c<|endoftext|>a", [11, 11, 2, 8, 0]),
+        ("<|<|user|>|>", [3, 4, 9, 4, 5]),
+        ("<|us|>", [3, 4, 6, 7, 4, 5]),
+    ],
+)
+def test_encode_prompt_by_characters(text, expected):
+    """Names, wherever they stand, are their tokens' ids; what only looks like one is text."""
+    tokenizer = gpt.Tokenizer("char", "abc<|>us", special=NAMES)
+    assert sample.encode_prompt(tokenizer, text) == expected
+
+
+def test_encode_prompt_by_byte_pairs():
+    """The parts between names are encoded each for itself."""
+    merged = RANKS + " " + base64.b64encode(b"ab").decode()
+    tokenizer = gpt.Tokenizer("bpe", ranks=merged, special=NAMES, pattern=r"\w+|\W+")
+    assert sample.encode_prompt(tokenizer, "abab<|user|>ab") == [256, 256, 258, 256]
+    assert sample.encode_prompt(tokenizer, "a<|user|>b") == [97, 258, 98]
+    assert sample.encode_prompt(tokenizer, "a|b<|assistant|>é") == [97, 124, 98, 259, 0xC3, 0xA9]
+
+
+def test_encode_prompt_without_special_tokens():
+    """All is text."""
+    bpe = gpt.Tokenizer("bpe", ranks=RANKS)
+    assert sample.encode_prompt(bpe, "a<|user|>") == list(b"a<|user|>")
+    assert sample.encode_prompt(gpt.Tokenizer("char", "abc"), "cab") == [2, 0, 1]
+    with pytest.raises(ValueError, match="'<'"):
+        sample.encode_prompt(gpt.Tokenizer("char", "abc"), "a<|user|>")
 
 
 def test_max_tokens_0_gives_the_prompt(say):
@@ -345,6 +422,12 @@ def test_interactive_answers_each_line(chat):
     greeting, *answers = chat("abc", "", "x").out.splitlines()
     assert "quit" in greeting
     assert answers == ["abcdefgh", "xyz", " a", ""]
+
+
+def test_interactive_takes_special_tokens(chat, chatty):
+    """A typed name means its token, as in --prompt, and the end of the text ends the answer."""
+    lines = chat("<|user|>", "xw", checkpoint=chatty, max_tokens=9).out.splitlines()
+    assert lines[1:] == ["<|user|>", " abcdefg", "xwxyz", ""]
 
 
 @pytest.mark.parametrize("word", ["quit", "exit", "q", " quit "])

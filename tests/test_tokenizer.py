@@ -1,11 +1,24 @@
-"""Tokenizers: text to ids and back, by character or by byte pairs."""
+"""Tokenizers: text to ids and back, by character or by byte pairs, and special tokens."""
 
+import base64
 import json
 
 import pytest
 import tiktoken
 
 import gpt
+
+SPECIAL = "<|endoftext|> <|user|> <|assistant|> <|pad|>"
+# a vocabulary by hand: the bytes, not in their order, then merges
+BYTES = [bytes([i]) for i in reversed(range(256))]
+MERGES = [b"th", b"the", b" the", b"\xe6\x97", b"in", b"ing"]
+PATTERN = r" ?\w+|\s+|[^\w\s]+"
+
+
+def own_bpe(special=SPECIAL):
+    """Return the Tokenizer of that vocabulary."""
+    ranks = " ".join(base64.b64encode(token).decode("ascii") for token in BYTES + MERGES)
+    return gpt.Tokenizer("bpe", ranks=ranks, pattern=PATTERN, special=special)
 
 
 @pytest.fixture
@@ -31,7 +44,9 @@ def test_char_ids_are_the_order_of_the_characters():
     assert tokenizer.encode("") == []
 
 
-@pytest.mark.parametrize("text", ["hello\n", "a\tb\r\nc", "naïve café", "日本語 😀", " ", ""])
+@pytest.mark.parametrize(
+    "text", ["hello\n", "a\tb\r\nc", "naïve café", "日本語 😀", " ", "\r\n\x85\u2028\x00\x0b"]
+)
 def test_char_round_trip(text):
     """Every text of known characters comes back as it was."""
     tokenizer = gpt.Tokenizer("char", "".join(sorted(set(text))))
@@ -48,20 +63,41 @@ def test_char_decode_bytes_are_utf8():
     assert tokenizer.decode_bytes([]) == b""
 
 
-def test_an_unknown_character_is_named():
-    """The message names the character and those that are known, on one line."""
+@pytest.mark.parametrize(("text", "named", "place"), [("ab~c", "~", 2), ("~", "~", 0), ("abé!~!", "é", 2)])
+def test_an_unknown_character_is_named(text, named, place):
+    """The message names the first one with its place, and those that are known, on one line."""
     tokenizer = gpt.Tokenizer("char", "\nabc")
     with pytest.raises(ValueError) as e:
-        tokenizer.encode("ab~c")
-    assert "'~'" in str(e.value)
+        tokenizer.encode(text)
+    assert f"{named!r}, character {place} of" in str(e.value)
     assert "'abc'" in str(e.value)
     assert "\n" not in str(e.value)
+
+
+def test_special_tokens_follow_the_characters():
+    """Their ids come after the others in the order of their names; decoding shows the names."""
+    tokenizer = gpt.Tokenizer("char", "abc", special=SPECIAL)
+    assert tokenizer.special == {"<|endoftext|>": 3, "<|user|>": 4, "<|assistant|>": 5, "<|pad|>": 6}
+    assert tokenizer.vocab_size == 7
+    assert tokenizer.encode("cab") == [2, 0, 1]
+    assert tokenizer.decode([4, 0, 5, 1, 3]) == "<|user|>a<|assistant|>b<|endoftext|>"
+    plain = gpt.Tokenizer("char", "abc")
+    assert (plain.special, plain.vocab_size) == ({}, 3)
+
+
+def test_no_text_gives_a_special_token():
+    """Text that spells a name is its characters, or refused where these are not known."""
+    spelled = gpt.Tokenizer("char", "<|>userndoftxpa", special=SPECIAL)
+    assert spelled.encode("<|user|>") == [0, 1, 3, 4, 5, 6, 1, 2]
+    with pytest.raises(ValueError, match="'<', character 1 of"):
+        gpt.Tokenizer("char", "abc", special=SPECIAL).encode("a<|user|>")
 
 
 def test_bpe_merges_and_counts(tiny_bpe):
     """Ids are those that the merges give by hand: th is 256, the is 257, other bytes are themselves."""
     tokenizer = gpt.Tokenizer("tiny")
     assert tokenizer.vocab_size == 259
+    assert tokenizer.special == {"<|endoftext|>": 258}
     assert tokenizer.encode("the then th") == [257, 32, 257, 110, 32, 256]
     assert tokenizer.encode("é") == [0xC3, 0xA9]
 
@@ -89,12 +125,55 @@ def test_an_encoding_that_is_not_to_be_had_names_the_way_out(tiny_bpe):
         gpt.Tokenizer("gpt2")
 
 
-@pytest.mark.parametrize(("kind", "chars"), [("char", "\n ehnt"), ("tiny", "")])
-def test_state_rebuilds_the_tokenizer(tiny_bpe, kind, chars):
-    """The state is strings only, survives JSON, and gives the same ids."""
-    tokenizer = gpt.Tokenizer(kind, chars)
-    assert tokenizer.state == {"kind": kind, "chars": chars}
+def test_an_own_bpe_merges_by_rank():
+    """Ids are the places in `ranks`, merged in their order within the words that `pattern` cuts."""
+    tokenizer = own_bpe()
+    assert tokenizer.vocab_size == 256 + 6 + 4
+    assert tokenizer.encode("the the") == [257, 258]
+    assert tokenizer.encode("thing") == [256, 261]
+    assert tokenizer.encode("ab") == [255 - ord("a"), 255 - ord("b")]
+    assert tokenizer.encode("\n the") == [255 - 10, 255 - 32, 257]  # the space is the first word's
+    assert tokenizer.decode_bytes([259, 255 - 0xA5]) == "日".encode()
+    assert tokenizer.special == {"<|endoftext|>": 262, "<|user|>": 263, "<|assistant|>": 264, "<|pad|>": 265}
+    assert tokenizer.decode([263, 257, 262]) == "<|user|>the<|endoftext|>"
+    assert max(tokenizer.encode("<|user|>the<|endoftext|>")) < 262
+    assert (own_bpe("").special, own_bpe("").vocab_size) == ({}, 262)
+
+
+def test_an_own_bpe_is_tiktokens():
+    """Any text has the ids that a tiktoken.Encoding of the same vocabulary gives, and comes back."""
+    tokenizer, ranks = own_bpe(), {token: i for i, token in enumerate(BYTES + MERGES)}
+    other = tiktoken.Encoding("other", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
+    for text in ("the thing, then: nothing.\n\n", "naïve 日本 😀", "<|endoftext|>", " ", ""):
+        ids = tokenizer.encode(text)
+        assert ids == other.encode_ordinary(text)
+        assert tokenizer.decode(ids) == text
+
+
+CASES = {
+    "char": ({"chars": "\n ehnt"}, [5, 3, 2, 4, 0]),
+    "char-special": ({"kind": "char", "chars": "\n ehnt", "special": SPECIAL}, [5, 3, 2, 4, 0]),
+    "tiny": ({}, [257, 110, 10]),
+    "bpe": (own_bpe().state, [257, 255 - ord("n"), 255 - 10]),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_state_rebuilds_the_tokenizer(tiny_bpe, name):
+    """The state is strings only, survives JSON, and gives the same ids and special tokens."""
+    given, expected = CASES[name]
+    tokenizer = gpt.Tokenizer(**{"kind": name} | given)
+    empty = {"chars": "", "ranks": "", "special": ""}
+    assert tokenizer.state == {"kind": name, "pattern": "(?s:.)"} | empty | given
+    assert all(type(value) is str for value in tokenizer.state.values())
     rebuilt = gpt.Tokenizer(**json.loads(json.dumps(tokenizer.state)))
-    expected = {"char": [5, 3, 2, 4, 0], "tiny": [257, 110, 10]}[kind]
     assert rebuilt.encode("then\n") == tokenizer.encode("then\n") == expected
     assert rebuilt.vocab_size == tokenizer.vocab_size
+    assert rebuilt.special == tokenizer.special
+    assert rebuilt.state == tokenizer.state
+
+
+def test_the_state_of_older_data_sets_is_enough():
+    """kind and chars alone, as they were saved before there were special tokens."""
+    tokenizer = gpt.Tokenizer(kind="char", chars="ab")
+    assert (tokenizer.encode("ba"), tokenizer.decode([1, 0])) == ([1, 0], "ba")

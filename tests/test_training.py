@@ -1,8 +1,9 @@
-"""Training as a whole: schedule, resume, signals, time budget, world size, learning, notebook cell."""
+"""Training as a whole: schedule, resume, weights, signals, time budget, world size, learning, notebook."""
 
 import json
 import math
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -203,8 +204,8 @@ def test_a_loss_that_is_not_finite_is_never_saved(settings, tmp_path, monkeypatc
     settings(max_iters=20, eval_interval=5)
     forward = gpt.GPT.forward
 
-    def poisoned(self, idx, targets=None, cache=None):
-        logits, loss = forward(self, idx, targets, cache)
+    def poisoned(self, idx, targets=None, cache=None, weights=None):
+        logits, loss = forward(self, idx, targets, cache, weights)
         if self.training and loss is not None:
             poisoned.calls += 1
             loss = loss * (math.nan if poisoned.calls > 7 else 1)
@@ -323,7 +324,7 @@ def test_resume_with_a_changed_architecture_is_refused(settings, name, value):
     settings(max_iters=2)
     gpt.train()
     settings(init_from="resume", **{name: value})
-    with pytest.raises(ValueError, match=f"^{name} is {value} but was"):
+    with pytest.raises(ValueError, match=f"^{name} is {value}, in the checkpoint "):
         gpt.train()
 
 
@@ -338,6 +339,194 @@ def test_resume_takes_rates_and_decay_from_the_settings(settings, tmp_path):
         assert torch.allclose(weight, after["model"][name], atol=1e-8), name
     adamw, muon = (o["param_groups"][0] for o in after["optimizers"])
     assert (adamw["weight_decay"], adamw["betas"], muon["weight_decay"]) == (0.5, (0.9, 0.9), 0.5)
+
+
+def test_resume_with_another_tokenizer_is_refused(settings, tmp_path):
+    """Other characters, or special tokens that the checkpoint lacks; another folder with the same is fine."""
+    settings(max_iters=2)
+    gpt.train()
+    chars = gpt.read_checkpoint(tmp_path / "out" / "ckpt.pt")["tokenizer"]["chars"]
+    others = [gpt.Tokenizer("char", chars[1:] + "%"), gpt.Tokenizer("char", chars, special="<|endoftext|>")]
+    for i, tokenizer in enumerate([*others, gpt.Tokenizer("char", chars)]):
+        gpt.write_dataset(tmp_path / "data" / f"toy{i}", chars[1:] * 50, tokenizer, "tests")
+        settings(dataset=f"toy{i}", init_from="resume", max_iters=3)
+        if i < 2:
+            with pytest.raises(ValueError, match=f"toy{i} has another tokenizer than the checkpoint"):
+                gpt.train()
+    assert gpt.train()["step"] == 3
+
+
+# ---- weights ----
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+WEIGHTED_RUN = {
+    "dataset": "chats",
+    "block_size": 8,
+    "optimizer": "adamw",
+    "learning_rate": 1e-3,
+    "max_iters": 8,
+    "eval_interval": 4,
+}
+
+
+def some_examples(seed, n):
+    """Return examples of prompts that weigh 0 and of responses, short and long, that weigh 0 to 255."""
+    draw = random.Random(seed)
+
+    def text(length):
+        return "".join(draw.choice(LETTERS) for _ in range(length))
+
+    sizes = [(draw.randint(0, 6), draw.choice([1, 2, 20])) for _ in range(n)]
+    return [[(text(a), 0), (text(b), draw.choice([255, 255, 128, 20, 0]))] for a, b in sizes]
+
+
+@pytest.fixture
+def chats(settings, tmp_path, write_examples):
+    """The settings of a run on weighted examples, some of them longer than a block."""
+    splits = {"train": some_examples(1, 40), "val": some_examples(2, 23)}
+    write_examples(tmp_path / "data" / "chats", LETTERS, **splits)
+    settings(**WEIGHTED_RUN)
+    return splits
+
+
+@torch.no_grad()
+def explicit_losses(model, x, y):
+    """Return -log softmax at the targets, float64, by the model's logits alone."""
+    return -model(x)[0].double().log_softmax(-1).gather(-1, y.clamp(min=0)[..., None])[..., 0]
+
+
+def test_accumulated_weighted_batches_train_as_one(chats, settings, tmp_path):
+    """Four micro-batches of 2 rows, whose weights differ, give the losses and weights of one batch of 8."""
+    runs = {}
+    for name, rows, accumulation in (("one", 8, 1), ("four", 2, 4), ("eight", 1, 8)):
+        settings(batch_size=rows, gradient_accumulation_steps=accumulation, out_dir=str(tmp_path / name))
+        gpt.train()
+        runs[name] = losses(tmp_path / name)[0], gpt.read_checkpoint(tmp_path / name / "ckpt.pt")["model"]
+    settings(batch_size=8, gradient_accumulation_steps=1)
+    data = gpt.Data(tmp_path / "data" / "chats", 8)
+    model = gpt.build(data, gpt.set_up_machine(), None)[0]
+    x, y, w = data.get_batch("train", 0, 8)
+    each = explicit_losses(model, x, y)
+    expected = float((each * w).sum() / w.sum())
+    first, after = runs["one"]
+    assert first[1] == pytest.approx(expected, abs=1e-5)
+    for name in ("four", "eight"):
+        steps, weights = runs[name]
+        assert sorted(steps) == sorted(first) == list(range(1, 9))
+        assert max(abs(steps[step] - first[step]) for step in steps) < 1e-5
+        assert max(float((weights[key] - after[key]).abs().max()) for key in after) < 1e-4
+    sums = w.view(4, 2, 8).sum((1, 2))
+    assert sums.min() < 0.5 * sums.max()  # so that equal shares would not do
+
+
+def test_a_mean_of_means_would_be_another_gradient(chats, settings, tmp_path, monkeypatch):
+    """The gradient that the optimizer sees is that of all the step's weighted targets alike."""
+    seen, step = [], torch.optim.AdamW.step
+
+    def noting(self, *args, **kwargs):
+        seen.append(torch.cat([p.grad.flatten() for g in self.param_groups for p in g["params"]]))
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", noting)
+    settings(batch_size=2, gradient_accumulation_steps=4, max_iters=1, grad_clip=0.0)
+    gpt.train()
+    data = gpt.Data(tmp_path / "data" / "chats", 8)
+    model, (adamw,), _ = gpt.build(data, gpt.set_up_machine(), None)
+    parameters = [p for g in adamw.param_groups for p in g["params"]]
+    x, y, w = data.get_batch("train", 0, 8)
+    each = torch.nn.functional.cross_entropy(model(x)[0].flatten(0, 1), y.flatten(), reduction="none")
+    each = each.view(4, 16) * w.view(4, 16)
+    wanted = each.sum() / w.sum(), (each.sum(1) / w.view(4, 16).sum(1)).mean()
+    right, naive = (
+        torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters, retain_graph=True)])
+        for loss in wanted
+    )
+    assert (seen[0] - right).norm() / right.norm() < 1e-4
+    assert (naive - right).norm() / right.norm() > 0.05
+
+
+def test_evaluation_is_the_weighted_mean_over_all_examples(chats, settings, tmp_path, capsys):
+    """By hand from the logits of each example, cut into blocks: responses by weight, prompts not at all."""
+    settings(batch_size=3, eval_iters=1000)
+    figures = gpt.train()
+    model, _, _ = gpt.load_checkpoint(tmp_path / "out" / "ckpt.pt")
+    total = weight = 0.0
+    for example in chats["val"]:
+        ids = torch.tensor([LETTERS.index(c) for text, _ in example for c in text] + [26])
+        weights = [w / 255 for text, w in example for _ in text] + [example[-1][1] / 255]
+        for start in range(0, len(ids) - 1, 8):
+            window = ids[start : start + 9]
+            own = torch.tensor(weights[start + 1 : start + 9], dtype=torch.float64)
+            total += float((explicit_losses(model, window[None, :-1], window[None, 1:])[0] * own).sum())
+            weight += float(own.sum())
+    assert figures["val_loss"] == pytest.approx(total / weight, abs=1e-5)
+    assert losses(tmp_path / "out")[1][8] == pytest.approx(total / weight, abs=1e-5)
+    assert figures["perplexity"] == pytest.approx(math.exp(total / weight), rel=1e-4)
+    assert "bits_per_byte" not in figures | read_log(tmp_path / "out")[-1]
+    assert "bits_per_byte" not in capsys.readouterr().out
+
+
+def test_bits_per_byte_are_of_plain_text_only(settings, capsys):
+    """The toy text has them, in the figures and on the screen."""
+    settings(max_iters=1)
+    assert "bits_per_byte" in gpt.train()
+    assert "bits_per_byte" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("weight", [0, 255])
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_an_example_without_weight_teaches_nothing(
+    chats, settings, tmp_path, write_examples, weight, accumulation
+):
+    """Whatever a response that weighs 0 says, the trained weights are the same, bit for bit."""
+    states = []
+    for response in ("aaaaaaaaaaaa", "qwertzuiopqw"):
+        examples = chats["train"][:12]
+        examples[3:3] = [[("what", 0), (response, weight)]]
+        write_examples(tmp_path / "data" / "chats", LETTERS, train=examples, val=chats["val"])
+        settings(batch_size=4 // accumulation, gradient_accumulation_steps=accumulation, max_iters=12)
+        gpt.train()
+        states.append(gpt.read_checkpoint(tmp_path / "out" / "ckpt.pt")["model"])
+    same = [torch.equal(states[0][name], states[1][name]) for name in states[0]]
+    assert all(same) if weight == 0 else not any(same)
+
+
+def test_steps_in_which_nothing_counts_change_nothing(chats, settings, tmp_path, write_examples):
+    """Where every example weighs 0 losses are 0, not nan, and the weights stay as they began."""
+    idle = [[(text, 0) for text, _ in example] for example in chats["train"]]
+    write_examples(tmp_path / "data" / "chats", LETTERS, train=idle, val=chats["val"])
+    settings(batch_size=2, gradient_accumulation_steps=2)
+    gpt.train()
+    assert set(losses(tmp_path / "out")[0].values()) == {0.0}
+    began = gpt.build(gpt.Data(tmp_path / "data" / "chats", 8), gpt.set_up_machine(), None)[0].state_dict()
+    after = gpt.read_checkpoint(tmp_path / "out" / "ckpt.pt")["model"]
+    assert all(torch.equal(began[name], after[name]) for name in began)
+
+
+def test_resume_on_weighted_data_is_bit_exact(chats, settings, tmp_path):
+    """A run in two halves is one in one piece."""
+    settings(batch_size=3, gradient_accumulation_steps=2, lr_decay_iters=8, out_dir=str(tmp_path / "a"))
+    gpt.train()
+    settings(max_iters=4, out_dir=str(tmp_path / "b"))
+    gpt.train()
+    settings(max_iters=8, init_from="resume")
+    gpt.train()
+    assert_same_state(tmp_path / "a" / "ckpt.pt", tmp_path / "b" / "ckpt.pt")
+    assert losses(tmp_path / "a")[0] == losses(tmp_path / "b")[0]
+
+
+def test_shards_train_as_one_file(settings, tmp_path):
+    """The same tokens in several files give the same weights, bit for bit."""
+    settings(max_iters=5)
+    gpt.train()
+    folder = tmp_path / "data" / "toy"
+    content = (folder / "train.bin").read_bytes()
+    (folder / "train.bin").unlink()
+    for i, (a, b) in enumerate([(0, 1002), (1002, 1006), (1006, 1006), (1006, len(content))]):
+        (folder / f"train_{i:04d}.bin").write_bytes(content[a:b])
+    settings(out_dir=str(tmp_path / "sharded"))
+    gpt.train()
+    assert_same_state(tmp_path / "out" / "ckpt.pt", tmp_path / "sharded" / "ckpt.pt")
 
 
 # ---- gradients ----
@@ -359,6 +548,19 @@ def test_gradients_are_clipped_to_grad_clip(settings, monkeypatch):
     settings(grad_clip=0.0)
     gpt.train()
     assert min(norms[5:]) > 0.02
+
+
+def test_muon_lr_of_zero_leaves_the_matrices_as_they_began(settings, tmp_path):
+    """AdamW's parameters learn, Muon's, without decay, do not."""
+    settings(muon_lr=0.0, max_iters=3)
+    gpt.train()
+    data = gpt.Data(tmp_path / "data" / "toy", 16)
+    began = gpt.build(data, gpt.set_up_machine(), None)[0].state_dict()
+    after = gpt.read_checkpoint(tmp_path / "out" / "ckpt.pt")["model"]
+    for name, weight in after.items():
+        assert torch.equal(weight, began[name]) == (
+            name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+        )
 
 
 def scaled_run(settings, monkeypatch, tmp_path, overflow_at):
@@ -411,7 +613,7 @@ def test_out_of_memory_is_a_sentence(settings, monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(gpt.Machine, "move", full)
+    monkeypatch.setattr(gpt.Machine, "loss", full)
     settings(batch_size=7, gradient_accumulation_steps=1)
     with pytest.raises(ValueError, match=r"memory is full.*batch_size \(7\)"):
         gpt.train()
@@ -487,6 +689,40 @@ def test_two_processes_see_the_same_batches_and_losses_as_one(settings, tmp_path
     assert keys[0] == keys[1]
 
 
+def test_two_processes_train_on_weighted_data_as_one(chats, settings, tmp_path):
+    """Two processes whose rows weigh differently give the losses and weights of one."""
+    settings(batch_size=2, gradient_accumulation_steps=4, eval_iters=5, out_dir=str(tmp_path / "one"))
+    gpt.train()
+    data = gpt.Data(tmp_path / "data" / "chats", 8)
+    halves = [data.get_batch("train", half, 4)[2].sum() for half in range(2 * gpt.max_iters)]
+    assert max(abs(a - b) for a, b in zip(halves[::2], halves[1::2])) > 3  # what rank 0 and 1 hold
+    flags = [f"--{name}={getattr(gpt, name)}" for name in gpt.SETTINGS if name not in ("out_dir", "compile")]
+    two = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node=2",
+            "gpt.py",
+            *flags,
+            f"--out_dir={tmp_path / 'two'}",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=120,
+        check=False,
+    )
+    assert two.returncode == 0, two.stderr
+    for a, b in zip(losses(tmp_path / "one"), losses(tmp_path / "two")):
+        assert len(a) >= 3 and a.keys() == b.keys()
+        assert max(abs(a[step] - b[step]) for step in a) < 1e-5
+    one, two = (gpt.read_checkpoint(tmp_path / run / "ckpt.pt")["model"] for run in ("one", "two"))
+    assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-4
+
+
 @pytest.mark.parametrize(
     "world_size, accumulation, expected",
     [(1, 4, (4, 12)), (2, 4, (2, 12)), (2, 1, (1, 6)), (4, 1, (1, 3)), (2, 5, (3, 10))],
@@ -512,7 +748,7 @@ def test_overfits_one_batch(settings):
     data = gpt.Data(Path(gpt.data_dir) / "toy", 16)
     machine = gpt.set_up_machine()
     model, optimizers, _ = gpt.build(data, machine, None)
-    x, y = data.get_batch("train", 0, 4)
+    x, y, _ = data.get_batch("train", 0, 4)
     for _ in range(200):
         loss = model(x, y)[1]
         loss.backward()
@@ -541,6 +777,25 @@ def test_learns_pydoc(settings, tmp_path):
 
 
 # ---- the machine ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_machine_weighs_a_batch_and_computes_in_its_dtype(chats, tmp_path, dtype):
+    """Its loss is the weighted one, in float32 by float32 logits, in bfloat16 near it."""
+    data = gpt.Data(tmp_path / "data" / "chats", 8)
+    machine = gpt.Machine(torch.device("cpu"), dtype, False, 0, 1)
+    model = gpt.build(data, machine, None)[0]
+    with torch.no_grad():
+        model.wte.weight.mul_(20)  # so that losses differ
+    x, y, _ = data.get_batch("train", 0, 8)
+    each, seen = explicit_losses(model, x, y), []
+    w = 0.4 * (each > each.mean()).float()
+    model.ln_f.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
+    loss = float(machine.loss(model, [x, y, w]).detach())
+    expected = float((each * w).sum() / w.sum())
+    assert seen == [dtype]
+    assert loss == pytest.approx(expected, abs=1e-5 if dtype == torch.float32 else 3e-2)
+    assert expected - float(each.mean()) > 0.5
 
 
 def test_mfu_counts_the_known_gpus_and_is_none_elsewhere(monkeypatch):
@@ -573,7 +828,7 @@ def test_compile_failure_is_one_line_and_trains_on(settings, monkeypatch, capsys
     settings(compile=True, max_iters=2)
 
     def broken(model, **_):
-        def forward(*args):
+        def forward(*args, **kwargs):
             raise RuntimeError("no compiler\nwith a long story")
 
         return forward
@@ -635,3 +890,15 @@ def test_pasted_into_a_notebook_cell_it_trains_and_samples(tmp_path):
     assert (tmp_path / "out" / "pydoc" / "ckpt.pt").exists() and (
         tmp_path / "data" / "pydoc" / "meta.json"
     ).exists()
+
+
+def test_resume_from_a_checkpoint_with_a_shorter_tokenizer_state(settings, tmp_path):
+    """A state that leaves out what is empty rebuilds the same tokenizer, and is taken for it."""
+    settings(max_iters=2)
+    gpt.train()
+    path = tmp_path / "out" / "ckpt.pt"
+    state = gpt.read_checkpoint(path)
+    state["tokenizer"] = {k: state["tokenizer"][k] for k in ("kind", "chars")}
+    gpt.save_checkpoint(path, state)
+    settings(init_from="resume", max_iters=3)
+    assert gpt.train()["step"] == 3

@@ -1,0 +1,14 @@
+# torchrun --standalone --nproc_per_node=8 gpt.py config/train_fineweb_edu.py
+# Data first: pip install datasets && python prepare.py fineweb-edu --val_fraction=0.001
+# (or a tenth of it, with --max_tokens=1_000_000_000)
+# Educational web pages, about 10B of GPT-2's tokens, by a modern model of GPT-2's size. Not yet measured.
+dataset = "fineweb-edu"
+block_size = 1024
+n_layer, n_head, n_kv_head, n_embd = 12, 12, 4, 768
+batch_size = 16
+gradient_accumulation_steps = 32  # 524,288 tokens per step over all GPUs
+muon_lr, learning_rate = 0.02, 3e-3
+lr_schedule = "wsd"
+warmup_iters = 250
+max_iters = 19_000  # one epoch
+eval_interval, eval_iters, log_interval = 250, 100, 10

@@ -1,0 +1,14 @@
+# python gpt.py config/train_shakespeare_bpe.py
+# Data first: python prepare.py shakespeare --tokenizer=gpt2 --name=shakespeare_bpe
+# Tiny Shakespeare by GPT-2's tokens: 301,966 of them for 50,257 embeddings, so it overfits soon.
+dataset = "shakespeare_bpe"
+eval_interval = 50
+early_stop = 3
+if device_type == "cpu":
+    max_minutes = 2.0
+else:
+    n_layer, n_head, n_kv_head, n_embd = 6, 6, 6, 384
+    dropout = 0.2
+    batch_size = 64
+    max_iters = 1000
+    muon_lr, learning_rate = 0.02, 4e-3
