@@ -492,7 +492,6 @@ def corpus(name):
     if name == "shakespeare":
         return download(SHAKESPEARE_URLS, SHAKESPEARE_SHA256).decode(), "tiny Shakespeare"
     from pydoc_data.topics import topics  # English documentation, half a megabyte, ships with every CPython
-
     return "\n\n".join(topics[name].strip() for name in sorted(topics)) + "\n", "Python's pydoc_data.topics"
 
 def write_dataset(folder, text, tokenizer, source, val_fraction=0.1):
@@ -823,7 +822,6 @@ def open_run(out):
         raise OSError(f"{out} cannot be written ({e.strerror}): choose another folder with --out_dir") from e
 
 def describe(machine, data, model, out, tokens_per_step):
-    """Return the lines that say what was chosen."""
     n, meta = model.n_params(), data.meta
     return f"""\
 machine  {machine.world_size} x {machine.name()}, {torch.get_num_threads()} threads, torch {torch.__version__}
@@ -832,18 +830,20 @@ data     {data.folder}: {meta['train_tokens']:,} training and {meta['val_tokens'
          {meta['tokenizer']['kind']} vocabulary of {meta['vocab_size']:,}
 model    {n / 1e6:,.2f}M parameters; with gradients and averages {n / 2**16:,.0f} MiB, plus activations
 run      {f'{max_minutes:g} minutes' if max_minutes else f'{max_iters:,} steps'} of {tokens_per_step:,} tokens
-         {meta['train_tokens'] / tokens_per_step:,.0f} steps an epoch, in {out}"""
+         {len(data.starts['train']) * block_size / tokens_per_step:,.0f} steps an epoch, in {out}"""
 
-def print_sample(model, tokenizer, machine):
-    """Print a sample of sample_tokens, begun with a newline or else the vocabulary's first token."""
+def print_sample(model, data, machine):
+    """Print up to sample_tokens that continue validation's first token or, if weighted, first prompt."""
     if machine.rank > 0 or sample_tokens == 0:
         return
-    prompt = "\n" if "\n" in (tokenizer.state["chars"] or "\n") else tokenizer.decode([0])
+    x, _, w = data.get_batch("val", 0, 1)
+    ids = x[0, : 1 + int(w[0].argmax())].tolist()  # before the first target that counts
     generator = torch.Generator(machine.device).manual_seed(seed)
     model.eval()
-    ids = [int(i) for i in model.generate([tokenizer.encode(prompt)], sample_tokens, generator=generator)]
+    ids += [int(i) for i in model.generate([ids], sample_tokens, generator=generator)]
     model.train()
-    print(f"{'-' * 80}\n{tokenizer.decode(ids).strip()}\n{'-' * 80}")
+    text = data.tokenizer.decode(ids).partition("<|endoftext|>")[0].strip()
+    print(f"{'-' * 80}\n{text}\n{'-' * 80}")
 
 def snapshot(model, data, step, best_val_loss, **more):
     """Return what a checkpoint for use holds, and more: tensors, numbers, strings, lists and dicts only."""
@@ -931,7 +931,7 @@ def training_run(started, machine, caught):
                     save(out / "best.pt", snapshot(model, data, step, best_val_loss))
                 last = last or stale >= early_stop > 0
                 if sample_at_eval and not last:
-                    print_sample(model, data.tokenizer, machine)
+                    print_sample(model, data, machine)
             mark += time.time() - pause
         if last or stop:
             break
@@ -983,7 +983,7 @@ def training_run(started, machine, caught):
         return result | {"stopped_by": (caught or [signal.SIGTERM])[0]}
     figures = final_figures(model, forward, data, machine, f"{step:,} steps, {elapsed:.0f} s")
     log(**figures)
-    print_sample(model, data.tokenizer, machine)
+    print_sample(model, data, machine)
     return result | figures
 
 def main():

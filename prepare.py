@@ -83,15 +83,15 @@ def notice(message):
     """Print a message once, however often its cause is met."""
     print(message)
 
-def read_blocks(path, size=2**20):
+def read_blocks(path, size=2**18):
     """Yield a UTF-8 file's text, unpacked if .gz, in blocks. Raises ValueError for what is no such text."""
-    decoder, offset = codecs.getincrementaldecoder("utf-8")(), 0
+    decoder, offset, block = codecs.getincrementaldecoder("utf-8")(), 0, bytes(size)
     with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-        while True:
+        while len(block) == size:
             pending = len(decoder.getstate()[0])  # bytes of a character that the last block cut
             try:
                 block = file.read(size)
-                text = decoder.decode(block, final=not block)
+                text = decoder.decode(block, final=len(block) < size)
             except (EOFError, zlib.error, gzip.BadGzipFile) as e:
                 raise ValueError(f"{path} is no whole gzip file ({e}): make or fetch it again") from e
             except UnicodeDecodeError as e:
@@ -103,8 +103,6 @@ def read_blocks(path, size=2**20):
             if offset == 0 and text.startswith("\ufeff"):
                 notice(f"{path}: dropped the byte order mark")
                 text = text[1:]
-            if not block:
-                return
             offset += len(block)
             yield text
 
@@ -245,7 +243,8 @@ class Source(NamedTuple):
     label: str
     kind: str  # of its tokenizer, if none is asked for
     documents: Callable  # () -> iterator of (split, document), the split None where it is to be drawn
-    streamed: bool = False  # too large, perhaps, to be read once before
+    streamed: bool = False  # several documents, and too many, perhaps, to be read once before
+    n_bytes: int | None = None  # where known without reading
 
 def hf_documents(path, config):
     """Yield (split, document) of a data set of the Hugging Face hub or a local folder."""
@@ -272,10 +271,11 @@ def hf_documents(path, config):
 def find_files(folder, endings):
     """Return a folder's files in order of their paths. Raises FileNotFoundError if there are none."""
     files = [p for p in folder.rglob("*") if p.name.removesuffix(".gz").endswith(endings) and p.is_file()]
-    if not any(path.stat().st_size for path in files):
-        raise FileNotFoundError(f"{folder} holds no {' or '.join(endings)} file with a text: --suffixes chooses "
-                                "others")
-    return sorted(path for path in files if path.stat().st_size)
+    files = sorted((path for path in files if path.stat().st_size), key=str)
+    if not files:
+        raise FileNotFoundError(f"{folder} holds no {' or '.join(endings)} file with a text: --suffixes "
+                                "chooses others")
+    return files
 
 def known_source():
     """Return the Source that the setting `dataset` names."""
@@ -285,18 +285,18 @@ def known_source():
     if dataset == "stdlib":
         files = find_files(Path(sysconfig.get_path("stdlib")), (".py",))
         files = [p for p in files if not {"site-packages", "dist-packages", "test", "tests"} & set(p.parts)]
-        label = f"the sources of Python {sys.version.split()[0]}"
-        return Source(dataset, label, "bpe", lambda: all_documents(files))
+        return file_source(dataset, f"the sources of Python {sys.version.split()[0]}", "bpe", files)
     if dataset in ("shakespeare", "pydoc"):
         text, label = corpus(dataset)
         return Source(dataset, label, "char", lambda: [(None, [(text, 255)])])
     raise ValueError(f"data set {dataset!r} is none of shakespeare, pydoc, stdlib, {', '.join(HF)}: your own "
                      f"takes --input=FILE --name={dataset}")
 
-def all_documents(files):
-    """Yield (None, document) of files, which, if several, end with <|endoftext|>."""
-    end = [(EOT, 255)] if len(files) > 1 else []
-    yield from ((None, document) for path in files for document in file_documents(path, end))
+def file_source(name, label, kind, files):
+    """Return the Source of files; if they are several, each is a document or more."""
+    end, n_bytes = [(EOT, 255)] if len(files) > 1 else [], sum(path.stat().st_size for path in files)
+    return Source(name, label, kind, lambda: ((None, document) for path in files for document in
+                  file_documents(path, end)), len(files) > 1, n_bytes)
 
 def find_source():
     """Return the Source that the settings ask for. Raises ValueError, FileNotFoundError."""
@@ -326,7 +326,7 @@ def find_source():
     own, label = Path(path.resolve().name.removesuffix(".gz")).stem, input
     if input == "-":
         own, label = "stdin", "standard input"
-    return Source(dataset or own, label, "char", lambda: all_documents(files))
+    return file_source(dataset or own, label, "char", files)
 
 # ---- Tokenizers --------------------------------------------------------------------------------------------
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # words
@@ -454,7 +454,7 @@ def segments(source, facts):
                 yield "val", text[len(begin) :], weight
                 n_chars += len(text)
 
-def batched(items, size=2**20):
+def batched(items, size=2**18):
     """Yield lists of segments of about `size` characters together."""
     batch, n_chars = [], 0
     for item in items:
@@ -465,6 +465,11 @@ def batched(items, size=2**20):
             batch, n_chars = [], 0
     if batch:
         yield batch
+
+def text_bytes(batch, split=None):
+    """Return the bytes of a batch's texts, or of those for one split."""
+    texts = (text for s, text, _ in batch if split in (None, s) and not isinstance(text, Special))
+    return "".join(texts).encode()
 
 def start_worker(state, dtype):
     """Make encode_batch ready in this process; a worker leaves Ctrl-C to its parent and ends with it."""
@@ -477,17 +482,19 @@ def start_worker(state, dtype):
 def encode(text):
     if isinstance(text, Special) and text in chosen.special:
         return [chosen.special[text]]
-    if chosen.state["kind"] == "char":
-        return chosen.encode(text)
+    if not text or chosen.state["kind"] == "char":
+        return np.uint32(chosen.encode(text))
     return chosen.encoding.encode_to_numpy(text, disallowed_special=())  # faster than a list
 
 def encode_batch(batch):
-    """Return {split: (ids, weights)}, the weights uint8."""
+    """Return {split: (ids, weights, bytes of text)} of a batch; weights: uint8, or None if all are 255."""
     arrays = {}
     for split in {split for split, _, _ in batch}:
-        parts = [(np.array(encode(text), chosen_dtype), weight) for s, text, weight in batch if s == split]
-        weights = [np.full(len(ids), weight, np.uint8) for ids, weight in parts]
-        arrays[split] = np.concatenate([ids for ids, _ in parts]), np.concatenate(weights)
+        parts = [(encode(text), weight) for s, text, weight in batch if s == split]
+        ids, weights = np.concatenate([ids for ids, _ in parts]).astype(chosen_dtype), None
+        if any(weight < 255 for _, weight in parts):
+            weights = np.repeat(np.uint8([weight for _, weight in parts]), [len(ids) for ids, _ in parts])
+        arrays[split] = ids, weights, len(text_bytes(batch, split))
     return arrays
 
 def encoded(batches, start, n_workers):
@@ -500,7 +507,7 @@ def encoded(batches, start, n_workers):
         waiting = deque()
         for batch in batches:
             waiting.append((batch, pool.submit(encode_batch, batch)))
-            if len(waiting) > 2 * n_workers:
+            if len(waiting) > 4 * n_workers:
                 batch, future = waiting.popleft()
                 yield batch, future.result()
         yield from ((batch, future.result()) for batch, future in waiting)
@@ -535,11 +542,6 @@ def save_json(path, content):
     path.with_suffix(".tmp").write_text(json.dumps(content, indent=1), encoding="utf-8")
     os.replace(path.with_suffix(".tmp"), path)
 
-def text_bytes(batch, split=None):
-    """Return the bytes of a batch's texts, or of those for one split."""
-    texts = (text for s, text, _ in batch if split in (None, s) and not isinstance(text, Special))
-    return "".join(texts).encode()
-
 class Shards:
     """The shards in the folder `part`; `done`, saved with each whole one, tells how far they go."""
 
@@ -553,22 +555,33 @@ class Shards:
                 path.unlink()  # begun, but not whole
 
     def pass_over(self, batches):
-        """Pass over the batches that are done; return whether they are the text that was begun."""
+        """Pass over the batches that are done; return whether all is there and the text that was begun."""
         for batch in islice(batches, self.done["batches"]):
             self.digest.update(text_bytes(batch))
-        return self.digest.hexdigest() == self.done["sha256"]
+        there = sum(path.stat().st_size for path in self.part.glob("*_*.bin") if ".weight" not in path.name)
+        n_tokens = self.done["train_tokens"] + self.done["val_tokens"]
+        whole = there == n_tokens * np.dtype(self.done["dtype"]).itemsize
+        return whole and self.digest.hexdigest() == self.done["sha256"]
+
+    def append(self, stem, array):
+        with open(self.part / f"{stem}_{self.done['shards']:04d}.bin", "ab") as file:
+            file.write(array.tobytes())
 
     def add(self, batch, arrays):
         """Append a batch; return whether there is room for more."""
-        for split, (ids, weights) in arrays.items():
-            n_bytes, room = len(text_bytes(batch, split)), self.limits[split] - self.done[f"{split}_tokens"]
+        for split, (ids, weights, n_bytes) in arrays.items():
+            room = self.limits[split] - self.done[f"{split}_tokens"]
             if len(ids) > room:
-                ids, weights = ids[:room], weights[:room]
+                ids = ids[:room]
                 plain = ids[np.isin(ids, list(self.tokenizer.special.values()), invert=True)]
                 n_bytes = len(self.tokenizer.decode_bytes(plain.tolist()))
-            for kind, array in {"": ids, ".weight": weights}.items() if self.weighted else [("", ids)]:
-                with open(self.part / f"{split}{kind}_{self.done['shards']:04d}.bin", "ab") as file:
-                    file.write(array.tobytes())
+            if len(ids):
+                self.append(split, ids)
+            if weights is not None and not self.weighted:
+                raise ValueError("the first document is text, another has prompts: prepare examples apart")
+            if len(ids) and self.weighted:
+                weights = np.full(len(ids), 255, np.uint8) if weights is None else weights[: len(ids)]
+                self.append(f"{split}.weight", weights)
             self.done[f"{split}_tokens"] += len(ids)
             self.done[f"{split}_bytes"] += n_bytes
         self.digest.update(text_bytes(batch))
@@ -659,11 +672,11 @@ def prepare(folder, part, source, kind):
     `part` is taken up if settings and text are the same."""
     streamed = source.streamed and kind != "char"
     facts = survey(islice(source.documents(), 1) if streamed else source.documents(), kind == "char")
-    if facts.n_chars < 2 or (facts.n_documents < 2 and facts.weighted and not streamed):
+    if not streamed and (facts.n_chars < 2 or (facts.n_documents < 2 and facts.weighted)):
         raise ValueError(f"{source.label} is {'too short' if facts.n_chars else 'empty'}: give a text of two "
                          "characters, or two examples, at least")
     if streamed:
-        facts.n_documents = facts.n_bytes = None
+        facts.n_documents, facts.n_bytes = None, source.n_bytes
     asked, saved = {key: globals()[key] for key in SETTINGS}, part / "progress.json"
     done = json.loads(saved.read_text(encoding="utf-8")) if saved.exists() else {"asked": None}
     if done["asked"] == asked:
@@ -700,10 +713,10 @@ def main():
         return describe(root / info)
     check_settings()
     source = find_source()
-    chosen, kind = name or source.name, tokenizer or source.kind
-    if Path(chosen).name != chosen or chosen == "..":
-        raise ValueError(f"name {chosen!r} is not the plain name of a folder: other places go by --data_dir")
-    folder, part = root / chosen, root / f"{chosen}.part"
+    own_name, kind = name or source.name, tokenizer or source.kind
+    if Path(own_name).name != own_name or own_name == "..":
+        raise ValueError(f"name {own_name!r} is no plain name of a folder: other places go by --data_dir")
+    folder, part = root / own_name, root / f"{own_name}.part"
     try:
         meta = prepare(folder, part, source, kind)
     except BaseException as e:
@@ -720,7 +733,7 @@ def main():
         advice = f" --block_size={longest}, the longest example's"
     print(f"{folder}: {meta['train_tokens']:,} training and {meta['val_tokens']:,} validation tokens, "
           f"{meta['tokenizer']['kind']} vocabulary of {meta['vocab_size']:,}; now: python gpt.py "
-          f"--dataset={chosen}{advice}")
+          f"--dataset={own_name}{advice}")
 
 if __name__ == "__main__":
     from configurator import run_script

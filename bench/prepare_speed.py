@@ -3,13 +3,14 @@
     python bench/prepare_speed.py [bpe] [tokenize] [--small=FILE] [--gb=1.0] [--runs=3]
 
 The text is made of the sources in Python's standard library and in the installed packages, torch's among them,
-repeated where they are not enough. GPT-2's encoding must be in TIKTOKEN_CACHE_DIR or come from the network.
+repeated where they are not enough, in files of 10 MB. GPT-2's encoding must be in TIKTOKEN_CACHE_DIR or come from the network.
 FILE is a small text for a vocabulary of 4,096, as tiny Shakespeare. Memory is that of prepare.py and its worker
 processes together: the peak of the sum of their resident sets (pages shared by several count for each), and of
 their proportional sets (shared pages count once).
 """
 
 import argparse
+import codecs
 import json
 import statistics
 import subprocess
@@ -23,27 +24,30 @@ import tiktoken
 from common import ROOT, record
 
 
-def write_sources(folder, n_bytes):
-    """Fill folder with files of source code, n_bytes together."""
+def sources():
+    """Yield the sources' contents, again and again."""
     paths = {Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib")}
-    files = sorted(
-        {p for path in paths for p in path.rglob("*") if p.suffix in (".py", ".h", ".pyi", ".md", ".txt")}
-    )
-    folder.mkdir()
-    written = n = 0
-    while written < n_bytes:
+    suffixes = (".py", ".h", ".pyi", ".md", ".txt")
+    files = sorted({p for path in paths for p in path.rglob("*") if p.suffix in suffixes})
+    while True:
         for path in files:
+            content = path.read_bytes()
             try:
-                content = path.read_bytes()
                 content.decode()
-            except (UnicodeDecodeError, OSError):
+            except UnicodeDecodeError:
                 continue
-            if not content or b"\0" in content:
-                continue
-            (folder / f"{n:07d}.txt").write_bytes(content)
-            written, n = written + len(content), n + 1
-            if written >= n_bytes:
-                return
+            if b"\0" not in content and not content.startswith(codecs.BOM_UTF8):
+                yield content
+
+
+def write_sources(folder, n_bytes, file_bytes=10_000_000):
+    """Fill folder with texts of about file_bytes each, n_bytes together."""
+    folder.mkdir()
+    contents = sources()
+    for n in range(round(n_bytes / file_bytes)):
+        with open(folder / f"{n:04d}.txt", "wb") as file:
+            while file.tell() < file_bytes:
+                file.write(next(contents))
 
 
 def memory_of(pid):

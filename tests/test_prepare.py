@@ -852,6 +852,28 @@ def test_another_text_or_setting_begins_anew(prepared, tmp_path, monkeypatch, ca
     assert train == "".join(f"{line}<|endoftext|>" for line in lines[1:])
 
 
+def test_killed_while_the_files_are_moved(prepared, tmp_path, monkeypatch):
+    """At the very end shards are moved one by one: a run stopped there is begun anew, not half a data set."""
+    lines = ["word " * 300_000 + f"end {i} " for i in range(4)]
+    path, rename, moved = jsonl(tmp_path / "t.jsonl", [{"text": line} for line in lines]), Path.rename, []
+
+    def interrupted(self, target):
+        if len(moved) == 2:
+            raise KeyboardInterrupt
+        moved.append(target)
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prepared(input=path, shard_tokens=1, workers=1)
+    monkeypatch.setattr(Path, "rename", rename)
+    folder = tmp_path / "data" / "t"
+    assert not (folder / "meta.json").exists()
+    prepared(input=path, shard_tokens=1, workers=1)
+    assert text_of(folder, "train") == "".join(f"{line}<|endoftext|>" for line in lines[1:])
+    assert text_of(folder, "val") == f"{lines[0]}<|endoftext|>"
+
+
 def test_max_tokens_bounds_both_splits(large, prepared, tmp_path):
     """10,000 tokens of training and validation together, the first of each, and bytes to match."""
     prepared(input=str(large), name="all")
