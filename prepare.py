@@ -44,7 +44,7 @@ import numpy as np
 import regex  # tiktoken brings it
 import tiktoken
 
-from gpt import SHAKESPEARE_SHA256, Tokenizer, Tokens, corpus, read_checkpoint
+from gpt import SHAKESPEARE_SHA256, Data, Tokenizer, corpus, read_checkpoint
 
 dataset = ""  # a data set known by name, as above; the first word on the command line
 input = ""  # your text: .txt, .md, .jsonl or .csv, each also .gz; a folder of such files; -: standard input
@@ -65,10 +65,11 @@ workers = 0  # processes that tokenize; 0: one per core
 shard_tokens = 100_000_000  # training tokens per file
 info = ""  # only tell what this data set holds
 
+INDECISIVE = ("name", "data_dir", "workers", "info")  # settings on which the files do not depend
 SETTINGS = [k for k, v in globals().items() if k[0] != "_" and isinstance(v, str | int | float)]
-HF = {"wikitext-2": ("Salesforce/wikitext", "wikitext-2-raw-v1"),
-      "wikitext-103": ("Salesforce/wikitext", "wikitext-103-raw-v1"),
-      "openwebtext": ("Skylion007/openwebtext", ""), "tinystories": ("roneneldan/TinyStories", ""),
+HF = {"wikitext-2": ("Salesforce/wikitext", "wikitext-2-raw-v1", True),  # True: the rows are lines
+      "wikitext-103": ("Salesforce/wikitext", "wikitext-103-raw-v1", True),
+      "openwebtext": ("Skylion007/openwebtext",), "tinystories": ("roneneldan/TinyStories",),
       "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT")}
 
 class Special(str):
@@ -114,7 +115,7 @@ def read_lines(blocks):
     if rest:
         yield rest
 
-LAST_CUT = re.compile(r"(?s).*(?:\S(?= )|\S\n(?=\S))")
+LAST_CUT = re.compile(r"(?s).*(?:\S(?= )|\S\n(?=[^\s/]))")
 
 def pieces(blocks):
     """Yield a text of any length in pieces, cut where each tokenizer would: before a space that ends a word,
@@ -127,10 +128,13 @@ def pieces(blocks):
         rest = rest[end:]
     yield rest
 
+def suffix_of(path):
+    return Path(path.name.lower().removesuffix(".gz")).suffix
+
 def read_rows(path):
     """Yield (where, row), the row a dict, of a .jsonl or .csv file. Raises ValueError naming the line."""
     lines = read_lines(read_blocks(path))
-    if ".jsonl" in path.suffixes:
+    if suffix_of(path) == ".jsonl":
         for i, line in enumerate(lines, 1):
             try:
                 row = json.loads(line) if line.strip() else None
@@ -140,9 +144,11 @@ def read_rows(path):
                 yield f"{path}, line {i}", row
         return
     csv.field_size_limit(2**31 - 1)
-    reader = csv.DictReader(lines)
+    reader = csv.DictReader(lines, strict=True)
     try:
         for row in reader:
+            if None in row:
+                raise csv.Error("more fields than columns: put texts with commas in quotes")
             yield f"{path}, line {reader.line_num}", row
     except csv.Error as e:
         raise ValueError(f"{path}, line {reader.line_num} is no CSV ({e}): mend it") from e
@@ -151,9 +157,9 @@ def checked_text(where, row, column):
     if not isinstance(row, dict) or column not in row:
         has = f"only {', '.join(map(str, row))}" if isinstance(row, dict) else "no columns"
         raise ValueError(f"{where} has no {column!r}, {has}: name the text's by --text_column")
-    if isinstance(row[column], str):
+    if isinstance(row[column], str) and not re.search("[\ud800-\udfff]", row[column]):
         return row[column]
-    raise ValueError(f"{where}: {column} is {str(row[column])[:60]!r}: it must be a text")
+    raise ValueError(f"{where}: {column} is {str(row[column])[:60]!r}: it must be a whole text")
 
 def rating_weight(where, row):
     """Return the weight of a response: 255 unrated or rated 5, 0 rated 1. Raises ValueError."""
@@ -177,7 +183,8 @@ def row_document(where, row):
     if {"prompt", "response"} <= columns:
         prompt, response = checked_text(where, row, "prompt"), checked_text(where, row, "response")
         return [(prompt, 0), (response, weight := rating_weight(where, row)), (EOT, weight)]
-    return [(checked_text(where, row, text_column or "text"), 255), (EOT, 255)]
+    text = checked_text(where, row, text_column or "text")
+    return [("\n".join(map(clean_line, text.split("\n"))) if clean else text, 255), (EOT, 255)]
 
 def chat_document(where, messages, weight):
     prompt, document, marks = [], [], {"system": [], "user": [(USER, 0)], "assistant": [(ASSISTANT, 0)]}
@@ -195,16 +202,10 @@ def chat_document(where, messages, weight):
         raise ValueError(f"{where} has no message of the assistant: there is nothing to learn from it")
     return document
 
-def row_documents(rows, are_lines=False):
-    """Return the documents of rows; are_lines: the rows are lines of wikitext, as its hub data sets have."""
-    if clean or are_lines:
-        return articles(read_lines(checked_text(where, row, text_column or "text") for where, row in rows))
-    return (row_document(where, row) for where, row in rows)
-
 def file_documents(path, end=()):
     """Return a file's documents, an iterable: a .csv's or .jsonl's rows, or one that ends with `end`."""
-    if {".csv", ".jsonl"} & set(path.suffixes[-2:]):
-        return row_documents(read_rows(path))
+    if suffix_of(path) in (".csv", ".jsonl"):
+        return (row_document(where, row) for where, row in read_rows(path))
     if clean:
         return articles(read_lines(read_blocks(path)))
     return [chain(((piece, 255) for piece in pieces(read_blocks(path))), end)]
@@ -227,15 +228,13 @@ def clean_line(line):
     return re.sub(r"(?<=[(\[]) +| +(?='(?:s|t|d|m|re|ve|ll)\b)", "", line)
 
 def articles(lines):
-    """Yield wikitext's articles, cleaned, as documents; each begins with a line " = Title = "."""
+    """Yield wikitext's articles as documents, cleaned if asked for; each begins with a line " = Title = "."""
     article = []
-    for line in lines:
-        if re.match(r" ?= (?!= ).*(?<! =) =\s*$", line) and any(article):
+    for line in chain(lines, [" = end = \n"]):
+        if re.match(r" ?= (?!= ).*(?<! =) =\s*$", line) and any(part.strip() for part in article):
             yield [("\n".join(article).strip("\n") + "\n", 255), (EOT, 255)]
             article = []
-        article.append(clean_line(line))
-    if any(article):
-        yield [("\n".join(article).strip("\n") + "\n", 255), (EOT, 255)]
+        article.append(clean_line(line) if clean else line.rstrip("\n"))
 
 # ---- Sources -----------------------------------------------------------------------------------------------
 class Source(NamedTuple):
@@ -246,8 +245,9 @@ class Source(NamedTuple):
     streamed: bool = False  # several documents, and too many, perhaps, to be read once before
     n_bytes: int | None = None  # where known without reading
 
-def hf_documents(path, config):
-    """Yield (split, document) of a data set of the Hugging Face hub or a local folder."""
+def hf_documents(path, config="", are_lines=False):
+    """Yield (split, document) of a data set of the Hugging Face hub or a local folder, whose rows are
+    documents, or lines of articles."""
     try:
         import datasets
     except ImportError as e:
@@ -257,7 +257,7 @@ def hf_documents(path, config):
         names = datasets.get_dataset_split_names(path, config or None)
         own = {None: hf_split}
         if hf_split == "train" and "validation" in names:
-            own = {"train": "train", "val": "validation"}
+            own = {"val": "validation", "train": "train"}  # val first: train may be cut by max_tokens
         streams = {split: datasets.load_dataset(path, config or None, split=theirs, streaming=True)
                    for split, theirs in own.items()}
     except Exception as e:
@@ -265,12 +265,13 @@ def hf_documents(path, config):
                          "--hf_split and the network") from e
     for split, rows in streams.items():
         numbered = ((f"{path}, {split or hf_split} row {i}", row) for i, row in enumerate(rows))
-        documents = row_documents(numbered, are_lines="wikitext" in path)
+        lines = read_lines(checked_text(where, row, text_column or "text") for where, row in numbered)
+        documents = articles(lines) if are_lines else (row_document(where, row) for where, row in numbered)
         yield from ((split, document) for document in documents)
 
 def find_files(folder, endings):
     """Return a folder's files in order of their paths. Raises FileNotFoundError if there are none."""
-    files = [p for p in folder.rglob("*") if p.name.removesuffix(".gz").endswith(endings) and p.is_file()]
+    files = [p for p in folder.rglob("*") if suffix_of(p) in endings and p.is_file()]
     files = sorted((path for path in files if path.stat().st_size), key=str)
     if not files:
         raise FileNotFoundError(f"{folder} holds no {' or '.join(endings)} file with a text: --suffixes "
@@ -280,8 +281,7 @@ def find_files(folder, endings):
 def known_source():
     """Return the Source that the setting `dataset` names."""
     if dataset in HF:
-        path, config = HF[dataset]
-        return Source(dataset, f"{path} {config}".strip(), "gpt2", lambda: hf_documents(path, config), True)
+        return Source(dataset, " ".join(HF[dataset][:2]), "gpt2", lambda: hf_documents(*HF[dataset]), True)
     if dataset == "stdlib":
         files = find_files(Path(sysconfig.get_path("stdlib")), (".py",))
         files = [p for p in files if not {"site-packages", "dist-packages", "test", "tests"} & set(p.parts)]
@@ -294,9 +294,14 @@ def known_source():
 
 def file_source(name, label, kind, files):
     """Return the Source of files; if they are several, each is a document or more."""
-    end, n_bytes = [(EOT, 255)] if len(files) > 1 else [], sum(path.stat().st_size for path in files)
-    return Source(name, label, kind, lambda: ((None, document) for path in files for document in
-                  file_documents(path, end)), len(files) > 1, n_bytes)
+    end = [(EOT, 255)] if len(files) > 1 else []
+    packed = any(path.suffix == ".gz" for path in files)
+    n_bytes = None if packed else sum(path.stat().st_size for path in files)
+
+    def documents():
+        yield from ((None, document) for path in files for document in file_documents(path, end))
+
+    return Source(name, label, kind, documents, len(files) > 1, n_bytes)
 
 def find_source():
     """Return the Source that the settings ask for. Raises ValueError, FileNotFoundError."""
@@ -323,7 +328,9 @@ def find_source():
     if dataset and hashlib.sha256(path.read_bytes()).hexdigest() != SHAKESPEARE_SHA256:
         raise ValueError(f"{input} is not tiny Shakespeare (its sha256 differs): drop the word shakespeare "
                          "and give your text a --name")
-    own, label = Path(path.resolve().name.removesuffix(".gz")).stem, input
+    own, label = path.resolve().name, input
+    if not path.is_dir():
+        own = Path(own.removesuffix(".gz")).stem
     if input == "-":
         own, label = "stdin", "standard input"
     return file_source(dataset or own, label, "char", files)
@@ -398,14 +405,24 @@ def train_bpe(word_counts, n_tokens):
 
 def bpe_sample(segments, n_bytes):
     """Yield training texts, evenly taken, of bpe_sample_mb together; n_bytes: of all, or None if unknown."""
-    share, taken = min(1.0, bpe_sample_mb * 1e6 / n_bytes) if n_bytes else 1.0, 0
-    texts = (text for split, text, _ in segments if split == "train" and not isinstance(text, Special))
-    for i, text in enumerate(texts):
-        if math.floor((i + 1) * share) > math.floor(i * share):
-            taken += len(text.encode())
-            yield text
-        if taken >= bpe_sample_mb * 1e6:
-            return
+    limit, seen, taken = bpe_sample_mb * 1e6, 0, 0
+    for split, text, _ in segments:
+        if split == "train" and text and not isinstance(text, Special):
+            if taken <= seen * min(1.0, limit / (n_bytes or limit)):
+                yield text
+                taken += len(text.encode())
+            seen += len(text.encode())
+            if taken >= limit:
+                return
+
+def check_characters(chosen, segments):
+    """Raise ValueError for a character that a char tokenizer from elsewhere does not know."""
+    n, known = 0, set(chosen.state["chars"])
+    for text in (text for _, text, _ in segments if known and not isinstance(text, Special)):
+        if unknown := set(text) - known:
+            i = min(map(text.index, unknown))
+            raise ValueError(f"the tokenizer's vocabulary lacks {text[i]!r}, character {n + i} of the text")
+        n += len(text)
 
 def make_tokenizer(kind, facts, segments):
     """Return the Tokenizer that is asked for. Raises ValueError."""
@@ -421,7 +438,9 @@ def make_tokenizer(kind, facts, segments):
         return Tokenizer(kind)
     path = Path(kind)
     if path.exists():
-        return Tokenizer(**(read_meta(path) if path.is_dir() else read_checkpoint(path))["tokenizer"])
+        chosen = Data(path, 1).tokenizer if path.is_dir() else Tokenizer(**read_checkpoint(path)["tokenizer"])
+        check_characters(chosen, segments)
+        return chosen
     known = ", ".join(("char", "bpe", *tiktoken.list_encoding_names()))
     raise ValueError(f"tokenizer {kind!r} is none of {known}, nor the path of a data set or checkpoint")
 
@@ -568,7 +587,7 @@ class Shards:
             file.write(array.tobytes())
 
     def add(self, batch, arrays):
-        """Append a batch; return whether there is room for more."""
+        """Append a batch, encoded, as far as there is room."""
         for split, (ids, weights, n_bytes) in arrays.items():
             room = self.limits[split] - self.done[f"{split}_tokens"]
             if len(ids) > room:
@@ -588,6 +607,8 @@ class Shards:
         self.done["batches"] += 1
         if self.done["train_tokens"] - self.started_at >= shard_tokens:
             self.end_shard()
+
+    def has_room(self):
         return any(self.done[f"{split}_tokens"] < limit for split, limit in self.limits.items())
 
     def end_shard(self):
@@ -605,43 +626,40 @@ def write_shards(part, source, facts, done):
         return False
     n_workers = 1 if facts.n_bytes and facts.n_bytes < 2**22 else workers or os.cpu_count()
     show = make_progress(facts.n_bytes, done["train_tokens"] + done["val_tokens"])
+    batches = batches if shards.has_room() else ()
     for batch, arrays in encoded(batches, (done["tokenizer"], done["dtype"]), n_workers):
-        more = shards.add(batch, arrays)
+        shards.add(batch, arrays)
         show(done["train_bytes"] + done["val_bytes"], done["train_tokens"] + done["val_tokens"])
-        if not more:
+        if not shards.has_room():
             break
     shards.end_shard()
     return True
 
 # ---- What a data set holds ---------------------------------------------------------------------------------
-def read_meta(folder):
-    if not (folder / "meta.json").is_file():
-        raise FileNotFoundError(f"{folder} holds no data set: it has no meta.json")
-    return json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+def read_ids(tokens, size=2**23):
+    """Yield a split's ids, some millions at a time."""
+    for start in range(0, len(tokens), size):
+        yield tokens[np.arange(start, min(start + size, len(tokens)))]
 
-def read_ids(folder, meta, size=2**23):
-    """Yield the training, then the validation tokens of a data set, some millions at a time."""
-    for split in ("train", "val"):
-        tokens = Tokens(folder, split, np.dtype(meta["dtype"]).newbyteorder("<"))
-        for start in range(0, len(tokens), size):
-            yield tokens[np.arange(start, min(start + size, len(tokens)))]
-
-def document_lengths(folder, meta, end):
-    """Return the documents' lengths in tokens, not counting the id `end` that ends each, if not None."""
-    ends, n = [-1], 0
-    for ids in read_ids(folder, meta):
-        ends += (np.flatnonzero(ids == end) + n).tolist() if end is not None else []
-        n += len(ids)
-    return np.diff([*ends, n] if ends[-1] < n - 1 else ends) - (end is not None)
+def document_lengths(data):
+    """Return the documents' lengths in tokens, not counting the <|endoftext|> that ends each."""
+    lengths = []
+    for tokens in data.tokens.values():
+        ends, n = [-1], 0
+        for ids in read_ids(tokens):
+            ends += (np.flatnonzero(ids == data.tokenizer.special.get(EOT)) + n).tolist()
+            n += len(ids)
+        lengths += (np.diff([*ends, n] if ends[-1] < n - 1 else ends) - 1).tolist()
+    return np.array(lengths)
 
 def describe(folder):
     """Print what a data set holds."""
-    meta = read_meta(folder)
-    chosen = Tokenizer(**meta["tokenizer"])
-    counts = sum(np.bincount(ids, minlength=meta["vocab_size"]) for ids in read_ids(folder, meta))
+    data = Data(folder, 1)
+    meta, chosen = data.meta, data.tokenizer
+    blocks = (ids for tokens in data.tokens.values() for ids in read_ids(tokens))
+    counts = sum(np.bincount(ids, minlength=meta["vocab_size"]) for ids in blocks)
     order, shown = np.argsort(-counts, kind="stable"), lambda i: f"{chosen.decode([int(i)])!r} {counts[i]:,}"
-    occurring = order[: np.count_nonzero(counts)]
-    lengths = document_lengths(folder, meta, chosen.special.get(EOT))
+    occurring, lengths = order[: np.count_nonzero(counts)], document_lengths(data)
     quantiles = {"min": 0, "median": 0.5, "p90": 0.9, "p95": 0.95, "max": 1}
     spread = ", ".join(f"{key} {np.quantile(lengths, q):,.0f}" for key, q in quantiles.items())
     print(f"data set    {folder}\nsource      {meta['source']}, sha256 {meta['sha256'][:16]}...")
@@ -652,7 +670,7 @@ def describe(folder):
     print(f"documents   {len(lengths):,}, their tokens: {spread}, mean {lengths.mean():,.1f}")
     print(f"most        {', '.join(map(shown, occurring[:10]))}")
     print(f"least       {', '.join(map(shown, occurring[:-11:-1]))}; {len(order) - len(occurring):,} never")
-    print(f"begins      {chosen.decode(next(read_ids(folder, meta))[:100].tolist())!r}")
+    print(f"begins      {chosen.decode(next(read_ids(data.tokens['train']))[:100].tolist())!r}")
 
 # ---- The command -------------------------------------------------------------------------------------------
 def check_settings():
@@ -677,11 +695,14 @@ def prepare(folder, part, source, kind):
                          "characters, or two examples, at least")
     if streamed:
         facts.n_documents, facts.n_bytes = None, source.n_bytes
-    asked, saved = {key: globals()[key] for key in SETTINGS}, part / "progress.json"
+    asked = {key: globals()[key] for key in SETTINGS if key not in INDECISIVE}
+    saved = part / "progress.json"
     done = json.loads(saved.read_text(encoding="utf-8")) if saved.exists() else {"asked": None}
     if done["asked"] == asked:
         print(f"{part}: going on after {done['shards']} whole shards")
     if done["asked"] != asked or not write_shards(part, source, facts, done):
+        if done["asked"]:
+            print(f"{part}: of other settings or another text, begun anew")
         chosen = make_tokenizer(kind, facts, segments(source, facts))
         if facts.special and EOT not in chosen.special:
             raise ValueError(f"tokenizer {kind} lacks {EOT}, which ends documents and examples: take another")
@@ -692,8 +713,12 @@ def prepare(folder, part, source, kind):
                 "dtype": "uint16" if chosen.vocab_size <= 2**16 else "uint32",
                 "sha256": hashlib.sha256().hexdigest(), **dict.fromkeys(counts, 0)}
         write_shards(part, source, facts, done)
-    if not (done["train_tokens"] and done["val_tokens"]):
-        raise ValueError(f"{source.label} leaves one split empty: bring more text, or change val_fraction")
+    for split in ("train", "val"):
+        weights = [np.fromfile(path, np.uint8).any() for path in part.glob(f"{split}.weight_*.bin")]
+        if not done[f"{split}_tokens"] or (facts.weighted and not any(weights)):
+            shutil.rmtree(part)
+            raise ValueError(f"{source.label} leaves nothing to learn for {split}: bring more text, or more "
+                             "examples rated above 1, or change val_fraction")
     folder.mkdir(exist_ok=True)
     for old in (folder / "meta.json", *folder.glob("*.bin")):
         old.unlink(missing_ok=True)
@@ -720,7 +745,7 @@ def main():
     try:
         meta = prepare(folder, part, source, kind)
     except BaseException as e:
-        if (part / "progress.json").exists() and not isinstance(e, ValueError):
+        if (part / "progress.json").exists():
             print(f"what is whole stays in {part}: the same command goes on from there")
         else:
             shutil.rmtree(part, ignore_errors=True)
@@ -729,8 +754,7 @@ def main():
         raise
     advice = ""
     if any(folder.glob("*.weight*.bin")):
-        longest = document_lengths(folder, meta, Tokenizer(**meta["tokenizer"]).special[EOT]).max()
-        advice = f" --block_size={longest}, the longest example's"
+        advice = f" --block_size={document_lengths(Data(folder, 1)).max()}, the longest example's"
     print(f"{folder}: {meta['train_tokens']:,} training and {meta['val_tokens']:,} validation tokens, "
           f"{meta['tokenizer']['kind']} vocabulary of {meta['vocab_size']:,}; now: python gpt.py "
           f"--dataset={own_name}{advice}")

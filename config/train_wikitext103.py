@@ -1,4 +1,4 @@
-# python prepare.py wikitext-103 && python gpt.py config/train_wikitext103.py
+# python prepare.py wikitext-103 --clean=wikitext && python gpt.py config/train_wikitext103.py
 # Data by pip install datasets.
 # 103M words of Wikipedia in GPT-2's tokens, by a model of 60.5M parameters. Not yet measured.
 dataset = "wikitext-103"
