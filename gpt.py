@@ -828,22 +828,22 @@ machine  {machine.world_size} x {machine.name()}, {torch.get_num_threads()} thre
          {str(machine.dtype)[6:]}, {'compiled' if machine.compile else 'eager'}
 data     {data.folder}: {meta['train_tokens']:,} training and {meta['val_tokens']:,} validation tokens
          {meta['tokenizer']['kind']} vocabulary of {meta['vocab_size']:,}
-model    {n / 1e6:,.2f}M parameters; with gradients and averages {n / 2**16:,.0f} MiB, plus activations
+model    {n / 1e6:,.2f}M parameters; up to {n / 2**16:,.0f} MiB with gradients and averages, plus activations
 run      {f'{max_minutes:g} minutes' if max_minutes else f'{max_iters:,} steps'} of {tokens_per_step:,} tokens
          {len(data.starts['train']) * block_size / tokens_per_step:,.0f} steps an epoch, in {out}"""
 
 def print_sample(model, data, machine):
-    """Print up to sample_tokens that continue validation's first token or, if weighted, first prompt."""
+    """Print up to sample_tokens that continue a newline or, if weighted, validation's first prompt."""
     if machine.rank > 0 or sample_tokens == 0:
         return
-    x, _, w = data.get_batch("val", 0, 1)
-    ids = x[0, : 1 + int(w[0].argmax())].tolist()  # before the first target that counts
+    plain = not data.weighted and "\n" in (data.tokenizer.state["chars"] or "\n")
+    x, _, w = data.get_batch("val", 0, 1)  # w: 0 up to the first token of an answer
+    ids = data.tokenizer.encode("\n") if plain else x[0, : 1 + int(w[0].argmax())].tolist()
     generator = torch.Generator(machine.device).manual_seed(seed)
     model.eval()
     ids += [int(i) for i in model.generate([ids], sample_tokens, generator=generator)]
     model.train()
-    text = data.tokenizer.decode(ids).partition("<|endoftext|>")[0].strip()
-    print(f"{'-' * 80}\n{text}\n{'-' * 80}")
+    print("-" * 80, data.tokenizer.decode(ids).partition("<|endoftext|>")[0].strip(), "-" * 80, sep="\n")
 
 def snapshot(model, data, step, best_val_loss, **more):
     """Return what a checkpoint for use holds, and more: tensors, numbers, strings, lists and dicts only."""

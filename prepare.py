@@ -336,6 +336,8 @@ def find_source():
     return file_source(dataset or own, label, "char", files)
 
 # ---- Tokenizers --------------------------------------------------------------------------------------------
+PRINTABLE = {*range(33, 127), *range(161, 173), *range(174, 256)}  # in Latin-1
+BYTES = [bytes([b]) for b in sorted(range(256), key=lambda b: (b not in PRINTABLE, b))]  # in GPT-2's order
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # words
 
 def count_words(texts, longest=1000):
@@ -369,9 +371,7 @@ def train_bpe(word_counts, n_tokens):
     >>> train_bpe({b"hug": 3, b"pug": 2, b"hugs": 1}, 259)[256:]
     [b'ug', b'hug', b'pug']
     """
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}  # in Latin-1
-    tokens = [bytes([b]) for b in sorted(range(256), key=lambda b: (b not in printable, b))]
-    ids = {token: i for i, token in enumerate(tokens)}
+    tokens, ids = list(BYTES), {token: i for i, token in enumerate(BYTES)}
     words = [[ids[bytes([b])] for b in word] for word in word_counts]
     counts, pair_counts, where = list(word_counts.values()), Counter(), defaultdict(set)
     for w, word in enumerate(words):
@@ -499,11 +499,12 @@ def start_worker(state, dtype):
         threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 def encode(text):
+    """Return text's ids, uint32, or a special token's."""
     if isinstance(text, Special) and text in chosen.special:
-        return [chosen.special[text]]
-    if not text or chosen.state["kind"] == "char":
+        return np.uint32([chosen.special[text]])
+    if chosen.state["kind"] == "char":
         return np.uint32(chosen.encode(text))
-    return chosen.encoding.encode_to_numpy(text, disallowed_special=())  # faster than a list
+    return chosen.encoding.encode_to_numpy(text, disallowed_special=())  # faster than by a list
 
 def encode_batch(batch):
     """Return {split: (ids, weights, bytes of text)} of a batch; weights: uint8, or None if all are 255."""
@@ -713,6 +714,10 @@ def prepare(folder, part, source, kind):
                 "dtype": "uint16" if chosen.vocab_size <= 2**16 else "uint32",
                 "sha256": hashlib.sha256().hexdigest(), **dict.fromkeys(counts, 0)}
         write_shards(part, source, facts, done)
+    return publish(part, folder, source, facts, done)
+
+def publish(part, folder, source, facts, done):
+    """Move the shards, all whole, from `part` to `folder`; write and return the meta."""
     for split in ("train", "val"):
         weights = [np.fromfile(path, np.uint8).any() for path in part.glob(f"{split}.weight_*.bin")]
         if not done[f"{split}_tokens"] or (facts.weighted and not any(weights)):

@@ -97,8 +97,8 @@ def encode_prompt(tokenizer, text):
     """Return text's ids, as a list; names of the tokenizer's special tokens, as <|user|>, mean these."""
     names = "|".join(map(re.escape, tokenizer.special))
     parts = re.split(f"({names})", text) if names else [text]
-    ids = [[tokenizer.special[part]] if part in tokenizer.special else tokenizer.encode(part) for part in parts]
-    return [i for part in ids for i in part]
+    special = {name: [i] for name, i in tokenizer.special.items()}
+    return [i for part in parts for i in special.get(part) or tokenizer.encode(part)]
 
 
 def generate_text(model, tokenizer, prompt, max_tokens, stop=(), **sampling):

@@ -1,10 +1,12 @@
 """prepare.py: text from files, folders, Python itself, two mirrors and Hugging Face, and what it refuses."""
 
+import contextlib
 import csv
 import gzip
 import hashlib
 import http.server
 import io
+import itertools
 import json
 import os
 import signal
@@ -734,6 +736,20 @@ def large(tmp_path_factory):
     return folder
 
 
+@contextlib.contextmanager
+def interruption():
+    """Ctrl-C when three batches are written."""
+
+    def interrupted(*args):
+        yield from itertools.islice(encoded(*args), 3)
+        raise KeyboardInterrupt
+
+    encoded = prepare.encoded
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "encoded", interrupted)
+        yield
+
+
 def run_prepare(*arguments):
     """Start prepare.py as a process and return it."""
     command = [sys.executable, Path(prepare.__file__), *arguments]
@@ -838,18 +854,9 @@ def test_ctrl_c_keeps_whole_shards(large, tmp_path):
 def test_another_text_or_setting_begins_anew(prepared, tmp_path, monkeypatch, capsys, change):
     """What an interrupted run left serves only the same text and settings; the result is that of one run."""
     lines = ["word " * 300_000 + f"end {i} " for i in range(5)]
-    path, encoded = jsonl(tmp_path / "t.jsonl", [{"text": line} for line in lines]), prepare.encoded
-
-    def interrupted(*args):
-        for i, pair in enumerate(encoded(*args)):
-            if i == 3:
-                raise KeyboardInterrupt
-            yield pair
-
-    monkeypatch.setattr(prepare, "encoded", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    path = jsonl(tmp_path / "t.jsonl", [{"text": line} for line in lines])
+    with pytest.raises(KeyboardInterrupt), interruption():
         prepared(input=path, shard_tokens=1, workers=1)
-    monkeypatch.setattr(prepare, "encoded", encoded)
     lines = [line.replace("end 1", "End 1") for line in lines] if change == "text" else lines
     path = jsonl(tmp_path / "t.jsonl", [{"text": line} for line in lines])
     n = 2 if change == "setting" else 1
@@ -1086,7 +1093,7 @@ def test_short_names_reach_the_hub(monkeypatch, name):
     assert asked == [known[name]]
 
 
-# ---- found in review
+# ---- mistakes and odd inputs
 
 
 def test_rows_are_cleaned_each_for_itself(prepared, tmp_path):
@@ -1110,18 +1117,9 @@ def test_the_last_suffix_tells_the_kind(prepared, tmp_path, name):
 def test_a_mistake_on_the_way_on_costs_nothing(prepared, tmp_path, monkeypatch, capsys, change):
     """After an interruption a wrong flag leaves the whole shards, and --workers is not another data set."""
     lines = ["word " * 100_000 + f"end {i} " for i in range(4)]
-    path, encoded = jsonl(tmp_path / "t.jsonl", [{"text": line} for line in lines]), prepare.encoded
-
-    def interrupted(*args):
-        for i, pair in enumerate(encoded(*args)):
-            if i == 3:
-                raise KeyboardInterrupt
-            yield pair
-
-    monkeypatch.setattr(prepare, "encoded", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    path = jsonl(tmp_path / "t.jsonl", [{"text": line} for line in lines])
+    with pytest.raises(KeyboardInterrupt), interruption():
         prepared(input=path, shard_tokens=1, workers=2, name="t")
-    monkeypatch.setattr(prepare, "encoded", encoded)
     if "workers" not in change:
         with pytest.raises((ValueError, OSError)):
             prepared(**({"input": path} | change))

@@ -23,6 +23,22 @@ def read_log(out):
     return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
+def run_two_processes(*flags):
+    """Run gpt.py by torchrun in two processes, which must end well."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "gpt.py"]
+    done = subprocess.run(
+        [*command, *flags],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
 def losses(out):
     """Return {step: loss} and {step: val_loss} of a run's log."""
     lines = read_log(out)
@@ -662,25 +678,7 @@ def test_two_processes_see_the_same_batches_and_losses_as_one(settings, tmp_path
     ]
     one = run_script("gpt.py", *common, f"--out_dir={tmp_path / 'one'}")
     assert one.returncode == 0, one.stderr
-    two = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node=2",
-            "gpt.py",
-            *common,
-            f"--out_dir={tmp_path / 'two'}",
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        timeout=120,
-        check=False,
-    )
-    assert two.returncode == 0, two.stderr
+    two = run_two_processes(*common, f"--out_dir={tmp_path / 'two'}")
     assert two.stdout.count("full validation split") == 1
     for a, b in zip(losses(tmp_path / "one"), losses(tmp_path / "two")):
         assert a.keys() == b.keys()
@@ -697,25 +695,7 @@ def test_two_processes_train_on_weighted_data_as_one(chats, settings, tmp_path):
     halves = [data.get_batch("train", half, 4)[2].sum() for half in range(2 * gpt.max_iters)]
     assert max(abs(a - b) for a, b in zip(halves[::2], halves[1::2])) > 3  # what rank 0 and 1 hold
     flags = [f"--{name}={getattr(gpt, name)}" for name in gpt.SETTINGS if name not in ("out_dir", "compile")]
-    two = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node=2",
-            "gpt.py",
-            *flags,
-            f"--out_dir={tmp_path / 'two'}",
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        timeout=120,
-        check=False,
-    )
-    assert two.returncode == 0, two.stderr
+    run_two_processes(*flags, f"--out_dir={tmp_path / 'two'}")
     for a, b in zip(losses(tmp_path / "one"), losses(tmp_path / "two")):
         assert len(a) >= 3 and a.keys() == b.keys()
         assert max(abs(a[step] - b[step]) for step in a) < 1e-5
@@ -902,3 +882,29 @@ def test_resume_from_a_checkpoint_with_a_shorter_tokenizer_state(settings, tmp_p
     gpt.save_checkpoint(path, state)
     settings(init_from="resume", max_iters=3)
     assert gpt.train()["step"] == 3
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_samples_begin_with_a_newline_or_an_examples_prompt(
+    settings, write_examples, tmp_path, capsys, weighted
+):
+    """What is continued is a newline of a text, or what stands before validation's first answer; it ends there."""
+    folder = tmp_path / "data" / "toy"
+    if weighted:
+        write_examples(
+            folder, "abc=", **{split: [[("ab=", 0), ("c", 255)]] * 2 for split in ("train", "val")}
+        )
+    settings(sample_tokens=3)
+    data, prompts = gpt.Data(folder, 16), []
+
+    class Model(torch.nn.Module):
+        def generate(self, idx, max_tokens, **_):
+            prompts.extend(idx)
+            end = data.tokenizer.special.get("<|endoftext|>", 0)
+            yield from torch.tensor([[1], [end], [2]])[:max_tokens]
+
+    gpt.print_sample(Model(), data, gpt.set_up_machine())
+    prompt = "ab=" if weighted else "\n"
+    assert [data.tokenizer.decode(ids[: len(prompt)]) for ids in prompts] == [prompt]
+    if weighted:
+        assert capsys.readouterr().out.splitlines()[1:-1] == ["ab=b"]
