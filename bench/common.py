@@ -1,8 +1,11 @@
-"""What the bench scripts share: a description of this machine, and the file of results."""
+"""What the bench scripts share: this machine's description, a peer's model, paired runs, the file of results."""
 
 import datetime
+import importlib.util
 import json
 import platform
+import statistics
+import subprocess
 import sys
 from pathlib import Path
 
@@ -21,8 +24,51 @@ def hardware():
     name = next(
         (line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor()
     )
-    bf16 = ", AVX512-BF16" if torch.cpu._is_avx512_bf16_supported() else ""
+    level = torch.backends.cpu.get_cpu_capability()
+    bf16 = ", AVX512-BF16" if level == "AVX512" and torch.cpu._is_avx512_bf16_supported() else f", {level}"
     return f"{torch.get_num_threads()} cores of {name}{bf16}"
+
+
+def flags(**defaults):
+    """Return the defaults with the command line's --key=value flags in their place."""
+    for flag in sys.argv[1:]:
+        key, found, value = flag.removeprefix("--").partition("=")
+        if key not in defaults or not found:
+            raise SystemExit(f"{flag}: the flags are " + ", ".join(f"--{key}=" for key in defaults))
+        defaults[key] = type(defaults[key])(value)
+    return defaults
+
+
+def nanogpt(path):
+    """Return model.py of the nanoGPT checkout at path, imported."""
+    spec = importlib.util.spec_from_file_location("nanogpt_model", Path(path) / "model.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def in_turn(script, cases, runs):
+    """Run each case `runs` times, A B C A B C ..., each in a process of its own: `script CASE-as-JSON`, whose last
+    line of output is a number. Return {name: [numbers]} for cases {name: {...}}."""
+    found = {name: [] for name in cases}
+    for run in range(runs):
+        for name, case in cases.items():
+            command = [sys.executable, script, json.dumps(case)]
+            output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+            found[name].append(float(output.split()[-1]))
+            print(f"run {run + 1}: {name} {found[name][-1]:,.1f}", flush=True)
+    return found
+
+
+def ratios(numbers, others):
+    """Return the median, lowest and highest ratio of paired numbers, as a list."""
+    found = sorted(a / b for a, b in zip(numbers, others, strict=True))
+    return [round(x, 2) for x in (statistics.median(found), found[0], found[-1])]
+
+
+def commit():
+    command = ["git", "-C", ROOT, "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, check=False, capture_output=True, text=True).stdout.strip()
 
 
 def record(bench, **figures):
@@ -32,6 +78,7 @@ def record(bench, **figures):
         "date": str(datetime.datetime.now(datetime.timezone.utc).date()),
         "hardware": hardware(),
         "torch": torch.__version__,
+        "commit": commit(),
         **figures,
     }
     print(json.dumps(line))

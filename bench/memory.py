@@ -1,59 +1,83 @@
-"""Measure the peak memory of one training step with and without gradient checkpointing.
+"""Measure the peak memory of one training step: plain, with gradient checkpointing, and beside nanoGPT's.
 
-    python bench/memory.py
+    python bench/memory.py --nanogpt=PATH
+    python bench/memory.py --nanogpt=PATH --shape=gpt2 --batch_size=16           (a GPU)
 
-Each case runs in a process of its own. On a GPU it is the peak of allocated memory, on a CPU the growth of
-the peak of resident memory from before the step.
+Each case is a process of its own: forward, loss and backward of one micro-batch, without the optimizer, both in
+bfloat16 (autocast) and eagerly; on a GPU both compiled. On a GPU the figure is the peak of allocated memory, on a
+CPU the growth of the peak of resident memory during the step.
 """
 
 import json
 import resource
-import subprocess
 import sys
 
-from common import record
-
-SIZES = {
-    "block_size": 512,
-    "vocab_size": 65,
-    "n_layer": 12,
-    "n_head": 6,
-    "n_kv_head": 6,
-    "n_embd": 384,
-    "dropout": 0.0,
-}
+import torch
+from common import flags, in_turn, nanogpt, ratios, record
+from train_speed import SHAPES
 
 
-def measure(gradient_checkpointing):
-    """Return the peak in MiB of one float32 step of 8 sequences."""
-    import torch
+def peer(case, device):
+    model_py = nanogpt(case["nanogpt"])
+    model = model_py.GPT(model_py.GPTConfig(**case["sizes"], dropout=0.0, bias=False)).to(device)
+    return lambda x, y, forward=None: (forward or model)(x, y)[1], model
 
+
+def ours(case, device):
     import gpt
 
-    device = gpt.pick_device("auto")
-    model = gpt.GPT(gpt.GPTConfig(**SIZES, gradient_checkpointing=gradient_checkpointing)).to(device)
-    x = torch.randint(65, (8, 513), device=device)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    model(x[:, :-1], x[:, 1:])[1].backward()
+    config = gpt.GPTConfig(
+        **case["sizes"], **case["more"], dropout=0.0, gradient_checkpointing=case["checkpointing"]
+    )
+    model = gpt.GPT(config).to(device)
+    return lambda x, y, forward=None: (forward or model)(x, y)[1], model
+
+
+def measure(case):
+    """Return the peak in MiB of one step."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    loss, model = (peer if case["nanogpt"] else ours)(case, device)
     if device.type == "cuda":
+        model.compile(dynamic=False)
+
+    def step(rows):
+        x = torch.randint(case["sizes"]["vocab_size"], (rows, case["sizes"]["block_size"] + 1), device=device)
+        with torch.autocast(device.type, torch.bfloat16):
+            value = loss(x[:, :-1].contiguous(), x[:, 1:].contiguous())
+        value.backward()
+
+    if device.type == "cuda":
+        step(case["batch_size"])
         return torch.cuda.max_memory_allocated() / 2**20
+    step(1)  # what libraries take once does not count
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    step(case["batch_size"])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
 
 
 def main():
-    if len(sys.argv) > 1:
-        print(measure(sys.argv[1] == "True"))
+    if len(sys.argv) == 2 and sys.argv[1].startswith("{"):
+        print(measure(json.loads(sys.argv[1])))
         return
-    peaks = {}
-    for on in (False, True):
-        command = [sys.executable, __file__, str(on)]
-        peaks[on] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    f = flags(nanogpt="", shape="shakespeare", batch_size=16, runs=3)
+    sizes, more = SHAPES[f["shape"]]
+    base = {
+        "sizes": sizes,
+        "more": more,
+        "batch_size": f["batch_size"],
+        "nanogpt": "",
+        "checkpointing": False,
+    }
+    cases = {"ours": base, "ours, gradient_checkpointing": base | {"checkpointing": True}}
+    if f["nanogpt"]:
+        cases["nanoGPT"] = base | {"nanogpt": f["nanogpt"]}
+    found = in_turn(__file__, cases, f["runs"])
     record(
         "memory",
-        sizes=SIZES,
-        plain_mib=round(peaks[False]),
-        checkpointing_mib=round(peaks[True]),
-        ratio=round(peaks[True] / peaks[False], 3),
+        shape=f["shape"],
+        batch_size=f["batch_size"],
+        mib={name: round(sorted(peaks)[len(peaks) // 2]) for name, peaks in found.items()},
+        ratios={name: ratios(found["ours"], found[name]) for name in found if name != "ours"},
     )
 
 

@@ -1,34 +1,132 @@
-"""Run a training command as a user does; print its whole wall time and its loss on the full validation split.
+"""Run a training command as a user does: its whole wall time, and its loss.
 
-python bench/time_to_loss.py config/train_shakespeare.py [--key=value ...]
+    python bench/time_to_loss.py config/train_shakespeare.py [--key=value ...] [--runs=3]
+    python bench/time_to_loss.py --nanogpt=PATH --runs=3 config/train_shakespeare.py --max_minutes=0.12
+
+Runs differ in their seed. The losses are of best.pt: over the full validation split, and by nanoGPT's estimator, mean
+loss of random windows of validation text, of 64 and of 256 tokens (here 2,400 windows, so that chance moves it less).
+With --nanogpt its README's recipe for a CPU is run before each, with its own code, whole command against whole
+command; its end loss is by the same estimator, with its windows of 64.
 """
 
 import json
+import os
+import pickle
+import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from common import ROOT, record
+import numpy as np
+import torch
+from common import ROOT, nanogpt, ratios, record
+
+RECIPE = (  # nanoGPT's README, "I only have a macbook"
+    "config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --log_interval=100 --block_size=64 "
+    "--batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0"
+)
 
 
-def main():
+@torch.no_grad()
+def estimate(loss, tokens, window, n=2400):
+    """Return the mean of loss(x, y) over n random windows of tokens (int64), the same for every model."""
+    generator = torch.Generator().manual_seed(1337)
+    starts = torch.randint(len(tokens) - window - 1, (n, 1), generator=generator)
+    parts = tokens[starts + torch.arange(window + 1)].split(60)
+    return statistics.mean(float(loss(part[:, :-1].contiguous(), part[:, 1:].contiguous())) for part in parts)
+
+
+def run_ours(command, seed):
+    """Run gpt.py; return (wall_s, its final figures, {window: estimate})."""
+    import gpt
+
     with tempfile.TemporaryDirectory() as out:
         began = time.time()
-        subprocess.run([sys.executable, ROOT / "gpt.py", *sys.argv[1:], f"--out_dir={out}"], check=True)
+        command = [sys.executable, ROOT / "gpt.py", *command, f"--seed={seed}", f"--out_dir={out}"]
+        subprocess.run(command, check=True)
         wall_s = time.time() - began
         lines = [
             json.loads(line) for line in (Path(out) / "log.jsonl").read_text(encoding="utf-8").splitlines()
         ]
+        model = gpt.load_checkpoint(Path(out) / "best.pt")[0]
+    settings = lines[0]["config"]
+    data = gpt.Data(Path(gpt.data_dir or ROOT / "data") / settings["dataset"], settings["block_size"])
+    tokens = torch.from_numpy(data.tokens["val"][np.arange(len(data.tokens["val"]))].astype(np.int64))
+    machine = gpt.set_up_machine()
+    model.to(machine.device)
+
+    def loss(x, y):
+        return machine.loss(model, [x, y, torch.ones(y.shape)])
+
+    windows = [n for n in (64, 256) if n <= model.config.block_size]
+    return wall_s, lines[-1] | {"params": model.n_params()}, {n: estimate(loss, tokens, n) for n in windows}
+
+
+def run_nanogpt(path):
+    """Run nanoGPT's recipe in a copy of its checkout, on our tokens; return (wall_s, estimate of its last model)."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy, data = Path(folder) / "nanoGPT", ROOT / "data" / "shakespeare"
+        shutil.copytree(path, copy, ignore=shutil.ignore_patterns(".git"))
+        for name in ("train.bin", "val.bin"):  # the same ids: both sort the characters
+            shutil.copy(data / name, copy / "data" / "shakespeare_char")
+        chars = json.loads((data / "meta.json").read_text(encoding="utf-8"))["tokenizer"]["chars"]
+        meta = {
+            "vocab_size": len(chars),
+            "itos": dict(enumerate(chars)),
+            "stoi": {c: i for i, c in enumerate(chars)},
+        }
+        (copy / "data" / "shakespeare_char" / "meta.pkl").write_bytes(pickle.dumps(meta))
+        began = time.time()
+        command = [sys.executable, "train.py", *RECIPE.split(), "--always_save_checkpoint=True"]
+        subprocess.run(command, cwd=copy, check=True, stdout=subprocess.DEVNULL, env=os.environ)
+        wall_s = time.time() - began
+        state = torch.load(copy / "out-shakespeare-char" / "ckpt.pt", weights_only=True)
+        model_py = nanogpt(copy)
+        model = model_py.GPT(model_py.GPTConfig(**state["model_args"]))
+        model.load_state_dict(state["model"])
+        model.eval()
+        tokens = torch.from_numpy(np.fromfile(data / "val.bin", np.uint16).astype(np.int64))
+        return wall_s, estimate(lambda x, y: model(x, y)[1], tokens, 64)
+
+
+def main():
+    options = {"runs": "1", "nanogpt": ""}
+    command = []
+    for argument in sys.argv[1:]:
+        name, _, value = argument.removeprefix("--").partition("=")
+        if argument.startswith("--") and name in options:
+            options[name] = value
+        else:
+            command.append(argument)
+    found = []
+    for run in range(int(options["runs"])):
+        peer = run_nanogpt(options["nanogpt"]) if options["nanogpt"] else (0, 0)
+        found.append((*run_ours(command, 1337 + run), *peer))
+        wall_s, figures, estimates, *theirs = found[-1]
+        print(f"run {run + 1}: {wall_s:.1f} s, {figures}, {estimates}, nanoGPT {theirs}", flush=True)
+    walls, finals, estimates, peer_walls, peer_losses = zip(*found, strict=True)
+    more = {}
+    if options["nanogpt"]:
+        more = {
+            "nanogpt_wall_s": round(statistics.median(peer_walls), 1),
+            "nanogpt_estimate_64": round(statistics.mean(peer_losses), 4),
+            "time_ratio": ratios(peer_walls, walls),
+        }
     record(
         "time_to_loss",
-        command=" ".join(sys.argv[1:]),
-        dataset=lines[0]["config"]["dataset"],
-        wall_s=round(wall_s, 1),
-        steps=lines[-1]["step"],
-        val_loss=round(lines[-1]["val_loss"], 4),
-        bits_per_byte=round(lines[-1]["bits_per_byte"], 4),
+        command=" ".join(command),
+        runs=len(found),
+        wall_s=round(statistics.median(walls), 1),
+        params=finals[0]["params"],
+        steps=round(statistics.median(final["step"] for final in finals)),
+        val_loss=round(statistics.mean(final["val_loss"] for final in finals), 4),
+        val_losses=[round(final["val_loss"], 4) for final in finals],
+        bits_per_byte=round(statistics.mean(final["bits_per_byte"] for final in finals), 4),
+        estimates={n: round(statistics.mean(e[n] for e in estimates), 4) for n in estimates[0]},
+        **more,
     )
 
 

@@ -3,11 +3,12 @@
 # (or a tenth of it, with --max_tokens=1_000_000_000)
 # Educational web pages, about 10B of GPT-2's tokens, by a modern model of GPT-2's size. Not yet measured.
 dataset = "fineweb-edu"
+tie_weights = True
 block_size = 1024
 n_layer, n_head, n_kv_head, n_embd = 12, 12, 4, 768
 batch_size = 16
 gradient_accumulation_steps = 32  # 524,288 tokens per step over all GPUs
-muon_lr, learning_rate = 0.02, 3e-3
+muon_lr, muon_momentum, learning_rate = 0.02, 0.95, 3e-3
 lr_schedule = "wsd"
 warmup_iters = 250
 max_iters = 19_000  # one epoch

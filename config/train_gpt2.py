@@ -3,6 +3,7 @@
 # GPT-2's shape, 124M parameters, with nanoGPT's recipe. Data first, as much text as you have:
 #   python prepare.py --input=FOLDER --name=mytext --tokenizer=gpt2
 dataset = "mytext"
+tie_weights = True
 block_size = 1024
 n_layer, n_head, n_kv_head, n_embd = 12, 12, 12, 768
 bias = True

@@ -9,4 +9,4 @@ else:
     dropout = 0.2
     batch_size = 64
     max_iters = 2000
-    muon_lr, learning_rate = 0.02, 4e-3
+    muon_lr, muon_momentum, learning_rate = 0.02, 0.95, 4e-3

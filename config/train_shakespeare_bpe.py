@@ -2,6 +2,7 @@
 # Data first: python prepare.py shakespeare --tokenizer=gpt2 --name=shakespeare_bpe
 # Tiny Shakespeare by GPT-2's tokens: 301,966 of them for 50,257 embeddings, so it overfits soon.
 dataset = "shakespeare_bpe"
+tie_weights = True
 eval_interval = 50
 early_stop = 3
 if device_type == "cpu":
@@ -11,4 +12,4 @@ else:
     dropout = 0.2
     batch_size = 64
     max_iters = 1000
-    muon_lr, learning_rate = 0.02, 4e-3
+    muon_lr, muon_momentum, learning_rate = 0.02, 0.95, 4e-3

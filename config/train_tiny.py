@@ -7,5 +7,5 @@ n_layer, n_head, n_kv_head, n_embd = 6, 6, 3, 384
 dropout = 0.2
 batch_size = 64
 max_iters, eval_interval = 3000, 250
-muon_lr, learning_rate = 0.02, 4e-3
+muon_lr, muon_momentum, learning_rate = 0.02, 0.95, 4e-3
 weight_decay = 0.1

@@ -288,7 +288,7 @@ def test_a_checkpoint_whose_weights_do_not_fit(mistake, checkpoint):
         "use_rope=False",
         "optimizer=adamw",
         "bias=True",
-        "tie_weights=False",
+        "tie_weights=True",
         "mlp_ratio=8",
     ],
 )

@@ -20,7 +20,7 @@ LLAMA = {
     "dropout": 0.0,
     "tie_weights": False,
 }
-MQA = LLAMA | {"n_kv_head": 1, "qk_norm": True, "block_size": 7}
+MQA = LLAMA | {"n_kv_head": 1, "qk_norm": True, "block_size": 7, "tie_weights": True}
 GPT2 = LLAMA | {"n_kv_head": 4, "bias": True, "use_rope": False, "use_rms_norm": False, "use_swiglu": False}
 FAMILIES = pytest.mark.parametrize("values", [LLAMA, MQA, GPT2], ids=["llama", "mqa", "gpt2"])
 RAGGED = [[3], [5, 1, 4, 2, 9, 7], list(range(1, 22)), [8, 8]]
@@ -125,7 +125,7 @@ def test_prefill_in_chunks_gives_the_logits_of_one_pass(values, chunks):
     with torch.no_grad():
         expected = model(ids)[0]
         logits = torch.cat([model(part, cache=cache)[0] for part in ids.split(chunks, dim=1)], dim=1)
-    assert (logits - expected).abs().max() < 1e-5
+    assert (logits - expected).abs().max() < 3e-5
     assert cache.pos.tolist() == [7, 7, 7]
 
 

@@ -78,8 +78,7 @@ def reference_attention(xs, w, name, c):
         heads = [fused[i * d : (i + 1) * d] for i in range(c.n_head + 2 * c.n_kv_head)]
         q, k, v = heads[: c.n_head], heads[c.n_head : c.n_head + c.n_kv_head], heads[c.n_head + c.n_kv_head :]
         if c.qk_norm:
-            q = [rms(head, w[f"{name}.q_norm.weight"], c.norm_eps) for head in q]
-            k = [rms(head, w[f"{name}.k_norm.weight"], c.norm_eps) for head in k]
+            q, k = ([rms(head, 1.0, c.norm_eps) for head in heads] for heads in (q, k))
         if c.use_rope:
             q = [reference_rope(head, position, c.rope_theta) for head in q]
             k = [reference_rope(head, position, c.rope_theta) for head in k]
@@ -343,21 +342,6 @@ def test_attention_with_a_mask_of_its_own(dtype):
     assert (y - explicit_attention(q, k, v, allowed)).abs().max() < (1e-6 if dtype == torch.float32 else 2e-2)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_attention_dropout_drops_and_rescales(dtype):
-    """With dropout the weights are dropped at random and the mean stays."""
-    q = torch.randn(1, 4, 6, 8).to(dtype).expand(3000, -1, -1, -1)
-    k, v = (torch.randn(1, 2, 6, 8).to(dtype).expand(3000, -1, -1, -1) for _ in range(2))
-    y = gpt.attention(q, k, v, dropout=0.3).float()
-    assert not torch.equal(y[0], y[1])
-    first = v[0, 0, 0].float()
-    dropped = y[:, 0, 0].abs().amax(-1) == 0
-    assert dropped.float().mean() == pytest.approx(0.3, abs=0.04)
-    assert torch.allclose(y[~dropped, 0, 0], (first / 0.7).expand(int((~dropped).sum()), -1), rtol=1e-2)
-    expected = gpt.attention(q[:1].float(), k[:1].float(), v[:1].float())
-    assert (y.mean(0) - expected[0]).abs().max() < 0.1
-
-
 # ---- Rotary positions ----
 def rotary_at(positions, head_dim=8, block_size=64):
     table = gpt.rotary_table(gpt.GPTConfig(block_size=block_size, n_embd=head_dim, n_head=1, n_kv_head=1))
@@ -421,7 +405,8 @@ def test_first_loss_is_that_of_a_uniform_guess(values, tolerance):
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("n_layer", [2, 8])
 def test_initial_standard_deviations(n_layer, tied):
-    """c_proj has std 0.02 / sqrt(2 n_layer), embeddings 0.01, other matrices 0.02; norms are 1, biases 0."""
+    """With a tied head c_proj has std 0.02 / sqrt(2 n_layer), embeddings 0.01, other matrices 0.02; with a head of
+    its own, which is 0 at first, c_proj 0, embeddings 1, others 1 / sqrt(columns). Norms are 1, biases 0."""
     c = gpt.GPTConfig(
         vocab_size=500,
         block_size=64,
@@ -441,10 +426,13 @@ def test_initial_standard_deviations(n_layer, tied):
         elif name == "lm_head.weight":
             assert tied or torch.all(p == 0)
         else:
-            std = 0.01 if name.startswith(("wte", "wpe")) else 0.02
-            std /= math.sqrt(2 * n_layer) if "c_proj" in name else 1
+            std = 0.02 if tied else p.size(1) ** -0.5
+            if name.startswith(("wte", "wpe")):
+                std = 0.01 if tied else 1.0
+            if "c_proj" in name:
+                std = 0.02 / math.sqrt(2 * n_layer) if tied else 0.0
             assert float(p.std()) == pytest.approx(std, rel=0.05), name
-            assert abs(float(p.mean())) < 5 * std / math.sqrt(p.numel()), name
+            assert abs(float(p.mean())) <= 5 * std / math.sqrt(p.numel()), name
 
 
 # ---- Loss, gradients ----
@@ -628,34 +616,28 @@ def near_zero(x):
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
-def test_where_dropout_acts(training, monkeypatch):
-    """Embeddings and both sublayers' outputs lose half of their components; attention is told to drop too."""
+def test_where_dropout_acts(training):
+    """Embeddings and both sublayers' outputs lose half of their channels, each for a whole row."""
     model = random_model(**LLAMA_LIKE | {"dropout": 0.5, "n_layer": 1}).train(training)
-    seen, rates, attend = {}, [], gpt.attention
-
-    def spy(q, k, v, mask=None, dropout=0.0):
-        rates.append(dropout)
-        return attend(q, k, v, mask, dropout)
-
-    monkeypatch.setattr(gpt, "attention", spy)
+    seen = {}
     for name in ("ln_1", "ln_2", "attn", "mlp"):
         getattr(model.h[0], name).register_forward_hook(
             lambda _, inputs, output, name=name: seen.update({name: (inputs[0], output)})
         )
     model.ln_f.register_forward_hook(lambda _, inputs, output: seen.update(ln_f=(inputs[0], output)))
-    ids = random_ids(model.config, 16, 12)
+    ids = random_ids(model.config, 40, 12)
     with torch.no_grad():
         model(ids)
-    assert rates == [0.5 if training else 0.0]
     embedded, middle, end = (seen[name][0] for name in ("ln_1", "ln_2", "ln_f"))
     for added, whole in (
         (embedded, model.wte.weight.detach()[ids]),
         (middle - embedded, seen["attn"][1]),
         (end - middle, seen["mlp"][1]),
     ):
-        assert near_zero(added) == pytest.approx(0.5 if training else 0.0, abs=0.03)
-        left = added.abs() > 1e-6
-        assert torch.allclose(added[left], (2 if training else 1) * whole[left], rtol=1e-3, atol=1e-5)
+        left = added.abs().amax(1, keepdim=True) > 1e-6  # channels of a row
+        assert left.float().mean() == pytest.approx(0.5 if training else 1.0, abs=0.05)
+        assert not training or not torch.equal(left[0], left[1])
+        assert torch.allclose(added, left * (2 if training else 1) * whole, rtol=1e-3, atol=1e-5)
 
 
 def test_accumulated_gradients_equal_those_of_one_batch():
@@ -793,7 +775,7 @@ def test_parameter_count_of_a_llama(n_embd, n_head, n_kv_head, hidden, tied):
     assert model.n_params() == (1 if tied else 2) * 1000 * n_embd + 3 * layer + n_embd
     normed = gpt.GPTConfig(**vars(replace(model.config, qk_norm=True)))
     with torch.device("meta"):
-        assert gpt.GPT(normed).n_params() - model.n_params() == 3 * 2 * n_embd // n_head
+        assert gpt.GPT(normed).n_params() == model.n_params()  # these norms have no weights
 
 
 @pytest.mark.parametrize("rope", [True, False], ids=["rope", "learned"])

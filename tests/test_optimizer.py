@@ -218,16 +218,6 @@ def test_every_parameter_has_one_optimizer(settings, name, family, tied):
             assert all(p.size(0) == sum(group["parts"]) for p in group["params"])
 
 
-@pytest.mark.parametrize("qk_norm", [False, True])
-def test_norms_of_heads_do_not_decay(settings, qk_norm):
-    """The weights of q_norm and k_norm are vectors like those of other norms."""
-    settings(qk_norm=qk_norm, weight_decay=0.1)
-    model = gpt.GPT(gpt.model_config(11))
-    groups = named_groups(model, gpt.make_optimizers(model, MACHINE))
-    found = {name: group["weight_decay"] for name, (_, group) in groups.items() if "_norm" in name}
-    assert found == ({f"h.{i}.attn.{x}_norm.weight": 0.0 for i in range(2) for x in "qk"} if qk_norm else {})
-
-
 @pytest.mark.parametrize("name", ["muon", "adamw"])
 def test_adamw_steps_equal_the_definition(settings, name):
     """An embedding and a norm take AdamW's steps with decoupled decay, in float64."""
