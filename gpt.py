@@ -36,6 +36,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.compiler import is_compiling
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -172,8 +173,8 @@ class GPTConfig:
 class Linear(nn.Linear):
     """nn.Linear that on CPU leaves a single row, as in generating, to oneDNN, twice as fast as BLAS."""
     def forward(self, x):
-        single = x.numel() == x.size(-1) and x.is_cpu and not torch.is_grad_enabled()
-        if single and not torch.compiler.is_compiling():
+        plain = x.is_cpu and x.dtype == self.weight.dtype == torch.float32 and not torch.is_grad_enabled()
+        if plain and x.numel() == x.size(-1) and torch.backends.mkldnn.is_available() and not is_compiling():
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return super().forward(x)
 
@@ -215,7 +216,8 @@ def attention(q, k, v, mask=None):
         scores = torch.baddbmm(future, q.reshape(-1, groups * T, d), k.reshape(-1, T, d).mT, alpha=d**-0.5)
         return (scores.softmax(-1) @ v.reshape(-1, T, d)).view(q.shape)
     if T == 1 and mask is not None:  # the heads of a group serve as rows
-        return F.scaled_dot_product_attention(q.reshape(-1, k.size(1), groups, d), k, v, mask).view(q.shape)
+        y = F.scaled_dot_product_attention(q.reshape(-1, k.size(1), groups, d), k, v, mask)
+        return y.reshape(q.shape)
     if groups > 1:  # enable_gqa would spare the copies, but not run fast in float32 or with a mask
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
@@ -242,7 +244,8 @@ class CausalSelfAttention(nn.Module):
         self.parts = [n * config.head_dim for n in self.heads]  # their rows in c_attn
         self.c_attn = Linear(config.n_embd, sum(self.parts), bias=config.bias)
         self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.qk_norm = nn.RMSNorm(self.head_dim, config.norm_eps, False) if config.qk_norm else nn.Identity()
+        norm = nn.RMSNorm(self.head_dim, config.norm_eps, elementwise_affine=False)
+        self.qk_norm = norm if config.qk_norm else nn.Identity()
     def forward(self, x, positions, rotary, mask, cache):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, heads, T, head_dim)
@@ -282,7 +285,7 @@ def token_losses(logits, y, most=2**26):
     """Return the loss in nats of each target y (N,), float32, 0 where it is -1. Logits (N, vocab_size) become
     float32 in parts of at most `most` numbers, anew in the backward pass; a compiler fuses that itself."""
     n = max(1, most // logits.size(1))
-    if len(y) <= n or torch.compiler.is_compiling():
+    if len(y) <= n or is_compiling():
         return F.cross_entropy(logits.float(), y, ignore_index=-1, reduction="none")
     parts = zip(logits.split(n), y.split(n))
     return torch.cat([checkpoint(token_losses, *part, use_reentrant=False) for part in parts])
@@ -331,9 +334,8 @@ class GPT(nn.Module):
         # the residual stream, too, is bfloat16: twice as fast on CPU; float16 lacks the range
         x = self.drop(x.to(dtype) if dtype == torch.bfloat16 else x)
         rotary = None if self.rotary is None else self.rotary[:, positions].unsqueeze(2).to(dtype)
-        mask = None
-        if cache is not None:  # a query sees what came before it and itself, not the unused rest
-            mask = torch.arange(block_size, device=idx.device) <= positions[:, None, :, None]
+        rows = positions[:, None, :, None]  # with a cache a query sees what came before, not the unused rest
+        mask = None if cache is None else torch.arange(block_size, device=idx.device) <= rows
         save_memory = self.config.gradient_checkpointing and self.training
         for block in self.h:
             run = partial(checkpoint, block, use_reentrant=False) if save_memory else block
@@ -609,10 +611,16 @@ def lr_scale(step, progress):
              "wsd": min(1, 5 * (1 - progress)), "constant": 1}
     return warm * (min_lr / learning_rate + (1 - min_lr / learning_rate) * max(0, falls[lr_schedule]))
 
+def share_done(step, trained, idle):
+    """Return the share of the run that is done; trained: seconds that steps took, idle: all others, to its end."""
+    if max_minutes:
+        return trained / max(60 * max_minutes - idle, 1)
+    return step / max_iters if max_iters else 1.0
+
 @torch.no_grad()
 def evaluate(model, data, machine, n_batches):
     """Return the mean loss in nats per token over n_batches fixed batches, spread evenly over the validation
-    split and shared by the processes; not compiled, which would take longer."""
+    split and shared by the processes; not compiled, which takes longer for a few."""
     nats, weight, chosen = 0.0, 0.0, np.linspace(0, data.n_val_batches() - 1, n_batches).round().astype(int)
     model.eval()
     for i in chosen[machine.rank :: machine.world_size].tolist():
@@ -722,8 +730,9 @@ def set_up_machine():
     if found.type == "cuda":
         torch.cuda.set_device(found)
     elif sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-3, 2**30)  # glibc keeps freed blocks (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD): to give
-        libc.mallopt(-1, 2**31 - 1)  # them back and fetch new ones costs a third of a small model's speed
+        # let glibc keep freed blocks: new pages in each step cost a third of a small model's speed
+        libc.mallopt(-3, 2**30) or libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD; old glibc: at most 32 MiB
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     capability = torch.cuda.get_device_capability(found) if found.type == "cuda" else (0, 0)
     best = "bfloat16" if native_bfloat16(found) else "float16" if capability >= (7, 0) else "float32"
     chosen = getattr(torch, best if dtype == "auto" else dtype)
@@ -770,6 +779,13 @@ def check_settings():
         if type(value) in (int, float) and not least <= value < 2**31:
             raise ValueError(f"{name} is {value}: it must be {'above' if least else 'from'} 0, below 2**31")
     model_config(vocab_size=1)
+
+def open_data(machine):
+    """Return the Data of `dataset`; where it is missing, the first process prepares it for all."""
+    folder = [prepare_if_missing(dataset) if machine.rank == 0 else None]
+    if machine.world_size > 1:
+        dist.broadcast_object_list(folder)
+    return Data(folder[0], block_size)
 
 def build(data, machine, state):
     """Return (model, optimizers, scaler) by the settings: new, or from a checkpoint's state that agrees."""
@@ -871,18 +887,17 @@ def training_run(started, machine, caught):
     """Set up; then, step by step: how far? | save, evaluate | set lr | accumulate | update | log."""
     say, save = (print, save_checkpoint) if machine.rank == 0 else (lambda *_, **__: None,) * 2
     n_micro, rows = split_batch(machine.world_size)
-    folder = [prepare_if_missing(dataset) if machine.rank == 0 else None]
-    if machine.world_size > 1:
-        dist.broadcast_object_list(folder)  # after the first process has prepared it for all
-    data = Data(folder[0], block_size)
+    data = open_data(machine)
     out = Path(out_dir or HERE / "out" / data.folder.name)
-    state, step, best_val_loss, stale, paused = None, 0, math.inf, 0, 0.0  # stale: evaluations since the best
+    state, step, best_val_loss, stale = None, 0, math.inf, 0  # stale: evaluations since the best
+    paused, reserve = 0.0, 0.6 * max_minutes  # seconds not spent on steps; those that the end takes
     if eval_only:
         state = read_checkpoint(out / "best.pt")
     elif init_from == "resume":
-        state = read_checkpoint(out / "ckpt.pt", "optimizers")
-        step, best_val_loss, stale = state["step"], state["best_val_loss"], state["stale"]
-        started, paused = started - state["elapsed_s"], state["paused"] - state["elapsed_s"]
+        names = ("step", "best_val_loss", "stale", "paused", "reserve", "elapsed_s")
+        state = read_checkpoint(out / "ckpt.pt", "optimizers", *names)
+        step, best_val_loss, stale, paused, reserve, before = (state[name] for name in names)
+        started, paused = started - before, paused - before
     model, optimizers, scaler = build(data, machine, state)
     if eval_only:
         val_loss = evaluate(model, data, machine, data.n_val_batches())
@@ -895,17 +910,16 @@ def training_run(started, machine, caught):
     tokens_per_step, n_val = batch_size * gradient_accumulation_steps * block_size, data.n_val_batches()
     say(describe(machine, data, model, out, tokens_per_step))
     forward = DistributedDataParallel(model) if machine.world_size > 1 else model
-    loss, grad_norm, progress, reserve = torch.zeros(()), torch.zeros(()), 0.0, 0.0
-    paused += time.time() - started  # seconds not spent on steps; reserve: those the end takes
+    loss, grad_norm, progress = torch.zeros(()), torch.zeros(()), 0.0
+    paused += time.time() - started
     mark, mark_step, to_compile = time.time() - paused, step, machine.compile  # since when speed is measured
 
     while True:
         # how far?
         elapsed = time.time() - started
-        whole = max(60 * max_minutes - reserve - paused, 1)  # seconds that all steps take
-        done = (elapsed - paused) / whole if max_minutes else step / max(max_iters, 1e-9)
+        done = share_done(step, elapsed - paused, paused + reserve)
         progress, stop = machine.reduce([max(progress, done), bool(caught)], "MAX")
-        last = progress >= 1 or not (max_iters or max_minutes)
+        last = progress >= 1
 
         # save, evaluate
         if step % eval_interval == 0 or last or stop:
@@ -913,12 +927,13 @@ def training_run(started, machine, caught):
             if not math.isfinite(loss + (0 if scaler.is_enabled() else grad_norm)):  # a scaler skips those
                 raise ValueError(f"loss {loss:.4g}, gradient norm {grad_norm:.4g} at step {step}: what {out} "
                                  "holds is from before; lower learning_rate and muon_lr")
-            save(out / "ckpt.pt", snapshot(model, data, step, best_val_loss, elapsed_s=elapsed, paused=paused,
-                 stale=stale, scaler=scaler.state_dict(), optimizers=[o.state_dict() for o in optimizers]))
+            save(out / "ckpt.pt", snapshot(
+                model, data, step, best_val_loss, elapsed_s=elapsed, paused=paused, reserve=reserve, stale=stale,
+                scaler=scaler.state_dict(), optimizers=[o.state_dict() for o in optimizers]))
             if not stop:
-                n_batches = n_val if last else min(eval_iters, n_val)
-                val_loss = evaluate(model, data, machine, n_batches)
-                reserve = 0.6 * max_minutes + (time.time() - pause) * n_val / n_batches
+                saved = time.time()
+                val_loss = evaluate(model, data, machine, min(eval_iters, n_val))
+                reserve = 2 * (saved - pause) + (time.time() - saved) * (1 + n_val / min(eval_iters, n_val))
                 log(val_loss=val_loss)
                 say(f"step {step:6,} | val loss {val_loss:.4f}")
                 stale += step > 0
@@ -943,7 +958,7 @@ def training_run(started, machine, caught):
         first = (step * machine.world_size + machine.rank) * n_micro  # among all of the run's micro-batches
         batches = [data.get_batch("train", first + micro, rows) for micro in range(n_micro)]
         weight = machine.reduce([sum(batch[2].sum() for batch in batches)], "SUM")[0] / machine.world_size
-        if to_compile and step:  # the first step shows at once that all is well
+        if to_compile and (step or machine.device.type == "cuda"):  # on CPU the first step shows at once
             to_compile = False
             paused += compile_model(model, machine, batches[0])
         for micro, batch in enumerate(batches):
@@ -980,8 +995,7 @@ def training_run(started, machine, caught):
     if not last:
         say(f"stopped at step {step:,}: {out / 'ckpt.pt'} is saved, --init_from=resume goes on from there")
         return result | {"stopped_by": (caught or [signal.SIGTERM])[0]}
-    if n_batches < n_val:
-        val_loss = evaluate(model, data, machine, n_val)
+    val_loss = evaluate(model, data, machine, n_val)
     figures = final_figures(val_loss, data, machine, f"{step:,} steps, {elapsed:.0f} s")
     log(**figures)
     print_sample(model, data, machine)

@@ -12,9 +12,7 @@ BEGIN, END = "<!-- begin: python bench/table.py -->\n", "<!-- end -->\n"
 
 def latest(bench, **wanted):
     """Return the last result of a bench whose figures are as wanted, or None."""
-    lines = (ROOT / "bench" / "results.jsonl").read_text(encoding="utf-8").splitlines()
-    found = [line for line in map(json.loads, lines) if line["bench"] == bench]
-    return next((line for line in reversed(found) if wanted.items() <= line.items()), None)
+    return next((line for line in reversed(results(bench)) if wanted.items() <= line.items()), None)
 
 
 def spread(ratio):
@@ -23,12 +21,15 @@ def spread(ratio):
 
 def rows():
     """Yield (what, ours, nanoGPT's, ratio with its lowest and highest, line)."""
-    command = "config/train_shakespeare.py --max_minutes=0.11"
+    command = "config/train_shakespeare.py --max_minutes=0.1"
     if (r := latest("time_to_loss", command=command)) and "time_ratio" in r:
         what = "whole command to the loss at which nanoGPT's recipe for a CPU ends, by its estimator"
         ours = f"{r['wall_s']} s ({r['estimates']['64']})"
         yield what, ours, f"{r['nanogpt_wall_s']} s ({r['nanogpt_estimate_64']})", spread(r["time_ratio"]), r
-    for bench, unit, mine in (("train_speed", "training", "ours"), ("decode_speed", "generating", "ours float32")):
+    for bench, unit, mine in (
+        ("train_speed", "training", "ours"),
+        ("decode_speed", "generating", "ours float32"),
+    ):
         r = latest(bench, shape="shakespeare", batch_size=16 if bench == "train_speed" else 1)
         for name in (name for name in (r or {"ratios": ()})["ratios"] if "ours" not in name):
             figures = r["tokens_per_s"]
@@ -36,24 +37,74 @@ def rows():
             yield what, f"{figures[mine]:,.0f}", f"{figures[name]:,.0f}", spread(r["ratios"][name]), r
     if (r := latest("memory", shape="gpt2")) and "nanoGPT" in r["mib"]:
         what = f"memory of a step, 124M parameters, {r['batch_size']} x 1,024 tokens, beside nanoGPT"
-        yield what, f"{r['mib']['ours']:,} MiB", f"{r['mib']['nanoGPT']:,} MiB", spread(r["ratios"]["nanoGPT"]), r
+        yield (
+            what,
+            f"{r['mib']['ours']:,} MiB",
+            f"{r['mib']['nanoGPT']:,} MiB",
+            spread(r["ratios"]["nanoGPT"]),
+            r,
+        )
 
 
-def table():
-    """Return the table as Markdown."""
-    lines = ["| | gpt.py | the other | ratio, median (lowest to highest) |", "|---|---|---|---|"]
+def results(bench):
+    lines = (ROOT / "bench" / "results.jsonl").read_text(encoding="utf-8").splitlines()
+    return [line for line in map(json.loads, lines) if line["bench"] == bench]
+
+
+def measured(found):
+    """Return the sentence that says when and where results were measured, with which torch."""
+    keys = ("date", "hardware", "torch")
+    days, machines, versions = (", ".join(sorted({line[key] for line in found})) for key in keys)
+    return f"Measured on {days} on {machines}, with torch {versions}."
+
+
+def speeds():
+    """Return the lines of the table of speed."""
     found = list(rows())
-    lines += [f"| {' | '.join(row[:4])} |" for row in found]
-    days, machines = ({row[4][key] for row in found} for key in ("date", "hardware"))
-    lines += ["", f"Measured on {', '.join(sorted(days))} on {'; '.join(sorted(machines))}."]
-    return "\n".join(lines) + "\n"
+    lines = ["| | gpt.py | the other | ratio, median (lowest to highest) |", "|---|---|---|---|"]
+    return [*lines, *(f"| {' | '.join(row[:4])} |" for row in found), "", measured([row[4] for row in found])]
+
+
+def curve():
+    """Return the lines of the table of time and loss."""
+    found = {line["command"]: line for line in results("time_to_loss") if "val_losses" in line}
+    lines = [
+        "| command | wall time | loss, full validation split: mean (each seed) | windows of 256 |",
+        "|---|---|---|---|",
+    ]
+    for line in sorted(found.values(), key=lambda line: line["wall_s"]):
+        each = ", ".join(f"{loss:.4f}" for loss in line["val_losses"])
+        window = line["estimates"].get("256", "")
+        lines.append(
+            f"| `{line['command']}` | {line['wall_s']} s | {line['val_loss']:.4f} ({each}) | {window} |"
+        )
+    return [*lines, "", measured(found.values())]
+
+
+def ablation():
+    """Return the lines of the table of what each choice is worth."""
+    found = {line["variant"]: line for line in results("ablation")}
+    if not found:
+        return []
+    lines = ["| changed | loss: mean (lowest to highest) | tokens/s |", "|---|---|---|"]
+    for name, line in found.items():
+        low, high = min(line["val_losses"]), max(line["val_losses"])
+        lines.append(
+            f"| {name} | {line['val_loss']:.4f} ({low:.4f} to {high:.4f}) | {line['tokens_per_s']:,} |"
+        )
+    return [*lines, "", measured(found.values())]
+
+
+def tables():
+    """Return the three tables as Markdown."""
+    return "\n".join([*speeds(), "", *curve(), "", *ablation()]) + "\n"
 
 
 def main():
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
     before, rest = text.split(BEGIN)
-    readme.write_text(before + BEGIN + "\n" + table() + "\n" + END + rest.split(END)[1], encoding="utf-8")
+    readme.write_text(before + BEGIN + "\n" + tables() + "\n" + END + rest.split(END)[1], encoding="utf-8")
 
 
 if __name__ == "__main__":
