@@ -7,8 +7,7 @@
     python gpt.py config/train_shakespeare.py           train; each setting below is also a flag, --key=value
     torchrun --standalone --nproc_per_node=8 gpt.py     train on 8 GPUs, with the same global batches
     python sample.py --prompt "ROMEO:"                  let the newest run continue a text
-Or paste this file into a notebook cell and run it.
-"""
+Or paste this file into a notebook cell and run it."""
 import time
 
 __started__ = time.time()  # before torch, whose import takes seconds: max_minutes counts from here
@@ -198,8 +197,7 @@ def rotary_table(config):
     head turn by position * rope_theta^(-2i / d) radians (arXiv:2104.09864; Hugging Face's layout)."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
     angles = torch.outer(torch.arange(config.block_size), config.rope_theta**-exponents)
-    cos, sin = angles.cos(), angles.sin()
-    return torch.stack((torch.cat((cos, cos), 1), torch.cat((-sin, sin), 1)))
+    return torch.stack((angles.cos().repeat(1, 2), torch.cat((-angles.sin(), angles.sin()), dim=1)))
 
 def rotate(x, rotary):
     """Turn x (B, heads, T, head_dim) by its positions' rows of the table (2, B or 1, 1, T, head_dim)."""
@@ -278,8 +276,7 @@ class Block(nn.Module):
         self.drop = Dropout(config.dropout)
     def forward(self, x, positions, rotary, mask, cache):
         x = x + self.drop(self.attn(self.ln_1(x), positions, rotary, mask, cache))
-        x = x + self.drop(self.mlp(self.ln_2(x)))
-        return x
+        return x + self.drop(self.mlp(self.ln_2(x)))
 
 def token_losses(logits, y, most=2**26):
     """Return the loss in nats of each target y (N,), float32, 0 where it is -1. Logits (N, vocab_size) become
@@ -308,7 +305,7 @@ class GPT(nn.Module):
     def init_weights(self):
         """Draw the weights anew, normal, so that the first loss is near ln(vocab_size).
         std             matrices            c_proj                    wte, wpe   lm_head
-        head of its own 1 / sqrt(columns)   0                         1          0
+        head of its own 1 / sqrt(columns)   0                         0.3        0
         tied, as GPT-2  0.02                0.02 / sqrt(2 n_layer)    0.01       wte itself
         """
         tied = self.config.tie_weights
@@ -321,7 +318,7 @@ class GPT(nn.Module):
             nn.init.normal_(proj.weight, std=0.02 / math.sqrt(2 * self.config.n_layer) if tied else 0.0)
         nn.init.zeros_(self.lm_head.weight)
         for table in (self.wte, self.wpe or self.wte):  # after lm_head, whose weight wte's may be
-            nn.init.normal_(table.weight, std=0.01 if tied else 1.0)
+            nn.init.normal_(table.weight, std=0.01 if tied else 0.3)
     def forward(self, idx, targets=None, cache=None, weights=None):
         """Return logits (B, T, vocab_size) and the mean loss in nats per token, None without targets.
         idx, targets: (B, T) int64; targets of -1 do not count, others by weights (B, T) or, if None, alike.
@@ -612,9 +609,9 @@ def lr_scale(step, progress):
     return warm * (min_lr / learning_rate + (1 - min_lr / learning_rate) * max(0, falls[lr_schedule]))
 
 def share_done(step, trained, idle):
-    """Return the share of the run that is done; trained: seconds that steps took, idle: all others, to its end."""
-    if max_minutes:
-        return trained / max(60 * max_minutes - idle, 1)
+    """Return the share of the run that is done; trained: seconds that steps took, idle: all others."""
+    if max_minutes:  # the hundredth part is left to the process's end
+        return trained / max(59.4 * max_minutes - idle, 1)
     return step / max_iters if max_iters else 1.0
 
 @torch.no_grad()
@@ -690,9 +687,8 @@ class Machine:
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
     def loss(self, forward, batch):
         """Return the mean loss of a batch. A GPU fetches it from pinned memory while it works."""
-        if on_gpu := self.device.type == "cuda":
-            batch = [t.pin_memory() for t in batch]
-        x, y, w = (t.to(self.device, non_blocking=on_gpu) for t in batch)
+        on_gpu = self.device.type == "cuda"
+        x, y, w = ((t.pin_memory() if on_gpu else t).to(self.device, non_blocking=on_gpu) for t in batch)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             return forward(x, y, weights=w)[1]
     def reduce(self, values, op):
@@ -719,7 +715,7 @@ def pick_device(name):
 
 def native_bfloat16(device):
     """Tell whether the hardware itself multiplies bfloat16; a T4, say, emulates it."""
-    if device.type == "cpu":
+    if device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512":
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
@@ -730,9 +726,8 @@ def set_up_machine():
     if found.type == "cuda":
         torch.cuda.set_device(found)
     elif sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        # let glibc keep freed blocks: new pages in each step cost a third of a small model's speed
-        libc.mallopt(-3, 2**30) or libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD; old glibc: at most 32 MiB
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        libc.mallopt(-3, 2**30) or libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD: keep freed
+        libc.mallopt(-1, 2**31 - 1)  # memory; new pages in each step cost a third of a small model's speed
     capability = torch.cuda.get_device_capability(found) if found.type == "cuda" else (0, 0)
     best = "bfloat16" if native_bfloat16(found) else "float16" if capability >= (7, 0) else "float32"
     chosen = getattr(torch, best if dtype == "auto" else dtype)
@@ -742,8 +737,7 @@ def set_up_machine():
     if world_size > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if found.type == "cuda" else "gloo")
     long = max_minutes >= 2 if max_minutes else max_iters >= 5000
-    compiler = found.type == "cpu" and shutil.which(os.environ.get("CXX", "g++"))
-    pays = capability >= (7, 0) or bool(compiler and long)
+    pays = capability >= (7, 0) or bool(found.type == "cpu" and long and shutil.which("g++"))
     return Machine(found, chosen, pays if compile is None else compile, rank, world_size)
 
 def compile_model(model, machine, batch):
@@ -890,18 +884,17 @@ def training_run(started, machine, caught):
     data = open_data(machine)
     out = Path(out_dir or HERE / "out" / data.folder.name)
     state, step, best_val_loss, stale = None, 0, math.inf, 0  # stale: evaluations since the best
-    paused, reserve = 0.0, 0.6 * max_minutes  # seconds not spent on steps; those that the end takes
+    paused, reserve = 0.0, 0.0  # seconds not spent on steps; those that the end takes
     if eval_only:
         state = read_checkpoint(out / "best.pt")
-    elif init_from == "resume":
-        names = ("step", "best_val_loss", "stale", "paused", "reserve", "elapsed_s")
-        state = read_checkpoint(out / "ckpt.pt", "optimizers", *names)
-        step, best_val_loss, stale, paused, reserve, before = (state[name] for name in names)
-        started, paused = started - before, paused - before
-    model, optimizers, scaler = build(data, machine, state)
-    if eval_only:
-        val_loss = evaluate(model, data, machine, data.n_val_batches())
+        val_loss = evaluate(build(data, machine, state)[0], data, machine, data.n_val_batches())
         return final_figures(val_loss, data, machine, f"{out / 'best.pt'}, step {state['step']:,}")
+    if init_from == "resume":
+        names = ("step", "best_val_loss", "stale", "reserve", "paused", "elapsed_s")
+        state = read_checkpoint(out / "ckpt.pt", "optimizers", *names)
+        step, best_val_loss, stale, reserve, paused, elapsed = (state[name] for name in names)
+        started, paused = started - elapsed, paused - elapsed
+    model, optimizers, scaler = build(data, machine, state)
     log_file = open_run(out) if machine.rank == 0 else None
     def log(**values):
         say(json.dumps({"step": step, "elapsed_s": round(time.time() - started, 3)} | values), file=log_file)
@@ -913,23 +906,21 @@ def training_run(started, machine, caught):
     loss, grad_norm, progress = torch.zeros(()), torch.zeros(()), 0.0
     paused += time.time() - started
     mark, mark_step, to_compile = time.time() - paused, step, machine.compile  # since when speed is measured
-
     while True:
         # how far?
         elapsed = time.time() - started
         done = share_done(step, elapsed - paused, paused + reserve)
         progress, stop = machine.reduce([max(progress, done), bool(caught)], "MAX")
         last = progress >= 1
-
         # save, evaluate
         if step % eval_interval == 0 or last or stop:
             pause = time.time()
             if not math.isfinite(loss + (0 if scaler.is_enabled() else grad_norm)):  # a scaler skips those
                 raise ValueError(f"loss {loss:.4g}, gradient norm {grad_norm:.4g} at step {step}: what {out} "
                                  "holds is from before; lower learning_rate and muon_lr")
-            save(out / "ckpt.pt", snapshot(
-                model, data, step, best_val_loss, elapsed_s=elapsed, paused=paused, reserve=reserve, stale=stale,
-                scaler=scaler.state_dict(), optimizers=[o.state_dict() for o in optimizers]))
+            state = {"elapsed_s": elapsed, "paused": paused, "reserve": reserve, "stale": stale,
+                     "scaler": scaler.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
+            save(out / "ckpt.pt", snapshot(model, data, step, best_val_loss, **state))
             if not stop:
                 saved = time.time()
                 val_loss = evaluate(model, data, machine, min(eval_iters, n_val))
@@ -946,13 +937,11 @@ def training_run(started, machine, caught):
             paused += time.time() - pause
         if last or stop:
             break
-
         # set lr
         scale = lr_scale(step, step / lr_decay_iters if lr_decay_iters and not max_minutes else progress)
         for o, peak in zip(optimizers, (learning_rate, muon_lr)):
             for group in o.param_groups:
                 group["lr"] = peak * scale
-
         # accumulate
         loss = torch.zeros((), device=machine.device)
         first = (step * machine.world_size + machine.rank) * n_micro  # among all of the run's micro-batches
@@ -968,7 +957,6 @@ def training_run(started, machine, caught):
             micro_loss = machine.loss(forward, batch) * float(batch[2].sum() / max(weight, 1e-6))
             scaler.scale(micro_loss).backward()
             loss += micro_loss.detach()
-
         # update
         for o in optimizers:
             scaler.unscale_(o)
@@ -979,7 +967,6 @@ def training_run(started, machine, caught):
             o.zero_grad(set_to_none=True)
         scaler.update()
         step += 1
-
         # log
         if step % log_interval == 0 or step == 1:
             mean_loss, now = machine.reduce([loss], "SUM")[0] / machine.world_size, time.time() - paused
@@ -990,7 +977,6 @@ def training_run(started, machine, caught):
             say(f"step {step:6,} | loss {mean_loss:.4f} | lr {lr:.1e} | {speed:,.0f} tokens/s | "
                 f"mfu {'n/a' if mfu is None else f'{mfu:.0%}'} | {timedelta(seconds=int(left))} left")
             mark, mark_step = now, step
-
     result = {"step": step, "best_val_loss": best_val_loss, "out_dir": str(out), "stopped_by": None}
     if not last:
         say(f"stopped at step {step:,}: {out / 'ckpt.pt'} is saved, --init_from=resume goes on from there")

@@ -117,6 +117,17 @@ def generate_text(model, tokenizer, prompt, max_tokens, stop=(), **sampling):
     yield text + decoder.decode(b"", final=True)
 
 
+def compiled(model):
+    """Return model.forward compiled, or where that fails, which is tried, as it is."""
+    step = torch.compile(model.forward, dynamic=False)
+    try:
+        list(model.generate([[0]], 2, forward=step))
+    except Exception as e:  # noqa: BLE001  # compilers' errors have no common type
+        print(f"torch.compile failed ({type(e).__name__}): going on without it", file=sys.stderr)
+        return model.forward
+    return step
+
+
 def write_sample(model, tokenizer, text, generator, step, file):
     """Write text and its continuation to file, piece by piece. Raises ValueError for an unknown character."""
     options = sampling()
@@ -176,7 +187,7 @@ def main():
     print(f"{path}: step {state['step']:,}, {model.n_params() / 1e6:.2f}M parameters, val loss "
           f"{state['best_val_loss']:.4f}; {chosen.type}, {str(model.wte.weight.dtype)[6:]}", file=sys.stderr)
     generator = torch.Generator(chosen).manual_seed(seed)
-    step = torch.compile(model.forward, dynamic=False) if compile else model.forward
+    step = compiled(model) if compile else model.forward
     if interactive:
         return interact(model, tokenizer, generator, step)
     text, began = read_prompt(), time.time()

@@ -67,7 +67,7 @@ def ratios(numbers, others):
 
 
 def commit():
-    command = ["git", "-C", ROOT, "rev-parse", "--short", "HEAD"]
+    command = ["git", "-C", ROOT, "describe", "--always", "--dirty"]
     return subprocess.run(command, check=False, capture_output=True, text=True).stdout.strip()
 
 

@@ -26,10 +26,11 @@ def peer(case, device):
 def ours(case, device):
     import gpt
 
-    config = gpt.GPTConfig(
-        **case["sizes"], **case["more"], dropout=0.0, gradient_checkpointing=case["checkpointing"]
-    )
-    model = gpt.GPT(config).to(device)
+    for name, value in (case["sizes"] | case["more"]).items():
+        setattr(gpt, name, value)
+    gpt.gradient_checkpointing = case["checkpointing"]
+    gpt.set_up_machine()
+    model = gpt.GPT(gpt.model_config(case["sizes"]["vocab_size"])).to(device)
     return lambda x, y, forward=None: (forward or model)(x, y)[1], model
 
 

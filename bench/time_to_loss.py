@@ -3,10 +3,11 @@
     python bench/time_to_loss.py config/train_shakespeare.py [--key=value ...] [--runs=3]
     python bench/time_to_loss.py --nanogpt=PATH --runs=3 config/train_shakespeare.py --max_minutes=0.12
 
-Runs differ in their seed. The losses are of best.pt: over the full validation split, and by nanoGPT's estimator, mean
-loss of random windows of validation text, of 64 and of 256 tokens (here 2,400 windows, so that chance moves it less).
-With --nanogpt its README's recipe for a CPU is run before each, with its own code, whole command against whole
-command; its end loss is by the same estimator, with its windows of 64.
+Runs differ in their seed. The loss over the full validation split is the one that the command prints at its end; that
+of best.pt is also taken by nanoGPT's estimator, the mean loss of random windows of validation text, of 64 and of 256
+tokens (here 2,400 windows, so that chance moves it less). With --nanogpt its README's recipe for a CPU is run before
+each, with its own code, in which the seed is fixed, whole command against whole command; the loss of its last model
+is by the same estimator, with its windows of 64. Compilation begins with an empty cache.
 """
 
 import json

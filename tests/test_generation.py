@@ -60,6 +60,22 @@ def cached(model, prompts, max_tokens, **sampling):
 
 
 # ---- The cache ----
+def test_a_compiled_step_gives_the_same_tokens_and_is_compiled_once():
+    """Positions are tensors and shapes do not change: no recompilation, also for another text and cache."""
+    model = random_model(**LLAMA)
+    torch._dynamo.reset()
+    forward = torch.compile(model.forward, dynamic=False)
+    try:
+        next(model.generate([[1]], 1)), list(model.generate([[1]], 2, forward=forward))
+    except Exception as e:  # noqa: BLE001
+        pytest.skip(f"torch.compile finds no working C++ compiler ({type(e).__name__})")
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for prompt in ([5, 1, 4], list(range(1, 22))):
+        found = cached(model, [prompt], 30, temperature=0, forward=forward)
+        assert torch.equal(found, uncached(model, [prompt], 30, temperature=0))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+
+
 @FAMILIES
 @pytest.mark.parametrize(
     "prompts",

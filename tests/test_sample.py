@@ -485,6 +485,18 @@ def test_interactive_names_an_unknown_character_and_goes_on(chat):
     assert lines[2] == "abcdefgh"
 
 
+def test_compiling_that_fails_is_said_and_does_no_harm(say, monkeypatch):
+    expected = say(prompt="a", temperature=0.0)
+
+    def broken(*_, **__):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: broken)
+    found = say(prompt="a", temperature=0.0, compile=True)
+    assert found.out == expected.out
+    assert "torch.compile failed (RuntimeError)" in found.err
+
+
 def test_sample_as_a_command(run_script, tmp_path):
     """The real script reads prompts from stdin, far from any data, and keeps the streams apart."""
     path = save_alphabet(tmp_path / "run" / "best.pt")

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -816,6 +817,22 @@ def test_compile_failure_is_one_line_and_trains_on(settings, monkeypatch, capsys
     assert gpt.train()["step"] == 3
     out = capsys.readouterr().out
     assert out.count("torch.compile failed (RuntimeError)") == 1 and "long story" not in out
+
+
+def test_a_compiled_run_resumes_bit_for_bit(settings, tmp_path):
+    """With dropout and accumulation, too; the first step is eager in both runs, all others are compiled."""
+    if not shutil.which("g++"):
+        pytest.skip("there is no C++ compiler")
+    common = {"compile": True, "dropout": 0.2, "gradient_accumulation_steps": 2, "lr_decay_iters": 6}
+    for name, stops in (("whole", [6]), ("cut", [3, 6])):
+        for i, stop in enumerate(stops):
+            settings(
+                **common, max_iters=stop, init_from="resume" if i else "scratch", out_dir=str(tmp_path / name)
+            )
+            gpt.train()
+    states = [gpt.read_checkpoint(tmp_path / name / "ckpt.pt") for name in ("whole", "cut")]
+    for name, weight in states[0]["model"].items():
+        assert torch.equal(weight, states[1]["model"][name]), name
 
 
 def test_the_batch_that_compile_is_tried_on_leaves_no_gradient(settings, monkeypatch):
