@@ -74,7 +74,7 @@ gradient_accumulation_steps = 1  # micro-batches per step over all processes, wh
 # optimizer
 optimizer = "muon"  # muon: Muon for the blocks' matrices, AdamW for the rest | adamw: AdamW for all
 learning_rate = 6e-3  # peak rate of AdamW
-muon_lr = 0.025  # peak rate of Muon
+muon_lr = 0.03  # peak rate of Muon
 muon_momentum = 0.9  # Muon's decay of the gradient's mean
 weight_decay = 0.0  # decoupled decay of matrices and embeddings, per unit of learning rate
 beta1 = 0.9  # AdamW's decay of the gradient's mean
