@@ -11,10 +11,12 @@ if device_type != "cpu":  # 10.7M parameters
     muon_lr, muon_momentum, learning_rate = 0.02, 0.95, 4e-3
 else:
     max_minutes = max_minutes or 2.0
-    eval_interval = 500
+    eval_interval = 1000
     if max_minutes < 0.5:  # for seconds: 0.2M parameters and a shorter context
         n_layer, n_embd, block_size, batch_size, eval_iters = 2, 96, 64, 32, 5
         muon_lr, learning_rate, warmup_iters = 0.05, 0.01, 5
+    elif max_minutes < 2:
+        muon_lr = 0.035
     if max_minutes >= 2.5:
         dropout = weight_decay = 0.05
     if max_minutes >= 4:  # 1.6M parameters
