@@ -10,9 +10,10 @@ ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- begin: python bench/table.py -->\n", "<!-- end -->\n"
 
 
-def latest(bench, **wanted):
-    """Return the last result of a bench whose figures are as wanted, or None."""
-    return next((line for line in reversed(results(bench)) if wanted.items() <= line.items()), None)
+def latest(bench, isa="", **wanted):
+    """Return the last result of a bench, on hardware with isa in its name, whose figures are as wanted, or None."""
+    found = [line for line in results(bench) if isa in line["hardware"] and wanted.items() <= line.items()]
+    return found[-1] if found else None
 
 
 def spread(ratio):
@@ -26,14 +27,15 @@ def rows():
         what = "whole command to the loss at which nanoGPT's recipe for a CPU ends, by its estimator"
         ours = f"{r['wall_s']} s ({r['estimates']['64']})"
         yield what, ours, f"{r['nanogpt_wall_s']} s ({r['nanogpt_estimate_64']})", spread(r["time_ratio"]), r
-    for bench, unit in (("train_speed", "training"), ("decode_speed", "generating")):
-        r = latest(bench, shape="shakespeare", batch_size=16 if bench == "train_speed" else 1)
-        for name in (name for name in (r or {"ratios": ()})["ratios"] if "ours" not in name):
-            figures, mine = r["tokens_per_s"], r.get("mine", "ours")
-            what = f"{unit}, tokens/s, beside {name}"
-            yield what, f"{figures[mine]:,.0f}", f"{figures[name]:,.0f}", spread(r["ratios"][name]), r
+    for bench, unit, batch_size in (("train_speed", "training", 64), ("decode_speed", "generating", 1)):
+        for isa in ("AVX512-BF16", "AVX2"):
+            r = latest(bench, isa, shape="shakespeare", batch_size=batch_size) or {"ratios": {}}
+            for name in (name for name in r["ratios"] if "ours" not in name):
+                ours, theirs = r["tokens_per_s"][r.get("mine", "ours")], r["tokens_per_s"][name]
+                what = f"{unit}, tokens/s, 10.7M parameters, {isa}, beside {name}"
+                yield what, f"{ours:,.0f}", f"{theirs:,.0f}", spread(r["ratios"][name]), r
     if (r := latest("memory", shape="gpt2")) and "nanoGPT" in r["mib"]:
-        what = f"memory of a step, 124M parameters, {r['batch_size']} x 1,024 tokens, beside nanoGPT"
+        what = f"memory of a step, 124M parameters, {r['batch_size']} x 1,024 tokens, beside nanoGPT (less is better)"
         yield (
             what,
             f"{r['mib']['ours']:,} MiB",

@@ -17,7 +17,7 @@ else:
         muon_lr, learning_rate, warmup_iters = 0.05, 0.01, 5
     elif max_minutes < 2:
         muon_lr = 0.035
-    if max_minutes >= 2.5:
+    if max_minutes >= 2:
         dropout = weight_decay = 0.05
     if max_minutes >= 4:  # 1.6M parameters
         n_embd = 192

@@ -1,5 +1,6 @@
 """The presets have the sizes that their names and first lines promise."""
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -46,3 +47,32 @@ def test_flags_override_a_preset():
         derive=lambda: {"device_type": "cuda"},
     )
     assert (script["n_layer"], script["n_embd"]) == (3, 384)
+
+
+def test_readmes_tables_are_those_of_the_results():
+    """What README quotes of speed is what bench/table.py makes of bench/results.jsonl."""
+    spec = importlib.util.spec_from_file_location("table", ROOT / "bench" / "table.py")
+    table = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(table)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert table.BEGIN + "\n" + table.tables() + "\n" + table.END in readme
+
+
+@pytest.mark.parametrize(
+    ("minutes", "expected"),
+    [
+        (0.1, (2, 96, 0.0)),
+        (1, (4, 128, 0.0)),
+        (0, (4, 128, 0.05)),
+        (3, (4, 128, 0.05)),
+        (5, (4, 192, 0.1)),
+        (25, (5, 256, 0.2)),
+    ],
+)
+def test_shakespeare_is_sized_to_the_minutes(minutes, expected):
+    script = {k: getattr(gpt, k) for k in gpt.SETTINGS} | {"__file__": str(ROOT / "gpt.py")}
+    flags = [f"--max_minutes={minutes}"] if minutes else []
+    config = str(ROOT / "config" / "train_shakespeare.py")
+    configurator.configure(script, [config, *flags], derive=lambda: {"device_type": "cpu"})
+    assert (script["n_layer"], script["n_embd"], script["dropout"]) == expected
+    assert script["max_minutes"] == (minutes or 2.0)
