@@ -1,7 +1,7 @@
 """Tokens per second of generating from a prompt, beside nanoGPT's and transformers' generate.
 
     python bench/decode_speed.py --nanogpt=PATH
-    python bench/decode_speed.py --shape=gpt2 --dtype=bfloat16 --compile=1 --batch_size=64     (a GPU)
+    python bench/decode_speed.py --shape=gpt2 --batch_size=64      (a GPU)
 
 Random weights; that the tokens are right is for the tests. nanoGPT's model has no cache and reads its last block_size
 tokens again for each one. transformers' is a Llama of our shape with its static cache; it generates no more than
