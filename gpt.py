@@ -35,8 +35,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.compiler import is_compiling
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 # ---- Settings: each comment is its help text (python gpt.py --help); the sizes suit two CPU cores ----------
@@ -98,7 +96,6 @@ HERE = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd(
 # ---- Tokenizer ---------------------------------------------------------------------------------------------
 class Tokenizer:
     """Text to ids and back by a tiktoken.Encoding; data sets and checkpoints hold `state`, strings only.
-
     kind "char": one id per character of `chars`; "bpe": `ranks` are the tokens' bytes in base64, `pattern`
     cuts text into words; other kinds are tiktoken's. `special`: names of further tokens, that no text gives.
     >>> Tokenizer("char", "abc").encode("cab")
@@ -170,10 +167,14 @@ class GPTConfig:
         return 32 * round(width * 2 / 3 / 32) if self.use_swiglu else round(width)
 
 class Linear(nn.Linear):
-    """nn.Linear that on CPU leaves a single row, as in generating, to oneDNN, twice as fast as BLAS."""
+    """nn.Linear that on CPU reads the weights for a single row, as in generating, faster than BLAS does."""
     def forward(self, x):
-        plain = x.is_cpu and x.dtype == self.weight.dtype == torch.float32 and not torch.is_grad_enabled()
-        if plain and x.numel() == x.size(-1) and torch.backends.mkldnn.is_available() and not is_compiling():
+        alone = x.is_cpu and x.numel() == x.size(-1) and x.dtype == self.weight.dtype
+        if not alone or torch.is_grad_enabled():
+            return super().forward(x)
+        if torch.compiler.is_compiling():  # the compiler makes one loop of it
+            return (x.unsqueeze(-2) * self.weight).sum(-1) + (0 if self.bias is None else self.bias)
+        if x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return super().forward(x)
 
@@ -202,30 +203,33 @@ def rotary_table(config):
 def rotate(x, rotary):
     """Turn x (B, heads, T, head_dim) by its positions' rows of the table (2, B or 1, 1, T, head_dim)."""
     cos, sin = rotary
-    return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, -1), sin)
+    return torch.addcmul(x * cos, torch.cat(x.chunk(2, -1)[::-1], -1), sin)
 
 def attention(q, k, v, mask=None):
     """Attend from q (B, n_head, T, d) to k, v (B, n_kv_head, S, d); the one place that knows backends.
     mask: (B, 1, T, S) bool, True where a query may look; None: causal, S = T. Returns (B, n_head, T, d)."""
-    T, d = q.shape[2:]
-    groups = q.size(1) // k.size(1)  # query heads per key/value head (arXiv:2305.13245)
-    if mask is None and q.dtype == torch.bfloat16 and q.is_cpu:  # SDPA was slower
-        future = torch.full((T, T), -torch.inf, dtype=q.dtype).triu(1).repeat(groups, 1)
-        scores = torch.baddbmm(future, q.reshape(-1, groups * T, d), k.reshape(-1, T, d).mT, alpha=d**-0.5)
-        return (scores.softmax(-1) @ v.reshape(-1, T, d)).view(q.shape)
-    if T == 1 and mask is not None:  # the heads of a group serve as rows
-        y = F.scaled_dot_product_attention(q.reshape(-1, k.size(1), groups, d), k, v, mask)
-        return y.reshape(q.shape)
-    if groups > 1:  # enable_gqa would spare the copies, but not run fast in float32 or with a mask
+    (B, n_head, T, d), (n_kv_head, S) = q.shape, k.shape[1:3]
+    groups = n_head // n_kv_head  # query heads per key/value head (arXiv:2305.13245)
+    if mask is None and q.dtype == torch.bfloat16 and q.is_cpu:  # SDPA is slower there
+        if T > 128:  # part by part, each with the keys that it sees
+            cuts = [(slice(i, i + 128), slice(i + 128)) for i in range(0, T, 128)]
+            return torch.cat([attention(q[:, :, own], k[:, :, seen], v[:, :, seen]) for own, seen in cuts], 2)
+        future = torch.full((T, S), -torch.inf, dtype=q.dtype).triu(1 + S - T).repeat(groups, 1)
+        scores = torch.baddbmm(future, q.reshape(-1, groups * T, d), k.reshape(-1, S, d).mT, alpha=d**-0.5)
+        return (scores.softmax(-1) @ v.reshape(-1, S, d)).view(q.shape)
+    if mask is not None:  # the heads of a group serve as rows
+        q, mask = q.reshape(B, n_kv_head, groups * T, d), mask.repeat(1, 1, groups, 1)
+    elif groups > 1:  # enable_gqa would spare the copies, but not run fast in float32
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None).reshape(B, n_head, T, d)
 
 class KVCache:
     """Keys and values of every layer, allocated once; pos (B,) counts the tokens in each row. GPT.forward
     appends T tokens to every row and advances pos; lowering pos[b] forgets row b's last ones."""
     def __init__(self, config, batch_size, device="cpu", dtype=torch.float32):
-        shape = (2, config.n_layer, batch_size, config.n_kv_head, config.block_size, config.head_dim)
-        self.k, self.v = torch.zeros(shape, device=device, dtype=dtype)
+        shape = (batch_size, config.n_kv_head, config.block_size, config.head_dim)
+        self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.v = [torch.zeros_like(k) for k in self.k]
         self.pos = torch.zeros(batch_size, device=device, dtype=torch.long)
     def update(self, layer, k, v, positions):
         """Write k, v (B, n_kv_head, T, head_dim) at positions (B, T); return all of the layer's."""
@@ -282,7 +286,7 @@ def token_losses(logits, y, most=2**26):
     """Return the loss in nats of each target y (N,), float32, 0 where it is -1. Logits (N, vocab_size) become
     float32 in parts of at most `most` numbers, anew in the backward pass; a compiler fuses that itself."""
     n = max(1, most // logits.size(1))
-    if len(y) <= n or is_compiling():
+    if len(y) <= n or torch.compiler.is_compiling():
         return F.cross_entropy(logits.float(), y, ignore_index=-1, reduction="none")
     parts = zip(logits.split(n), y.split(n))
     return torch.cat([checkpoint(token_losses, *part, use_reentrant=False) for part in parts])
@@ -429,7 +433,6 @@ def orthogonalize(G, dtype=torch.float32):
 
 class Muon(torch.optim.Optimizer):
     """Momentum with orthogonalized updates, for hidden matrices: not for embeddings, head, norms or biases.
-
     A group holds matrices of one shape, updated as one batch; `parts` are the row counts of those fused in
     each (q, k, v; gate, up), orthogonalized apart. lr: spectral norm of an update, times sqrt(rows / cols) if
     tall. Source: kellerjordan.github.io/posts/muon; torch.optim.Muon does the same, matrix by matrix."""
@@ -465,8 +468,6 @@ def make_optimizers(model, machine):
     if hidden:
         ns_dtype = machine.dtype if native_bfloat16(machine.device) else torch.float32
         optimizers.append(Muon(hidden, muon_lr, muon_momentum, weight_decay, ns_dtype))
-    held = [id(p) for o in optimizers for group in o.param_groups for p in group["params"]]
-    assert sorted(held) == sorted(map(id, model.parameters())), "a parameter is in no group, or in two"
     return optimizers
 
 # ---- Data: data/<name>/{train.bin, val.bin, meta.json} -----------------------------------------------------
@@ -616,8 +617,8 @@ def share_done(step, trained, idle):
 
 @torch.no_grad()
 def evaluate(model, data, machine, n_batches):
-    """Return the mean loss in nats per token over n_batches fixed batches, spread evenly over the validation
-    split and shared by the processes; not compiled, which takes longer for a few."""
+    """Return the mean loss in nats per token over n_batches of the validation split, spread evenly and shared
+    by the processes; eager, since compiling would take longer."""
     nats, weight, chosen = 0.0, 0.0, np.linspace(0, data.n_val_batches() - 1, n_batches).round().astype(int)
     model.eval()
     for i in chosen[machine.rank :: machine.world_size].tolist():
@@ -902,7 +903,7 @@ def training_run(started, machine, caught):
         torch=torch.__version__, machine=f"{machine.world_size} x {machine.name()}")
     tokens_per_step, n_val = batch_size * gradient_accumulation_steps * block_size, data.n_val_batches()
     say(describe(machine, data, model, out, tokens_per_step))
-    forward = DistributedDataParallel(model) if machine.world_size > 1 else model
+    forward = nn.parallel.DistributedDataParallel(model) if machine.world_size > 1 else model
     loss, grad_norm, progress = torch.zeros(()), torch.zeros(()), 0.0
     paused += time.time() - started
     mark, mark_step, to_compile = time.time() - paused, step, machine.compile  # since when speed is measured

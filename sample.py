@@ -34,7 +34,7 @@ out_dir = ""  # a run's folder; empty: the newest under out/ beside this script
 output = ""  # write the samples to this file; empty: to the screen, as they come
 device = "auto"  # auto: cuda, else mps, else cpu | or any torch device
 dtype = "auto"  # auto: bfloat16 on GPUs that have it, else float32 | float32 | bfloat16
-compile = False  # compile the step from token to token: slow to begin, faster for many thousand tokens
+compile = False  # compile the step from token to token: some seconds to begin, then faster
 
 HERE = Path(__file__).resolve().parent
 TUNABLE = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_tokens")  # while it runs

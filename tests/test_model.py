@@ -316,11 +316,12 @@ def explicit_attention(q, k, v, allowed):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("n_kv_head", [6, 3, 2, 1])
-def test_attention_equals_the_formula(n_kv_head, dtype, tolerance):
-    """Both branches of attention give the formula's result within their dtype's precision."""
-    q = torch.randn(2, 6, 9, 8).to(dtype)
-    k, v = torch.randn(2, 2, n_kv_head, 9, 8).to(dtype)
-    causal = torch.ones(2, 9, 9, dtype=torch.bool).tril()
+@pytest.mark.parametrize("T", [1, 9, 128, 129, 300])
+def test_attention_equals_the_formula(T, n_kv_head, dtype, tolerance):
+    """All branches of attention give the formula's result within their dtype's precision."""
+    q = torch.randn(2, 6, T, 8).to(dtype)
+    k, v = torch.randn(2, 2, n_kv_head, T, 8).to(dtype)
+    causal = torch.ones(2, T, T, dtype=torch.bool).tril()
     expected = explicit_attention(q, k, v, causal)
     y = gpt.attention(q, k, v)
     assert y.dtype == dtype and y.shape == q.shape
@@ -368,6 +369,11 @@ def test_linear_layers_of_single_rows(dtype, bias):
         expected = x.double() @ layer.weight.double().T + (layer.bias.double() if bias else 0)
     assert rows.dtype == dtype
     assert (rows - expected).abs().max() < (3e-2 if dtype == torch.bfloat16 else 1e-5)
+    skip_without_compiler()
+    with torch.no_grad():
+        compiled = torch.compile(layer, fullgraph=True, dynamic=False)(x[:1, None])[:, 0]
+    assert compiled.dtype == dtype
+    assert (compiled - expected[:1]).abs().max() < (3e-2 if dtype == torch.bfloat16 else 1e-5)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert (gpt.Linear(24, 40)(x[:1].float())).dtype in (torch.bfloat16, torch.float32)
 
@@ -710,7 +716,7 @@ def test_compiled_gradients_equal_eager_ones():
     """torch.compile changes loss and gradients by rounding only."""
     model = random_model(**LLAMA_LIKE | {"n_layer": 1})
     ids, targets = random_ids(model.config, 2, 12), random_ids(model.config, 2, 12, seed=3)
-    forward = torch.compile(model, dynamic=False)
+    forward = torch.compile(model, dynamic=False, fullgraph=True)
     expected = gradients(model, ids, targets)
     try:
         found = gradients(model, ids, targets, forward)
