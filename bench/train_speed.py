@@ -4,7 +4,7 @@
     python bench/train_speed.py --nanogpt=PATH --shape=gpt2 --batch_size=32      (a GPU)
 
 Both train a model of the shape's layers, heads and width: nanoGPT's with its own code and AdamW, in float32, its
-default on a CPU, and with autocast in bfloat16, eagerly and compiled (on a GPU: autocast and torch.compile, its
+default on a CPU, and, where the CPU has it, with autocast in bfloat16, eagerly and compiled (on a GPU: autocast and torch.compile, its
 defaults); ours compiled, as gpt.py does on a GPU and in longer runs on a CPU, and eagerly. The figure is the median
 of `runs` processes each, in turn. The best micro-batch of each is found by several calls.
 """
@@ -15,6 +15,8 @@ import time
 
 import torch
 from common import flags, in_turn, nanogpt, ratios, record
+
+from gpt import native_bfloat16
 
 SHAPES = {  # the second set of sizes is for gpt.py alone
     "shakespeare": (
@@ -115,7 +117,7 @@ def main():
     if f["nanogpt"]:
         theirs = base | {"nanogpt": f["nanogpt"]}
         cases["nanoGPT"] = theirs | {"compile": gpu, "autocast": gpu}
-        if not gpu:
+        if not gpu and native_bfloat16(torch.device("cpu")):
             cases["nanoGPT, autocast"] = theirs | {"compile": False, "autocast": True}
             cases["nanoGPT, autocast and compile"] = theirs | {"compile": True, "autocast": True}
     found = in_turn(__file__, cases, f["runs"])
