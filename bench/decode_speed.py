@@ -6,8 +6,8 @@
 Random weights; that the tokens are right is for the tests. nanoGPT's model has no cache and reads its last block_size
 tokens again for each one. transformers' is a Llama of our shape with its static cache; it generates no more than
 block_size tokens, while ours also refills its cache when that is full. Each figure is the median of `runs` processes,
-in turn; the ratios are those of "ours" compiled, in float32 on a CPU and in bfloat16 on a GPU, as sample.py chooses
-with --compile=True. What compiling takes, some seconds, is not counted for anyone.
+in turn; the ratios are those of ours compiled, as with sample.py's --compile=True, to others with weights of the same
+dtype. What compiling takes, some seconds, counts for none.
 """
 
 import json
@@ -119,15 +119,17 @@ def main():
     medians = {name: round(sorted(speeds)[len(speeds) // 2], 1) for name, speeds in found.items()}
     for name, speed in medians.items():
         print(f"{name:32s} {speed:10,.1f} tokens/s")
-    mine = f"ours {'bfloat16' if torch.cuda.is_available() else 'float32'}, compiled"
     record(
         "decode_speed",
         shape=f["shape"],
         batch_size=f["batch_size"],
         tokens=f["tokens"],
-        mine=mine,
         tokens_per_s=medians,
-        ratios={name: ratios(found[mine], found[name]) for name in found if not name.startswith("ours")},
+        ratios={
+            name: ratios(found[f"ours {case['dtype']}, compiled"], found[name])
+            for name, case in cases.items()
+            if case["who"] != "ours"
+        },
     )
 
 

@@ -31,7 +31,8 @@ def rows():
         for isa in ("AVX512-BF16", "AVX2"):
             r = latest(bench, isa, shape="shakespeare", batch_size=batch_size) or {"ratios": {}}
             for name in (name for name in r["ratios"] if "ours" not in name):
-                ours, theirs = r["tokens_per_s"][r.get("mine", "ours")], r["tokens_per_s"][name]
+                mine = "ours" if unit == "training" else f"ours {name.split()[-1]}, compiled"
+                ours, theirs = r["tokens_per_s"][mine], r["tokens_per_s"][name]
                 what = f"{unit}, tokens/s, 10.7M parameters, {isa}, beside {name}"
                 yield what, f"{ours:,.0f}", f"{theirs:,.0f}", spread(r["ratios"][name]), r
     if (r := latest("memory", shape="gpt2")) and "nanoGPT" in r["mib"]:
@@ -94,9 +95,22 @@ def ablation():
     return [*lines, "", measured(found.values())]
 
 
+def sweep():
+    """Return the lines of the table of rates, widths and depths."""
+    found = {(line["rate"], line["n_layer"], line["n_embd"]): line for line in results("sweep")}
+    if not found:
+        return []
+    lines = ["| rate | layers x width | half the default | default | twice |", "|---|---|---|---|---|"]
+    for rate, n_layer, n_embd in sorted(found, reverse=True):
+        losses = found[rate, n_layer, n_embd]["losses"].items()
+        cells = " | ".join(f"{value}: {loss:.4f}" for value, loss in losses)
+        lines.append(f"| {rate} | {n_layer} x {n_embd} | {cells} |")
+    return [*lines, "", measured(found.values())]
+
+
 def tables():
-    """Return the three tables as Markdown."""
-    return "\n".join([*speeds(), "", *curve(), "", *ablation()]) + "\n"
+    """Return the tables as Markdown."""
+    return "\n".join([*speeds(), "", *curve(), "", *ablation(), "", *sweep()]).rstrip() + "\n"
 
 
 def main():

@@ -4,9 +4,9 @@
     python bench/train_speed.py --nanogpt=PATH --shape=gpt2 --batch_size=32      (a GPU)
 
 Both train a model of the shape's layers, heads and width: nanoGPT's with its own code and AdamW, in float32, its
-default on a CPU, and, where the CPU has it, with autocast in bfloat16, eagerly and compiled (on a GPU: autocast and torch.compile, its
-defaults); ours compiled, as gpt.py does on a GPU and in longer runs on a CPU, and eagerly. The figure is the median
-of `runs` processes each, in turn. The best micro-batch of each is found by several calls.
+default on a CPU, and, where the CPU has bfloat16, with autocast, eagerly and compiled (on a GPU: autocast and
+torch.compile, its defaults); ours compiled, as gpt.py does on a GPU and in longer runs on a CPU, and eagerly. The
+figure is the median of `runs` processes each, in turn. The best micro-batch of each is found by several calls.
 """
 
 import json
@@ -92,16 +92,16 @@ def measure(case):
     step = (peer if case["nanogpt"] else ours)(case, device)
     shape = (case["batch_size"], case["sizes"]["block_size"] + 1)
     batches = torch.randint(case["sizes"]["vocab_size"], (3 + case["steps"], *shape))
-    loss, began = 0.0, 0.0
+    loss, began = torch.zeros(()), 0.0
     for i, batch in enumerate(batches):
         if i == 3:
-            float(loss)  # wait for the device
+            float(loss.detach())  # wait for the device
             began = time.perf_counter()
         x, y = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
         if case["nanogpt"] and device.type == "cuda":
             x, y = (t.pin_memory().to(device, non_blocking=True) for t in (x, y))
         loss = step(x, y)
-    float(loss)
+    float(loss.detach())
     return case["steps"] * case["batch_size"] * case["sizes"]["block_size"] / (time.perf_counter() - began)
 
 

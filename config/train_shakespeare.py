@@ -22,7 +22,6 @@ else:
     if max_minutes >= 4:  # 1.6M parameters
         n_embd = 192
         dropout = weight_decay = 0.1
-        muon_lr, learning_rate = 0.02, 5e-3
     if max_minutes >= 10:  # 3.4M parameters
         n_layer, n_embd = 5, 256
         dropout = 0.2

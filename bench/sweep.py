@@ -1,0 +1,35 @@
+"""How the best rates move as the model grows: the loss over rates, at several widths and depths.
+
+    python bench/sweep.py [--steps=300] [--seeds=1]
+
+Each row is one shape (heads of 32 channels) and one rate, taken at half, once and twice its default while the other
+stays. The loss is that of the full validation split of tiny Shakespeare after `steps` steps, the mean over the seeds.
+"""
+
+import statistics
+
+from ablation import run
+from common import flags, record
+
+SHAPES = ((4, 64), (4, 128), (4, 256), (2, 128), (8, 128))  # layers, width
+RATES = {"muon_lr": 0.03, "learning_rate": 0.006}
+
+
+def main():
+    f = flags(steps=300, seeds=1)
+    found = {}
+    for n_layer, n_embd in SHAPES:
+        shape = f"--n_layer={n_layer} --n_embd={n_embd} --n_head={n_embd // 32}"
+        for rate, default in RATES.items():
+            losses = {}
+            for value in (default / 2, default, default * 2):
+                variant = f"{shape} --{rate}={value:g}" if value != default else shape
+                if variant not in found:
+                    runs = [run(variant, 1337 + i, f["steps"])[0] for i in range(f["seeds"])]
+                    found[variant] = statistics.mean(runs)
+                losses[f"{value:g}"] = round(found[variant], 4)
+            record("sweep", rate=rate, n_layer=n_layer, n_embd=n_embd, losses=losses, **f)
+
+
+if __name__ == "__main__":
+    main()
