@@ -65,7 +65,7 @@ use_rms_norm = True  # RMSNorm; False: LayerNorm
 use_swiglu = True  # SwiGLU; False: GELU
 qk_norm = True  # RMSNorm on queries and keys
 tie_weights = False  # one matrix for token embedding and output head
-gradient_checkpointing = False  # recompute blocks in the backward pass: less memory, about a third more time
+gradient_checkpointing = False  # recompute blocks in the backward pass: less memory, a third more work
 # batches
 batch_size = 8  # sequences per micro-batch
 gradient_accumulation_steps = 1  # micro-batches per step over all processes, which share them
@@ -211,7 +211,7 @@ def attention(q, k, v, mask=None):
     (B, n_head, T, d), (n_kv_head, S) = q.shape, k.shape[1:3]
     groups = n_head // n_kv_head  # query heads per key/value head (arXiv:2305.13245)
     if mask is None and q.dtype == torch.bfloat16 and q.is_cpu:  # SDPA is slower there
-        if T > 128:  # part by part, each with the keys that it sees
+        if T > 128:  # part by part, each with the S >= T keys that it sees
             cuts = [(slice(i, i + 128), slice(i + 128)) for i in range(0, T, 128)]
             return torch.cat([attention(q[:, :, own], k[:, :, seen], v[:, :, seen]) for own, seen in cuts], 2)
         future = torch.full((T, S), -torch.inf, dtype=q.dtype).triu(1 + S - T).repeat(groups, 1)
@@ -332,7 +332,7 @@ class GPT(nn.Module):
         positions = torch.arange(T, device=idx.device)[None] + (0 if cache is None else cache.pos[:, None])
         x = self.wte(idx) if self.wpe is None else self.wte(idx) + self.wpe(positions)  # (B, T, n_embd)
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        # the residual stream, too, is bfloat16: twice as fast on CPU; float16 lacks the range
+        # the residual stream, too, is bfloat16, for speed on CPU; float16 lacks the range
         x = self.drop(x.to(dtype) if dtype == torch.bfloat16 else x)
         rotary = None if self.rotary is None else self.rotary[:, positions].unsqueeze(2).to(dtype)
         rows = positions[:, None, :, None]  # with a cache a query sees what came before, not the unused rest
@@ -727,8 +727,8 @@ def set_up_machine():
     if found.type == "cuda":
         torch.cuda.set_device(found)
     elif sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-3, 2**30) or libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD: keep freed
-        libc.mallopt(-1, 2**31 - 1)  # memory; new pages in each step cost a third of a small model's speed
+        libc.mallopt(-3, 2**30) or libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, where 2**30 is too much: keep
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD; freed memory, or else each step asks for new pages
     capability = torch.cuda.get_device_capability(found) if found.type == "cuda" else (0, 0)
     best = "bfloat16" if native_bfloat16(found) else "float16" if capability >= (7, 0) else "float32"
     chosen = getattr(torch, best if dtype == "auto" else dtype)
@@ -743,7 +743,7 @@ def set_up_machine():
 
 def compile_model(model, machine, batch):
     """Compile the model in place, if that works for a batch; return the seconds it took."""
-    os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # spares trying the C++ compiler for 4 s
+    os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # spares seconds of trying the C++ compiler
     began, error = time.time(), None
     model.compile(dynamic=False)  # model(...) is compiled from now on, model.forward(...) is not
     try:

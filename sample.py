@@ -119,21 +119,21 @@ def generate_text(model, tokenizer, prompt, max_tokens, stop=(), **sampling):
 
 def compiled(model):
     """Return model.forward compiled, or where that fails, which is tried, as it is."""
-    step = torch.compile(model.forward, dynamic=False)
+    forward = torch.compile(model.forward, dynamic=False)
     try:
-        list(model.generate([[0]], 2, forward=step))
+        list(model.generate([[0]], 2, forward=forward))
     except Exception as e:  # noqa: BLE001  # compilers' errors have no common type
         print(f"torch.compile failed ({type(e).__name__}): going on without it", file=sys.stderr)
         return model.forward
-    return step
+    return forward
 
 
-def write_sample(model, tokenizer, text, generator, step, file):
+def write_sample(model, tokenizer, text, generator, forward, file):
     """Write text and its continuation to file, piece by piece. Raises ValueError for an unknown character."""
     options = sampling()
     warn_about_length(len(encode_prompt(tokenizer, text)), model.config.block_size)
     file.write(text)
-    for piece in generate_text(model, tokenizer, text, generator=generator, forward=step, **options):
+    for piece in generate_text(model, tokenizer, text, generator=generator, forward=forward, **options):
         file.write(piece)
         file.flush()
     file.write("\n")
@@ -152,7 +152,7 @@ def change_setting(words):
         raise ValueError(f"{name} stays {before}: {e}") from e
 
 
-def interact(model, tokenizer, generator, step):
+def interact(model, tokenizer, generator, forward):
     """Answer prompts from the keyboard until quit, exit, q or the end of input."""
     with contextlib.suppress(ImportError):  # Windows has none
         import readline  # noqa: F401  # input() now edits lines and recalls them with the arrow keys
@@ -166,7 +166,7 @@ def interact(model, tokenizer, generator, step):
             if line.startswith("/"):
                 change_setting(line[1:].replace("=", " ").split())
             elif line:
-                write_sample(model, tokenizer, line, generator, step, sys.stdout)
+                write_sample(model, tokenizer, line, generator, forward, sys.stdout)
         except ValueError as e:
             print(e)
         except KeyboardInterrupt:  # ends this text, not the program
@@ -187,16 +187,16 @@ def main():
     print(f"{path}: step {state['step']:,}, {model.n_params() / 1e6:.2f}M parameters, val loss "
           f"{state['best_val_loss']:.4f}; {chosen.type}, {str(model.wte.weight.dtype)[6:]}", file=sys.stderr)
     generator = torch.Generator(chosen).manual_seed(seed)
-    step = compiled(model) if compile else model.forward
+    forward = compiled(model) if compile else model.forward
     if interactive:
-        return interact(model, tokenizer, generator, step)
+        return interact(model, tokenizer, generator, forward)
     text, began = read_prompt(), time.time()
     encode_prompt(tokenizer, text)  # before anything is written
     with open(output, "w", encoding="utf-8") if output else contextlib.nullcontext(sys.stdout) as file:
         for i in range(num_samples):
             if i:
                 file.write("-" * 80 + "\n")
-            write_sample(model, tokenizer, text, generator, step, file)
+            write_sample(model, tokenizer, text, generator, forward, file)
     if output:
         print(f"wrote {output} in {time.time() - began:.1f} s", file=sys.stderr)
 

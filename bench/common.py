@@ -67,8 +67,16 @@ def ratios(numbers, others):
 
 
 def commit():
-    command = ["git", "-C", ROOT, "describe", "--always", "--dirty"]
-    return subprocess.run(command, check=False, capture_output=True, text=True).stdout.strip()
+    """Return the commit of the code that runs, with "-dirty" if more than results and README differ from it."""
+
+    def git(*words):
+        return subprocess.run(["git", "-C", ROOT, *words], check=False, capture_output=True, text=True).stdout
+
+    changed = git("status", "--porcelain", "-uno", "--", ":!bench/results.jsonl", ":!README.md")
+    return git("rev-parse", "--short", "HEAD").strip() + ("-dirty" if changed else "")
+
+
+COMMIT = commit()  # before anything runs
 
 
 def record(bench, **figures):
@@ -78,7 +86,7 @@ def record(bench, **figures):
         "date": str(datetime.datetime.now(datetime.timezone.utc).date()),
         "hardware": hardware(),
         "torch": torch.__version__,
-        "commit": commit(),
+        "commit": COMMIT,
         **figures,
     }
     print(json.dumps(line))

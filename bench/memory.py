@@ -5,12 +5,13 @@
 
 Each case is a process of its own: forward, loss and backward of one micro-batch, without the optimizer, both in
 bfloat16 (autocast) and eagerly; on a GPU both compiled. On a GPU the figure is the peak of allocated memory, on a
-CPU the growth of the peak of resident memory during the step.
+CPU how far the peak of resident memory in the step lies above what is resident before it, weights and gradients.
 """
 
 import json
 import resource
 import sys
+from pathlib import Path
 
 import torch
 from common import flags, in_turn, nanogpt, ratios, record
@@ -39,18 +40,19 @@ def measure(case):
     if device.type == "cuda":
         model.compile(dynamic=False)
 
-    def step(rows):
-        x = torch.randint(case["sizes"]["vocab_size"], (rows, case["sizes"]["block_size"] + 1), device=device)
+    def step(rows, length):
+        x = torch.randint(case["sizes"]["vocab_size"], (rows, length + 1), device=device)
         with torch.autocast(device.type, torch.bfloat16):
             loss = model(x[:, :-1].contiguous(), x[:, 1:].contiguous())[1]
         loss.backward()
 
     if device.type == "cuda":
-        step(case["batch_size"])
+        step(case["batch_size"], case["sizes"]["block_size"])
         return torch.cuda.max_memory_allocated() / 2**20
-    step(1)  # what libraries take once does not count
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    step(case["batch_size"])
+    step(1, 8)  # what libraries take once does not count, nor do weights and gradients
+    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
+    before = pages * resource.getpagesize() / 2**20
+    step(case["batch_size"], case["sizes"]["block_size"])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
 
 

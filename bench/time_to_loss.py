@@ -128,6 +128,7 @@ def main():
         val_losses=[round(final["val_loss"], 4) for final in finals],
         bits_per_byte=round(statistics.mean(final["bits_per_byte"] for final in finals), 4),
         estimates={n: round(statistics.mean(e[n] for e in estimates), 4) for n in estimates[0]},
+        each_estimate={n: [round(e[n], 4) for e in estimates] for n in estimates[0]},
         **more,
     )
 

@@ -15,14 +15,16 @@ else:
     if max_minutes < 0.5:  # for seconds: 0.2M parameters and a shorter context
         n_layer, n_embd, block_size, batch_size, eval_iters = 2, 96, 64, 32, 5
         muon_lr, learning_rate, warmup_iters = 0.05, 0.01, 5
-    elif max_minutes < 2:
+    elif max_minutes < 2:  # 0.7M parameters from here on
         muon_lr = 0.035
-    if max_minutes >= 2:
+    elif max_minutes < 4:
         dropout = weight_decay = 0.05
-    if max_minutes >= 4:  # 1.6M parameters
+    elif max_minutes < 8:  # 1.6M parameters
         n_embd = 192
         dropout = weight_decay = 0.1
-    if max_minutes >= 10:  # 3.4M parameters
-        n_layer, n_embd = 5, 256
-        dropout = 0.2
-        eval_interval = 2000
+    elif max_minutes < 20:
+        n_embd, eval_interval = 192, 2000
+        dropout, weight_decay = 0.15, 0.1
+    else:  # 3.4M parameters
+        n_layer, n_embd, eval_interval = 5, 256, 2000
+        dropout, weight_decay = 0.2, 0.1
