@@ -26,12 +26,11 @@ VARIANTS = {
     "block 128": "--block_size=128 --batch_size=16",
     "float32": "--dtype=float32",
 }
+HALF = ("batch 16, rates times 1.4",)  # steps, for as many tokens
 
 
 def run(variant, seed, steps):
     """Return (full validation loss, tokens per second)."""
-    settings = [flag for flag in variant.split() if flag]
-    steps = steps // 2 if "--batch_size=16" in settings and "--block_size=128" not in settings else steps
     with tempfile.TemporaryDirectory() as out:
         command = [
             sys.executable,
@@ -40,7 +39,7 @@ def run(variant, seed, steps):
             f"--eval_interval={steps}",
             "--eval_iters=1",
         ]
-        command += ["--sample_tokens=0", f"--seed={seed}", f"--out_dir={out}", *settings]
+        command += ["--sample_tokens=0", f"--seed={seed}", f"--out_dir={out}", *variant.split()]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         lines = [
             json.loads(line) for line in (Path(out) / "log.jsonl").read_text(encoding="utf-8").splitlines()
@@ -54,13 +53,12 @@ def main():
     f = flags(seeds=3, steps=600, only="")
     for name, variant in VARIANTS.items():
         if f["only"] in name:
-            losses, speeds = zip(
-                *(run(variant, 1337 + i, f["steps"]) for i in range(f["seeds"])), strict=True
-            )
+            steps = f["steps"] // (2 if name in HALF else 1)
+            losses, speeds = zip(*(run(variant, 1337 + i, steps) for i in range(f["seeds"])), strict=True)
             record(
                 "ablation",
                 variant=name,
-                steps=f["steps"],
+                steps=steps,
                 val_loss=round(statistics.mean(losses), 4),
                 val_losses=[round(loss, 4) for loss in losses],
                 tokens_per_s=round(statistics.median(speeds)),

@@ -17,6 +17,8 @@ import time
 import torch
 from common import flags, in_turn, nanogpt, ratios, record
 
+import gpt
+
 SHAPES = {
     "shakespeare": {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "vocab_size": 65},
     "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "vocab_size": 50304},
@@ -71,8 +73,6 @@ def transformers_generate(case, idx, dtype):
 
 
 def ours(case, idx, dtype):
-    import gpt
-
     config = gpt.GPTConfig(**case["sizes"], n_kv_head=case["n_kv_head"])
     model = gpt.GPT(config).to(idx.device, dtype).eval()
     forward = torch.compile(model.forward, dynamic=False) if case["compile"] else None
@@ -100,6 +100,18 @@ def measure(case):
     return case["tokens"] * case["batch_size"] / (time.perf_counter() - began)
 
 
+def bandwidth_share(model_bytes, speed):
+    """Return the share of the bandwidth measured by copying 1 GiB that reading the weights once a step takes."""
+    x = torch.empty(2**28, device="cuda" if torch.cuda.is_available() else "cpu")
+    y, seconds = torch.ones_like(x), []
+    for _ in range(5):
+        began = time.perf_counter()
+        x.copy_(y)
+        float(x[-1])  # wait for the device
+        seconds.append(time.perf_counter() - began)
+    return round(model_bytes * speed * min(seconds) / 2**31, 3)
+
+
 def main():
     if len(sys.argv) == 2 and sys.argv[1].startswith("{"):
         print(measure(json.loads(sys.argv[1])))
@@ -123,8 +135,17 @@ def main():
     medians = {name: round(sorted(speeds)[len(speeds) // 2], 1) for name, speeds in found.items()}
     for name, speed in medians.items():
         print(f"{name:32s} {speed:10,.1f} tokens/s")
+    with torch.device("meta"):
+        config = gpt.GPTConfig(**sizes, n_kv_head=base["n_kv_head"])
+        n_weights = gpt.GPT(config).n_params() - config.vocab_size * config.n_embd * (not config.tie_weights)
+    shares = {
+        name: bandwidth_share(n_weights * (2 if "bfloat16" in name else 4), speed / f["batch_size"])
+        for name, speed in medians.items()
+        if name.startswith("ours")
+    }
     record(
         "decode_speed",
+        bandwidth_share=shares,
         shape=f["shape"],
         batch_size=f["batch_size"],
         tokens=f["tokens"],

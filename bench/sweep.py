@@ -11,8 +11,10 @@ import statistics
 from ablation import run
 from common import flags, record
 
+import gpt
+
 SHAPES = ((4, 64), (4, 128), (4, 256), (2, 128), (8, 128))  # layers, width
-RATES = {"muon_lr": 0.03, "learning_rate": 0.006}
+RATES = {"muon_lr": gpt.muon_lr, "learning_rate": gpt.learning_rate}
 
 
 def main():

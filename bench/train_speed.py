@@ -6,7 +6,8 @@
 Both train a model of the shape's layers, heads and width: nanoGPT's with its own code and AdamW, in float32, its
 default on a CPU, and, where the CPU has bfloat16, with autocast, eagerly and compiled (on a GPU: autocast and
 torch.compile, its defaults); ours compiled, as gpt.py does on a GPU and in longer runs on a CPU, and eagerly. The
-figure is the median of `runs` processes each, in turn. The best micro-batch of each is found by several calls.
+figure is the median of `runs` processes each, in turn; mfu is ours, the share of the GPU's peak. The best micro-batch
+of each is found by several calls.
 """
 
 import json
@@ -16,7 +17,7 @@ import time
 import torch
 from common import flags, in_turn, nanogpt, ratios, record
 
-from gpt import native_bfloat16
+import gpt
 
 SHAPES = {  # the second set of sizes is for gpt.py alone
     "shakespeare": (
@@ -59,8 +60,6 @@ def peer(case, device):
 
 def ours(case, device):
     """Return gpt.py's training step, a function of a batch."""
-    import gpt
-
     for name, value in (case["sizes"] | case["more"]).items():
         if name != "vocab_size":
             setattr(gpt, name, value)
@@ -112,21 +111,25 @@ def main():
     f = flags(nanogpt="", shape="shakespeare", batch_size=16, steps=6, runs=3)
     sizes, more = SHAPES[f["shape"]]
     base = {"sizes": sizes, "more": more, "batch_size": f["batch_size"], "steps": f["steps"], "nanogpt": ""}
-    gpu = torch.cuda.is_available()
+    on_gpu = torch.cuda.is_available()
     cases = {"ours": base | {"compile": True}, "ours, eager": base | {"compile": False}}
     if f["nanogpt"]:
         theirs = base | {"nanogpt": f["nanogpt"]}
-        cases["nanoGPT"] = theirs | {"compile": gpu, "autocast": gpu}
-        if not gpu and native_bfloat16(torch.device("cpu")):
+        cases["nanoGPT"] = theirs | {"compile": on_gpu, "autocast": on_gpu}
+        if not on_gpu and gpt.native_bfloat16(torch.device("cpu")):
             cases["nanoGPT, autocast"] = theirs | {"compile": False, "autocast": True}
             cases["nanoGPT, autocast and compile"] = theirs | {"compile": True, "autocast": True}
     found = in_turn(__file__, cases, f["runs"])
+    with torch.device("meta"):
+        model = gpt.GPT(gpt.GPTConfig(**sizes | more))
+    mfu = gpt.set_up_machine().mfu(sorted(found["ours"])[f["runs"] // 2] * model.flops_per_token())
     for name, speeds in found.items():
         print(f"{name:32s} {sorted(speeds)[len(speeds) // 2]:10,.0f} tokens/s")
     record(
         "train_speed",
         shape=f["shape"],
         batch_size=f["batch_size"],
+        mfu=mfu,
         tokens_per_s={name: round(sorted(speeds)[len(speeds) // 2]) for name, speeds in found.items()},
         ratios={name: ratios(found["ours"], found[name]) for name in found if name != "ours"},
     )

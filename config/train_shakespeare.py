@@ -28,3 +28,4 @@ else:
     else:  # 3.4M parameters
         n_layer, n_embd, eval_interval = 5, 256, 2000
         dropout, weight_decay = 0.2, 0.1
+        muon_lr, learning_rate = 0.02, 5e-3

@@ -1,5 +1,6 @@
 """Training as a whole: schedule, resume, weights, signals, time budget, world size, learning, notebook."""
 
+import itertools
 import json
 import math
 import os
@@ -8,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -640,8 +642,10 @@ def test_out_of_memory_is_a_sentence(settings, monkeypatch):
 # ---- time budget ----
 
 
-def test_max_minutes_ends_on_time_with_the_schedule_at_its_end(settings, tmp_path, monkeypatch):
-    """The clock is the test's own: 5 s before train(), 0.5 s a training step, 0.3 s a batch evaluated."""
+@pytest.fixture
+def clock(monkeypatch):
+    """Give gpt.py a clock of the test's own, [seconds]: 0.5 s a training step, 0.3 s a batch evaluated, 20 s to
+    compile, which is not done."""
     now = [1000.0]
     forward = gpt.GPT.forward
 
@@ -649,15 +653,52 @@ def test_max_minutes_ends_on_time_with_the_schedule_at_its_end(settings, tmp_pat
         now[0] += 0.5 if self.training else 0.3
         return forward(self, *args, **kwargs)
 
-    monkeypatch.setattr(gpt, "time", types.SimpleNamespace(time=lambda: now[0]))
+    def compile_model(*_):
+        now[0] += 20
+        return 20
+
+    monkeypatch.setattr(gpt, "time", types.SimpleNamespace(time=lambda: now[0], strftime=time.strftime))
     monkeypatch.setattr(gpt.GPT, "forward", slow)
-    settings(max_minutes=2.0, max_iters=3, eval_interval=40, warmup_iters=2, lr_schedule="linear")
-    figures = gpt.train(started=now[0] - 5)
-    assert 0.95 * 120 < now[0] - (1000 - 5) < 1.05 * 120
-    rates = [r["lr"] for r in read_log(tmp_path / "out") if "lr" in r]
+    monkeypatch.setattr(gpt, "compile_model", compile_model)
+    return now
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_max_minutes_ends_on_time_with_the_schedule_at_its_end(settings, tmp_path, clock, compiled):
+    """Two minutes, of which 5 s have gone before train()."""
+    settings(max_minutes=2.0, max_iters=3, eval_interval=40, warmup_iters=2, compile=compiled)
+    figures = gpt.train(started=clock[0] - 5)
+    assert 0.95 * 120 < clock[0] - (1000 - 5) < 1.05 * 120
+    records = read_log(tmp_path / "out")
+    rates = [r["lr"] for r in records if "lr" in r]
     assert len(rates) == figures["step"] > 100
     assert rates[-1] < 0.02 * max(rates) and max(rates) > 0.9 * gpt.learning_rate
     assert rates[2:] == sorted(rates[2:], reverse=True)
+    drops = [a - b for a, b in itertools.pairwise(rates)]
+    assert max(drops[2:]) < 0.03 * max(rates)  # no jump where it compiled or evaluated
+    assert all(r["tokens_per_s"] == pytest.approx(64 / 0.5) for r in records if "tokens_per_s" in r)
+
+
+def test_max_minutes_counts_on_after_a_resume(settings, tmp_path, clock, monkeypatch):
+    """A run of two minutes, stopped after one and resumed an hour later, trains for one more."""
+    settings(max_minutes=2.0, eval_interval=40, warmup_iters=2, compile=True)
+    loss = gpt.Machine.loss
+
+    def stopping(*args):
+        if clock[0] > 1060 and gpt.init_from == "scratch":
+            signal.raise_signal(signal.SIGTERM)
+        return loss(*args)
+
+    monkeypatch.setattr(gpt.Machine, "loss", stopping)
+    assert gpt.train()["stopped_by"] == signal.SIGTERM
+    first = clock[0] - 1000
+    clock[0] += 3600
+    settings(init_from="resume")
+    assert gpt.train()["stopped_by"] is None
+    assert 59 < first < 63
+    assert 0.95 * 120 < clock[0] - 3600 - 1000 < 1.05 * 120
+    rates = [r["lr"] for r in read_log(tmp_path / "out") if "lr" in r]
+    assert rates[2:] == sorted(rates[2:], reverse=True) and rates[-1] < 0.02 * max(rates)
 
 
 # ---- distributed ----
