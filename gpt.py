@@ -167,14 +167,12 @@ class GPTConfig:
         return 32 * round(width * 2 / 3 / 32) if self.use_swiglu else round(width)
 
 class Linear(nn.Linear):
-    """nn.Linear that on CPU reads the weights for a single row, as in generating, faster than BLAS does."""
+    """nn.Linear that reads the weights for a single row, as in generating, faster than BLAS does on a CPU."""
     def forward(self, x):
-        alone = x.is_cpu and x.numel() == x.size(-1) and x.dtype == self.weight.dtype
-        if not alone or torch.is_grad_enabled():
-            return super().forward(x)
-        if torch.compiler.is_compiling():  # the compiler makes one loop of it
+        alone = x.numel() == x.size(-1) and x.dtype == self.weight.dtype and not torch.is_grad_enabled()
+        if alone and torch.compiler.is_compiling():  # the compiler makes one loop of it
             return (x.unsqueeze(-2) * self.weight).sum(-1) + (0 if self.bias is None else self.bias)
-        if x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        if alone and x.is_cpu and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return super().forward(x)
 
@@ -208,15 +206,17 @@ def rotate(x, rotary):
 def attention(q, k, v, mask=None):
     """Attend from q (B, n_head, T, d) to k, v (B, n_kv_head, S, d); the one place that knows backends.
     mask: (B, 1, T, S) bool, True where a query may look; None: causal, S = T. Returns (B, n_head, T, d)."""
-    (B, n_head, T, d), (n_kv_head, S) = q.shape, k.shape[1:3]
+    (B, n_head, T, d), n_kv_head = q.shape, k.size(1)
     groups = n_head // n_kv_head  # query heads per key/value head (arXiv:2305.13245)
     if mask is None and q.dtype == torch.bfloat16 and q.is_cpu:  # SDPA is slower there
-        if T > 128:  # part by part, each with the S >= T keys that it sees
-            cuts = [(slice(i, i + 128), slice(i + 128)) for i in range(0, T, 128)]
-            return torch.cat([attention(q[:, :, own], k[:, :, seen], v[:, :, seen]) for own, seen in cuts], 2)
-        future = torch.full((T, S), -torch.inf, dtype=q.dtype).triu(1 + S - T).repeat(groups, 1)
-        scores = torch.baddbmm(future, q.reshape(-1, groups * T, d), k.reshape(-1, S, d).mT, alpha=d**-0.5)
-        return (scores.softmax(-1) @ v.reshape(-1, S, d)).view(q.shape)
+        k, v, parts = k.reshape(-1, T, d), v.reshape(-1, T, d), []
+        for i in range(0, T, 128):  # queries i to n, with the keys that they see
+            n = min(T, i + 128)
+            future = torch.full((n - i, n), -torch.inf, dtype=q.dtype).triu(1 + i).repeat(groups, 1)
+            rows = q[:, :, i:n].reshape(len(k), -1, d)
+            scores = torch.baddbmm(future, rows, k[:, :n].mT, alpha=d**-0.5)
+            parts.append((scores.softmax(-1) @ v[:, :n]).view(B, n_head, n - i, d))
+        return torch.cat(parts, 2)
     if mask is not None:  # the heads of a group serve as rows
         q, mask = q.reshape(B, n_kv_head, groups * T, d), mask.repeat(1, 1, groups, 1)
     elif groups > 1:  # enable_gqa would spare the copies, but not run fast in float32
