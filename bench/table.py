@@ -88,14 +88,14 @@ def curve():
 
 def ablation():
     """Return the lines of the table of what each choice is worth."""
-    found = {line["variant"]: line for line in results("ablation")}
+    found = {(line["steps"], line["variant"]): line for line in results("ablation")}
     if not found:
         return []
-    lines = ["| changed | loss: mean (lowest to highest) | tokens/s |", "|---|---|---|"]
-    for name, line in found.items():
+    lines = ["| changed | steps | loss: mean (lowest to highest) | tokens/s |", "|---|---|---|---|"]
+    for (steps, name), line in found.items():
         low, high = min(line["val_losses"]), max(line["val_losses"])
         lines.append(
-            f"| {name} | {line['val_loss']:.4f} ({low:.4f} to {high:.4f}) | {line['tokens_per_s']:,} |"
+            f"| {name} | {steps:,} | {line['val_loss']:.4f} ({low:.4f} to {high:.4f}) | {line['tokens_per_s']:,} |"
         )
     return [*lines, "", measured(found.values())]
 
