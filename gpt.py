@@ -181,11 +181,6 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
-class Dropout(nn.Dropout):
-    """Dropout of channels of x (B, T, C), alike for all T (arXiv:1512.05287): little noise to draw."""
-    def forward(self, x):
-        return x * super().forward(torch.ones_like(x[:, :1])) if self.training and self.p else x
-
 def make_norm(config):
     if config.use_rms_norm:
         return RMSNorm(config.n_embd, config.norm_eps)
@@ -277,10 +272,10 @@ class Block(nn.Module):
         super().__init__()
         self.ln_1, self.attn = make_norm(config), CausalSelfAttention(config, layer)
         self.ln_2, self.mlp = make_norm(config), MLP(config)
-        self.drop = Dropout(config.dropout)
+        self.drop = nn.Dropout1d(config.dropout)  # of channels, alike for all T (arXiv:1512.05287)
     def forward(self, x, positions, rotary, mask, cache):
-        x = x + self.drop(self.attn(self.ln_1(x), positions, rotary, mask, cache))
-        return x + self.drop(self.mlp(self.ln_2(x)))
+        x = x + self.drop(self.attn(self.ln_1(x), positions, rotary, mask, cache).mT).mT
+        return x + self.drop(self.mlp(self.ln_2(x)).mT).mT
 
 def token_losses(logits, y, most=2**26):
     """Return the loss in nats of each target y (N,), float32, 0 where it is -1. Logits (N, vocab_size) become
@@ -298,7 +293,7 @@ class GPT(nn.Module):
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = None if config.use_rope else nn.Embedding(config.block_size, config.n_embd)
-        self.drop = Dropout(config.dropout)
+        self.drop = nn.Dropout1d(config.dropout)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = make_norm(config)
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
@@ -333,7 +328,7 @@ class GPT(nn.Module):
         x = self.wte(idx) if self.wpe is None else self.wte(idx) + self.wpe(positions)  # (B, T, n_embd)
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         # the residual stream, too, is bfloat16, for speed on CPU; float16 lacks the range
-        x = self.drop(x.to(dtype) if dtype == torch.bfloat16 else x)
+        x = self.drop((x.to(dtype) if dtype == torch.bfloat16 else x).mT).mT
         rotary = None if self.rotary is None else self.rotary[:, positions].unsqueeze(2).to(dtype)
         rows = positions[:, None, :, None]  # with a cache a query sees what came before, not the unused rest
         mask = None if cache is None else torch.arange(block_size, device=idx.device) <= rows
