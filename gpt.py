@@ -12,19 +12,8 @@ import time
 
 __started__ = time.time()  # before torch, whose import takes seconds: max_minutes counts from here
 
-import base64
-import ctypes
-import gc
-import hashlib
-import json
-import math
-import os
-import shutil
-import signal
-import sys
-import threading
-import urllib.request
-from dataclasses import asdict, dataclass, fields
+import base64, ctypes, gc, hashlib, json, math, os, shutil, signal, sys, threading, urllib.request
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
@@ -38,13 +27,14 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 # ---- Settings: each comment is its help text (python gpt.py --help); the sizes suit two CPU cores ----------
-# the run
 dataset = "shakespeare"  # folder under data_dir; shakespeare and pydoc are prepared when missing
 data_dir = ""  # folder of the data sets; empty: data/ beside gpt.py
 out_dir = ""  # folder of this run's checkpoints and log; empty: out/<dataset> beside gpt.py
-init_from = "scratch"  # scratch: new weights | resume: go on from out_dir/ckpt.pt
+init_from = "scratch"  # scratch | resume: out_dir/ckpt.pt | a checkpoint, Hugging Face folder or id: finetune
 seed = 1337  # of weights, batches, dropout and samples
-eval_only = False  # only evaluate out_dir/best.pt on the full validation split
+eval_only = False  # only evaluate init_from, or else out_dir/best.pt, on the full validation split
+eval_text = ""  # a text file to evaluate on instead
+eval_stride = 0  # tokens from window to window of validation; few let each see more; 0: block_size, the most
 eval_interval = 250  # steps between evaluations, each preceded by a checkpoint
 early_stop = 0  # end after so many evaluations in a row without a new best; 0: never
 eval_iters = 20  # batches per evaluation; the run ends with one over the full validation split
@@ -65,6 +55,7 @@ use_rms_norm = True  # RMSNorm; False: LayerNorm
 use_swiglu = True  # SwiGLU; False: GELU
 qk_norm = True  # RMSNorm on queries and keys
 tie_weights = False  # one matrix for token embedding and output head
+lora_rank = 0  # above 0: finetune small matrices of this rank beside the frozen ones of init_from (LoRA)
 gradient_checkpointing = False  # recompute blocks in the backward pass: less memory, a third more work
 # batches
 batch_size = 8  # sequences per micro-batch
@@ -94,26 +85,38 @@ SETTINGS = [k for k, v in globals().items() if k[0] != "_" and isinstance(v, boo
 HERE = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()
 
 # ---- Tokenizer ---------------------------------------------------------------------------------------------
+CHAT = "%s||<|user|>%s<|assistant|>||%s"  # what stands around a system text, a question, an answer
+
 class Tokenizer:
     """Text to ids and back by a tiktoken.Encoding; data sets and checkpoints hold `state`, strings only.
     kind "char": one id per character of `chars`; "bpe": `ranks` are the tokens' bytes in base64, `pattern`
-    cuts text into words; other kinds are tiktoken's. `special`: names of further tokens, that no text gives.
+    cuts words; `json`: the tokenizers library's; other kinds are tiktoken's. special: names of tokens that no
+    text gives, behind the others or at `special_ids`; `begin` begins texts, `end` ends documents, answers.
     >>> Tokenizer("char", "abc").encode("cab")
     [2, 0, 1]
     """
-    def __init__(self, kind, chars="", ranks="", pattern="(?s:.)", special=""):
-        self.state = {"kind": kind, "chars": chars, "ranks": ranks, "pattern": pattern, "special": special}
+    def __init__(self, kind, chars="", ranks="", pattern="(?s:.)", special="", special_ids="", json="",
+                 begin="", end="<|endoftext|>", chat=CHAT):
+        self.state = {k: v for k, v in locals().items() if k != "self"}
         tokens = [c.encode() for c in chars] or [base64.b64decode(token) for token in ranks.split()]
-        try:
-            self.encoding = tiktoken.Encoding(
-                kind, pat_str=pattern, mergeable_ranks={token: i for i, token in enumerate(tokens)},
-                special_tokens={name: len(tokens) + i for i, name in enumerate(special.split())},
-            ) if tokens else tiktoken.get_encoding(kind)
-        except Exception as e:  # tiktoken documents none
-            raise ValueError(f"tokenizer {kind!r} is not to be had ({type(e).__name__}): offline, name its "
-                             "file's folder in TIKTOKEN_CACHE_DIR, or use --tokenizer=bpe") from e
-        self.vocab_size, names = self.encoding.n_vocab, self.encoding.special_tokens_set
-        self.special = {name: self.encoding.encode_single_token(name) for name in names}
+        names, n = special.split(), len(tokens)
+        special = dict(zip(names, map(int, special_ids.split() or range(n, n + len(names)))))
+        free = sorted({*range(n + len(names))} - {*special.values()})  # the other tokens' ids
+        if json:
+            from tokenizer_json import LibraryEncoding
+            self.encoding = LibraryEncoding(json)
+        elif tokens:
+            self.encoding = tiktoken.Encoding(kind, pat_str=pattern, special_tokens=special,
+                                              mergeable_ranks=dict(zip(tokens, free)))
+        else:
+            try:
+                self.encoding = tiktoken.get_encoding(kind)
+            except Exception as e:  # tiktoken documents none
+                raise ValueError(f"tokenizer {kind!r} is not to be had ({type(e).__name__}): name its "
+                                 "file's folder in TIKTOKEN_CACHE_DIR, or use --tokenizer=bpe") from e
+        self.vocab_size, self.chat = self.encoding.n_vocab, chat.split("||")
+        self.special = {s: self.encoding.encode_single_token(s) for s in self.encoding.special_tokens_set}
+        self.begin, self.end = self.special.get(begin), self.special.get(end)
     def encode(self, text):
         """Return text's ids, as a list. Raises ValueError for a character that is not in `chars`."""
         chars = self.state["chars"]
@@ -121,6 +124,9 @@ class Tokenizer:
             i, known = min(map(text.index, unknown)), "".join(c for c in chars if c.isprintable())[:100]
             raise ValueError(f"the vocabulary, {known!r}, lacks {text[i]!r}, character {i} of the text")
         return self.encoding.encode_ordinary(text)
+    def __eq__(self, other):  # does each id mean the same?
+        return self.state == other.state or (self.vocab_size == other.vocab_size and all(
+            self.decode_bytes([i]) == other.decode_bytes([i]) for i in range(self.vocab_size)))
     def decode_bytes(self, ids):
         return self.encoding.decode_bytes(ids)  # a single BPE token may hold part of a character
     def decode(self, ids):
@@ -146,6 +152,7 @@ class GPTConfig:
     tie_weights: bool = True
     gradient_checkpointing: bool = False
     rope_theta: float = 10000.0
+    rope_scaling: dict | None = None  # Llama 3.1's four numbers, see rotary_table
     norm_eps: float = 1e-5
     def __post_init__(self):
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "mlp_hidden"):
@@ -182,15 +189,18 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 def make_norm(config):
-    if config.use_rms_norm:
-        return RMSNorm(config.n_embd, config.norm_eps)
-    return nn.LayerNorm(config.n_embd, config.norm_eps, bias=config.bias)
+    size = config.n_embd, config.norm_eps
+    return RMSNorm(*size) if config.use_rms_norm else nn.LayerNorm(*size, bias=config.bias)
 
 def rotary_table(config):
     """Return cos and sin of all positions' angles, (2, block_size, d) float32: components i and i + d/2 of a
     head turn by position * rope_theta^(-2i / d) radians (arXiv:2104.09864; Hugging Face's layout)."""
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-    angles = torch.outer(torch.arange(config.block_size), config.rope_theta**-exponents)
+    speeds = config.rope_theta ** -(torch.arange(0, config.head_dim, 2).float() / config.head_dim)
+    if r := config.rope_scaling:  # those of few turns in the original context are slowed (arXiv:2407.21783)
+        turns = r["original_max_position_embeddings"] * speeds / (2 * math.pi)
+        kept = (turns - r["low_freq_factor"]) / (r["high_freq_factor"] - r["low_freq_factor"])
+        speeds = torch.lerp(speeds / r["factor"], speeds, kept.clamp(0, 1))
+    angles = torch.outer(torch.arange(config.block_size), speeds)
     return torch.stack((angles.cos().repeat(1, 2), torch.cat((-angles.sin(), angles.sin()), dim=1)))
 
 def rotate(x, rotary):
@@ -300,13 +310,13 @@ class GPT(nn.Module):
         if config.tie_weights:
             self.lm_head.weight = self.wte.weight
         self.register_buffer("rotary", rotary_table(config) if config.use_rope else None, persistent=False)
+        self.base = ""  # the checkpoint, folder or id that it was finetuned from
         self.init_weights()
     def init_weights(self):
         """Draw the weights anew, normal, so that the first loss is near ln(vocab_size).
         std             matrices            c_proj                    wte, wpe   lm_head
         head of its own 1 / sqrt(columns)   0                         0.3        0
-        tied, as GPT-2  0.02                0.02 / sqrt(2 n_layer)    0.01       wte itself
-        """
+        tied, as GPT-2  0.02                0.02 / sqrt(2 n_layer)    0.01       wte itself"""
         tied = self.config.tie_weights
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -319,9 +329,8 @@ class GPT(nn.Module):
         for table in (self.wte, self.wpe or self.wte):  # after lm_head, whose weight wte's may be
             nn.init.normal_(table.weight, std=0.01 if tied else 0.3)
     def forward(self, idx, targets=None, cache=None, weights=None):
-        """Return logits (B, T, vocab_size) and the mean loss in nats per token, None without targets.
-        idx, targets: (B, T) int64; targets of -1 do not count, others by weights (B, T) or, if None, alike.
-        With a KVCache, idx continues what it holds."""
+        """Return logits (B, T, vocab_size) and the targets' mean loss in nats, or None. idx, targets: (B, T)
+        int64; -1 does not count, others by weights (B, T), if any. idx continues what a KVCache holds."""
         T, block_size, kind = idx.size(1), self.config.block_size, idx.device.type
         assert T <= block_size, f"{T} tokens do not fit block_size {block_size}"
         positions = torch.arange(T, device=idx.device)[None] + (0 if cache is None else cache.pos[:, None])
@@ -344,25 +353,27 @@ class GPT(nn.Module):
         y = targets.flatten()
         w = (y >= 0) * (1.0 if weights is None else weights.flatten())
         return logits, (token_losses(logits.flatten(0, 1), y) * w).sum() / w.sum().clamp(min=1e-6)
+    @staticmethod
+    def from_pretrained(path, **options):  # of a Hugging Face folder or hub id
+        from pretrained import load_model
+        return load_model(path, **options)
     def n_params(self):
         return sum(p.numel() for p in self.parameters())  # a tied matrix counts once
-    def flops_per_token(self):
-        """Return training FLOPs per token: 6 a multiplying weight, and attention's (arXiv:2204.02311)."""
+    def flops_per_token(self):  # training's: 6 a multiplying weight, and attention's (arXiv:2204.02311)
         c = self.config
         lookups = c.n_embd * (c.vocab_size * (not c.tie_weights) + c.block_size * (not c.use_rope))
         return 6 * (self.n_params() - lookups) + 12 * c.n_layer * c.n_embd * c.block_size
     @torch.inference_mode()
     def generate(self, idx, max_tokens, repetition_penalty=1.0, generator=None, forward=None, **sampling):
         """Yield max_tokens tensors (B,) of next ids for idx: (B, T) int64, or B lists of ids of any lengths.
-        sampling: as in sample_next. Past block_size the model sees the last context_length tokens. forward:
-        self.forward or a compiled one, for the tokens after the prompt, which go one by one."""
-        device, block_size, lengths = self.wte.weight.device, self.config.block_size, [len(p) for p in idx]
+        Past block_size context_length says what is seen. forward: self.forward compiled, for single ids."""
+        device, block_size, lengths = self.ln_f.weight.device, self.config.block_size, [len(p) for p in idx]
         if not all(lengths):
             raise ValueError("a prompt is empty: give at least one token")
         texts = [torch.as_tensor(prompt, dtype=torch.long, device=device) for prompt in idx]
         texts = F.pad(nn.utils.rnn.pad_sequence(texts, batch_first=True), (0, max_tokens))
         ends = torch.tensor(lengths, device=device)[:, None]  # (B, 1), where each row's next token goes
-        last, dtype = None, torch.float32 if device.type == "cpu" else self.wte.weight.dtype
+        last, dtype = None, torch.float32 if device.type == "cpu" else self.ln_f.weight.dtype
         cache = KVCache(self.config, len(lengths), device, dtype)
         for step in range(max_tokens):
             kept = [context_length(n + step, block_size) for n in lengths]
@@ -428,9 +439,8 @@ def orthogonalize(G, dtype=torch.float32):
 
 class Muon(torch.optim.Optimizer):
     """Momentum with orthogonalized updates, for hidden matrices: not for embeddings, head, norms or biases.
-    A group holds matrices of one shape, updated as one batch; `parts` are the row counts of those fused in
-    each (q, k, v; gate, up), orthogonalized apart. lr: spectral norm of an update, times sqrt(rows / cols) if
-    tall. Source: kellerjordan.github.io/posts/muon; torch.optim.Muon does the same, matrix by matrix."""
+    A group's matrices, of one shape, are one batch; parts: rows of those fused in each (q, k, v; gate, up).
+    lr: an update's spectral norm, times sqrt(rows / cols) if tall (kellerjordan.github.io/posts/muon)."""
     def __init__(self, param_groups, lr, momentum=0.95, weight_decay=0.0, dtype=torch.float32):
         super().__init__(param_groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self.dtype = dtype  # of the Newton-Schulz steps
@@ -450,13 +460,12 @@ class Muon(torch.optim.Optimizer):
 
 def make_optimizers(model, machine):
     """Return [AdamW] or [AdamW, Muon], as the setting says; together they hold every parameter once."""
-    attns, mlps, width = [b.attn for b in model.h], [b.mlp for b in model.h], [model.config.n_embd]
-    hidden = [{"params": [m.c_attn.weight for m in attns], "parts": attns[0].parts},
-              {"params": [m.c_proj.weight for m in attns], "parts": width},
-              {"params": [m.c_fc.weight for m in mlps], "parts": mlps[0].parts},
-              {"params": [m.c_proj.weight for m in mlps], "parts": width}] if optimizer == "muon" else []
+    width, first, blocks = [model.config.n_embd], model.h[0], model.h if optimizer == "muon" else []
+    kinds = zip(*((b.attn.c_attn, b.attn.c_proj, b.mlp.c_fc, b.mlp.c_proj) for b in blocks))
+    parts = (first.attn.parts, width, first.mlp.parts, width)
+    hidden = [{"params": [m.weight for m in kind], "parts": rows} for kind, rows in zip(kinds, parts)]
     taken = {id(p) for group in hidden for p in group["params"]}
-    rest = [p for p in model.parameters() if id(p) not in taken]
+    rest = [p for p in model.parameters() if id(p) not in taken and p.requires_grad]
     groups = [{"params": [p for p in rest if p.ndim >= 2], "weight_decay": weight_decay},
               {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0}]  # norms, biases
     optimizers = [torch.optim.AdamW(groups, learning_rate, (beta1, beta2), fused=True)]
@@ -467,30 +476,23 @@ def make_optimizers(model, machine):
 
 # ---- Data: data/<name>/{train.bin, val.bin, meta.json} -----------------------------------------------------
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-SHAKESPEARE_URLS = (
-    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
-    "https://cdn.jsdelivr.net/gh/karpathy/char-rnn@master/data/tinyshakespeare/input.txt")
-
-def download(urls, sha256):
-    """Return the file's bytes from the first of the mirrors that has it. Raises ConnectionError."""
-    for url in urls:
-        try:
-            with urllib.request.urlopen(url, timeout=15) as response:
-                content = response.read()
-            if hashlib.sha256(content).hexdigest() != sha256:
-                raise ValueError("its sha256 is wrong")
-            return content
-        except Exception as e:  # noqa: BLE001  # networks fail in many ways
-            problem = e
-    raise ConnectionError(f"{url} could not be downloaded ({problem}): python prepare.py shakespeare "
-                          "--input=FILE takes a copy from elsewhere")
+SHAKESPEARE_URLS = [f"https://{mirror}/data/tinyshakespeare/input.txt" for mirror in (
+    "raw.githubusercontent.com/karpathy/char-rnn/master", "cdn.jsdelivr.net/gh/karpathy/char-rnn@master")]
 
 def corpus(name):
-    """Return (text, source) of shakespeare or pydoc. Raises ConnectionError as download does."""
-    if name == "shakespeare":
-        return download(SHAKESPEARE_URLS, SHAKESPEARE_SHA256).decode(), "tiny Shakespeare"
-    from pydoc_data.topics import topics  # English documentation, half a megabyte, ships with every CPython
-    return "\n\n".join(topics[name].strip() for name in sorted(topics)) + "\n", "Python's pydoc_data.topics"
+    """Return (text, source) of shakespeare or pydoc. Raises ConnectionError where no mirror has the one."""
+    if name == "pydoc":  # English documentation, half a megabyte, ships with every CPython
+        from pydoc_data.topics import topics
+        return "\n\n".join(topics[k].strip() for k in sorted(topics)) + "\n", "Python's pydoc_data.topics"
+    for url in SHAKESPEARE_URLS:
+        try:
+            content = urllib.request.urlopen(url, timeout=15).read()
+            if hashlib.sha256(content).hexdigest() == SHAKESPEARE_SHA256:
+                return content.decode(), "tiny Shakespeare"
+            problem = "its sha256 is wrong"
+        except Exception as e:  # noqa: BLE001  # networks fail in many ways
+            problem = e
+    raise ConnectionError(f"{url}: no download ({problem}); prepare.py shakespeare --input=FILE takes a copy")
 
 def write_dataset(folder, text, tokenizer, source, val_fraction=0.1):
     """Write text, its last val_fraction for validation, as train.bin, val.bin, meta.json; return the meta."""
@@ -536,16 +538,16 @@ class Tokens:
         return found
 
 @lru_cache(maxsize=2)
-def epoch_order(n_rows, n_offsets, seed, epoch):
-    """Return an epoch's offset, an int below n_offsets, and its random order of n_rows."""
+def epoch_order(n_rows, n_offsets, seed, epoch):  # an offset below n_offsets and an order of the rows
     rng = np.random.default_rng((seed, epoch))
     return int(rng.integers(n_offsets)), rng.permutation(np.arange(n_rows, dtype=np.uint32))
 
 class Data:
     """A data set whose batches depend on seed and step alone; with weights, no row reaches from one example,
-    which ends with <|endoftext|>, into the next. Raises FileNotFoundError, ValueError."""
-    def __init__(self, folder, block_size):
+    which ends with tokenizer.end, into the next. Raises FileNotFoundError, ValueError."""
+    def __init__(self, folder, block_size, stride=0, splits=("train", "val")):
         self.folder, self.block_size, self.tokens, self.weights, self.starts = folder, block_size, {}, {}, {}
+        self.stride = min(stride or block_size, block_size)  # from window to window in validation
         if not (folder / "meta.json").exists():
             raise FileNotFoundError(f"{folder} holds no data set: python prepare.py --input=FILE "
                                     f"--name={folder.name} makes one; prepare.py --help tells of others")
@@ -558,19 +560,21 @@ class Data:
             raise ValueError(f"{folder / 'meta.json'} is damaged ({e}): prepare the data set again") from e
         self.tokenizer = Tokenizer(**state)
         self.weighted = any(folder.glob("*.weight*.bin"))
-        for split in ("train", "val"):
+        for split in splits:
             n, tokens = self.meta[f"{split}_tokens"], Tokens(folder, split, dtype)
             weights = Tokens(folder, f"{split}.weight", np.dtype("uint8"))
-            self.tokens[split], self.weights[split] = tokens, weights
             if len(tokens) != n or len(weights) != n * self.weighted:
                 raise ValueError(f"{folder} holds {len(tokens)} of {n} tokens for {split}: prepare it again")
-            self.starts[split] = range(0, n - 1 if split == "val" else max(1, n - 2 * block_size), block_size)
             if self.weighted:
-                ends = np.flatnonzero(tokens[np.arange(n)] == self.tokenizer.special.get("<|endoftext|>")) + 1
-                spans = zip([0, *ends], ends)
-                self.starts[split] = [i for begin, end in spans for i in range(begin, end - 1, block_size)]
-            if not self.starts[split] or (n <= block_size and not self.weighted):
+                ends = np.flatnonzero(tokens[np.arange(n)] == self.tokenizer.end) + 1
+                starts = [i for a, b in zip([0, *ends], ends) for i in range(a, b - 1, block_size)]
+            elif split == "val":
+                starts = range(0, max(n > 1, n - 1 - block_size + self.stride), self.stride)
+            else:
+                starts = range(0, max(n > block_size, n - 2 * block_size), block_size)
+            if not starts:
                 raise ValueError(f"{split} holds {n} tokens: lower block_size {block_size} or add text")
+            self.tokens[split], self.weights[split], self.starts[split] = tokens, weights, starts
     def start(self, split, row):
         """Return where a row begins: of "val" in order, of "train" each once an epoch, shuffled by `seed`."""
         starts, n_tokens = self.starts[split], len(self.tokens[split])
@@ -580,8 +584,7 @@ class Data:
         offset, order = epoch_order(len(starts), n_offsets, seed, row // len(starts))
         return starts[order[row % len(starts)]] + offset
     def get_batch(self, split, step, batch_size):
-        """Return the step-th inputs and targets, (batch_size, block_size) int64, and the targets' weights,
-        float32. Past the end inputs are 0, targets -1, weights 0."""
+        """Return inputs, targets (batch_size, block_size) int64, weights float32; past the end 0, -1, 0."""
         tokens, rows = self.tokens[split], range(step * batch_size, (step + 1) * batch_size)
         positions = np.array([[self.start(split, row)] for row in rows]) + np.arange(self.block_size + 1)
         inside, positions = positions < len(tokens), np.minimum(positions, len(tokens) - 1)
@@ -590,8 +593,10 @@ class Data:
             raise ValueError(f"{self.folder} holds id {ids.max()} of {self.vocab_size}: prepare it again")
         x, y, w = ids[:, :-1].clip(min=0), ids[:, 1:].copy(), inside[:, 1:].astype(np.float32)
         if self.weighted:
-            ended = (x == self.tokenizer.special["<|endoftext|>"]).cumsum(1) > 0  # another example follows
+            ended = (x == self.tokenizer.end).cumsum(1) > 0  # another example follows
             w *= ~ended * self.weights[split][positions[:, 1:]] / np.float32(255)
+        elif split == "val":  # targets that the window before had count once
+            w[positions[:, 0] > 0, : self.block_size - self.stride] = 0
         return [torch.from_numpy(array) for array in (x, y, w)]
     def n_val_batches(self):
         return math.ceil(len(self.starts["val"]) / batch_size)
@@ -604,16 +609,9 @@ def lr_scale(step, progress):
              "wsd": min(1, 5 * (1 - progress)), "constant": 1}
     return warm * (min_lr / learning_rate + (1 - min_lr / learning_rate) * max(0, falls[lr_schedule]))
 
-def share_done(step, trained, idle):
-    """Return the share of the run that is done; trained: seconds that steps took, idle: all others."""
-    if max_minutes:  # the hundredth part is left to the process's end
-        return trained / max(59.4 * max_minutes - idle, 1)
-    return step / max_iters if max_iters else 1.0
-
 @torch.no_grad()
 def evaluate(model, data, machine, n_batches):
-    """Return the mean loss in nats per token over n_batches of the validation split, spread evenly and shared
-    by the processes; eager, since compiling would take longer."""
+    """Return the mean loss in nats per token of n_batches spread over validation; eager, to start at once."""
     nats, weight, chosen = 0.0, 0.0, np.linspace(0, data.n_val_batches() - 1, n_batches).round().astype(int)
     model.eval()
     for i in chosen[machine.rank :: machine.world_size].tolist():
@@ -625,22 +623,21 @@ def evaluate(model, data, machine, n_batches):
     return nats / max(weight, 1e-6)
 
 def final_figures(loss, data, machine, title):
-    """Return loss, perplexity and bits per byte, the full validation split's; print them after title."""
-    figures = {"val_loss": loss, "perplexity": math.exp(min(loss, 700))}
+    """Return a full split's loss, perplexity, tokens and bits per byte; print them after title."""
+    n_tokens, figures = data.meta["val_tokens"], {"val_loss": loss, "perplexity": math.exp(min(loss, 700))}
     if not data.weighted:  # else bytes count that are no targets
-        figures["bits_per_byte"] = loss / math.log(2) * data.meta["val_tokens"] / data.meta["val_bytes"]
+        figures["bits_per_byte"] = loss / math.log(2) * n_tokens / data.meta["val_bytes"]
     if machine.rank == 0:
-        print(f"{title}, full validation split: " + ", ".join(f"{k} {v:.4f}" for k, v in figures.items()))
-    return figures
+        print(f"{title}, {n_tokens:,} tokens: " + ", ".join(f"{k} {v:.4f}" for k, v in figures.items()))
+    return figures | {"tokens": n_tokens}
 
 # ---- Checkpoints: ckpt.pt resumes, best.pt is weights for use ----------------------------------------------
 def save_checkpoint(path, state):
     """Write state to path, all or nothing. Raises OSError; what was at path is then still there."""
     part = path.with_suffix(".tmp")
     try:
-        with open(part, "wb") as f:
-            torch.save(state, f)
-            f.flush()
+        torch.save(state, part)
+        with open(part, "rb+") as f:
             os.fsync(f.fileno())
         os.replace(part, path)
     except (OSError, RuntimeError) as e:  # torch makes a RuntimeError of a failed write
@@ -657,11 +654,16 @@ def read_checkpoint(path, *more):
     except Exception as e:  # torch raises half a dozen types
         raise ValueError(f"{path} is damaged or no checkpoint ({type(e).__name__}): use another") from e
 
-def load_checkpoint(path, device="cpu"):
-    """Return (model, tokenizer, checkpoint), the model ready for use. Raises as read_checkpoint does."""
-    state = read_checkpoint(path)
+def load_checkpoint(path, device="cpu", **changes):
+    """Return (model, tokenizer, checkpoint), the model ready for use, of a checkpoint, Hugging Face folder or
+    id; changes: fields of GPTConfig that shape no weight. Raises as read_checkpoint does."""
+    state = read_checkpoint(path) if Path(path).is_file() or Path(path).suffix == ".pt" else None
+    if state is None or state.get("lora_rank"):
+        from pretrained import load_lora, load_pretrained
+        model, state = load_lora(state, **changes) if state else load_pretrained(path, **changes)
+        return model.to(device), Tokenizer(**state["tokenizer"]), state
     try:
-        model = GPT(GPTConfig(**state["model_args"]))
+        model = GPT(GPTConfig(**state["model_args"] | changes))
         model.load_state_dict(state["model"])
     except (TypeError, RuntimeError) as e:
         raise ValueError(f"{path} does not fit this gpt.py's GPT: use the version it was made with") from e
@@ -687,14 +689,18 @@ class Machine:
         x, y, w = ((t.pin_memory() if on_gpu else t).to(self.device, non_blocking=on_gpu) for t in batch)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             return forward(x, y, weights=w)[1]
-    def reduce(self, values, op):
-        """Return numbers reduced over all processes: op SUM or MAX."""
+    def reduce(self, values, op):  # op: SUM or MAX, over all processes
         values = torch.tensor([float(v) for v in values], dtype=torch.float64)
         if self.world_size > 1:
             dist.all_reduce(values, getattr(dist.ReduceOp, op))
         return values.tolist()
-    def mfu(self, flops):
-        """Return the share that `flops` per second are of the GPUs' peak, or None where that is not known."""
+    def data_folder(self):
+        """Return the folder of `dataset`; where it is missing, the first process prepares it for all."""
+        folder = [prepare_if_missing(dataset) if self.rank == 0 else None]
+        if self.world_size > 1:
+            dist.broadcast_object_list(folder)
+        return folder[0]
+    def mfu(self, flops):  # the share that flops per second are of the GPUs' peak, None where not known
         peak = next((tflops for gpu, tflops in PEAK_TFLOPS.items() if gpu in self.name()), None)
         return flops / (peak * 1e12 * self.world_size) if peak and self.dtype != torch.float32 else None
 
@@ -709,8 +715,7 @@ def pick_device(name):
     except Exception as e:  # torch raises half a dozen types
         raise ValueError(f"device {name!r} is not there: use --device=auto or cpu") from e
 
-def native_bfloat16(device):
-    """Tell whether the hardware itself multiplies bfloat16; a T4, say, emulates it."""
+def native_bfloat16(device):  # does the hardware itself multiply it? A T4, say, emulates it
     if device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512":
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
@@ -739,58 +744,56 @@ def set_up_machine():
 def compile_model(model, machine, batch):
     """Compile the model in place, if that works for a batch; return the seconds it took."""
     os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # spares seconds of trying the C++ compiler
-    began, error = time.time(), None
+    began, outcome = time.time(), "compiled"
     model.compile(dynamic=False)  # model(...) is compiled from now on, model.forward(...) is not
     try:
         machine.loss(model, batch).backward()
     except Exception as e:  # noqa: BLE001  # compilers' errors have no common type
-        model._compiled_call_impl, error = None, type(e).__name__
+        model._compiled_call_impl, outcome = None, f"torch.compile failed ({type(e).__name__}), not used:"
     model.zero_grad(set_to_none=True)
     if machine.rank == 0:
-        print(f"compiled in {time.time() - began:.0f} s" if not error else
-              f"torch.compile failed ({error}): training goes on without it, as --compile=False does")
+        print(f"{outcome} in {time.time() - began:.0f} s")
     return time.time() - began
 
 # ---- Training ----------------------------------------------------------------------------------------------
 def model_config(vocab_size):
-    names = {f.name for f in fields(GPTConfig)} & set(SETTINGS)
-    return GPTConfig(vocab_size=vocab_size, **{name: globals()[name] for name in names})
+    return GPTConfig(vocab_size=vocab_size, **{k: globals()[k] for k in SETTINGS if hasattr(GPTConfig, k)})
 
 def check_settings():
     """Raise ValueError for the first setting whose value has no meaning."""
-    choices = {"init_from": "scratch resume", "optimizer": "muon adamw",
-               "dtype": "auto float32 bfloat16 float16", "lr_schedule": "cosine linear wsd constant"}
-    for name, allowed in choices.items():
-        if globals()[name] not in allowed.split():
-            raise ValueError(f"{name} is {globals()[name]!r}: it must be one of {allowed.replace(' ', ', ')}")
+    choices = {"optimizer": "muon adamw", "dtype": "auto float32 bfloat16 float16",
+               "lr_schedule": "cosine linear wsd constant"}
     positive = "batch_size gradient_accumulation_steps eval_interval eval_iters log_interval learning_rate"
-    for name, value in ((name, globals()[name]) for name in SETTINGS):
-        least = 1e-12 if name in positive.split() else 0
+    for name in SETTINGS:
+        value, least = globals()[name], 1e-12 if name in positive.split() else 0
+        if name in choices and value not in choices[name].split():
+            raise ValueError(f"{name} is {value!r}: it must be one of {choices[name].replace(' ', ', ')}")
         if type(value) in (int, float) and not least <= value < 2**31:
             raise ValueError(f"{name} is {value}: it must be {'above' if least else 'from'} 0, below 2**31")
     model_config(vocab_size=1)
 
-def open_data(machine):
-    """Return the Data of `dataset`; where it is missing, the first process prepares it for all."""
-    folder = [prepare_if_missing(dataset) if machine.rank == 0 else None]
-    if machine.world_size > 1:
-        dist.broadcast_object_list(folder)
-    return Data(folder[0], block_size)
+def check_tokenizer(data, tokenizer):
+    if data.tokenizer != tokenizer:
+        raise ValueError(f"{data.folder} has another tokenizer than the model: prepare it --tokenizer=MODEL")
 
-def build(data, machine, state):
-    """Return (model, optimizers, scaler) by the settings: new, or from a checkpoint's state that agrees."""
+def build(data, machine, state, out=Path()):
+    """Return (model, optimizers, scaler) by the settings: new, of init_from, or of a checkpoint's state."""
     torch.manual_seed(seed)
-    model = GPT(model_config(data.meta["vocab_size"]))
+    base = state.get("base", "") if state else "" if init_from == "scratch" else init_from
+    if base or lora_rank:
+        from pretrained import start_finetuning
+        changes = {k: globals()[k] for k in ("block_size", "dropout", "gradient_checkpointing")}
+        model, tokenizer = start_finetuning(base, state, out, lora_rank, optimizer, **changes)
+    else:
+        model, tokenizer = GPT(model_config(data.meta["vocab_size"])), data.tokenizer
+    check_tokenizer(data, Tokenizer(**state["tokenizer"]) if state else tokenizer)
     if state:
-        if data.tokenizer.state != Tokenizer(**state["tokenizer"]).state:
-            raise ValueError(f"{data.folder} has another tokenizer than the checkpoint: prepare it with the "
-                             "checkpoint's, by --tokenizer=PATH_OF_CHECKPOINT")
-        now = asdict(model.config) | {"optimizer": optimizer}
-        then = state["model_args"] | {"optimizer": state["optimizer"]}
-        for name in then.keys() - {"dropout", "gradient_checkpointing"}:  # on these no weight depends
+        now = asdict(model.config) | {k: globals()[k] for k in ("block_size", "optimizer", "lora_rank")}
+        then = {"lora_rank": 0} | state | state["model_args"] | {"block_size": state["config"]["block_size"]}
+        for name in now.keys() & then.keys() - {"dropout", "gradient_checkpointing"}:  # these shape no weight
             if now[name] != then[name]:
                 raise ValueError(f"{name} is {now[name]}, in the checkpoint {then[name]}: go on with that")
-        model.load_state_dict(state["model"])
+        model.load_state_dict(model.state_dict() | state["model"])
     optimizers = make_optimizers(model.to(machine.device), machine)
     scaler = torch.amp.GradScaler("cuda", enabled=machine.dtype == torch.float16)
     for o, saved in zip(optimizers, (state or {}).get("optimizers", ())):
@@ -801,10 +804,9 @@ def build(data, machine, state):
 def split_batch(world_size):
     """Return (n_micro, rows): a process's micro-batches per step and their size; the global batch stays."""
     n_micro = math.ceil(gradient_accumulation_steps / world_size)
-    rows, odd = divmod(batch_size * gradient_accumulation_steps, world_size * n_micro)
+    rows, odd = divmod(batch_size * gradient_accumulation_steps, least := world_size * n_micro)
     if odd:
-        raise ValueError(f"{world_size} processes cannot share a step's batch evenly: make batch_size * "
-                         f"gradient_accumulation_steps a multiple of {world_size * n_micro}")
+        raise ValueError(f"{world_size} processes: batch_size * accumulation must be a multiple of {least}")
     return n_micro, rows
 
 def open_run(out):
@@ -812,7 +814,7 @@ def open_run(out):
     try:
         out.mkdir(parents=True, exist_ok=True)
         for path in (out / "ckpt.pt", out / "best.pt", out / "log.jsonl"):
-            if init_from == "scratch" and path.exists():
+            if init_from != "resume" and path.exists():
                 kept = path.rename(f"{path}.{time.strftime('%Y-%m-%d-%H%M%S')}")
                 print(f"the earlier run's {path.name} is now {kept}")
         return open(out / "log.jsonl", "a", encoding="utf-8", buffering=1)  # each line at once
@@ -820,13 +822,15 @@ def open_run(out):
         raise OSError(f"{out} cannot be written ({e.strerror}): choose another folder with --out_dir") from e
 
 def describe(machine, data, model, out, tokens_per_step):
-    n, meta = model.n_params(), data.meta
+    n, n_trained = model.n_params(), sum(p.numel() for p in model.parameters() if p.requires_grad)
+    meta, lora = data.meta, f", {n_trained:,} trained" if n_trained < n else ""
     return f"""\
 machine  {machine.world_size} x {machine.name()}, {torch.get_num_threads()} threads, torch {torch.__version__}
          {str(machine.dtype)[6:]}, {'compiled' if machine.compile else 'eager'}
 data     {data.folder}: {meta['train_tokens']:,} training and {meta['val_tokens']:,} validation tokens
          {meta['tokenizer']['kind']} vocabulary of {meta['vocab_size']:,}
-model    {n / 1e6:,.2f}M parameters; up to {n / 2**16:,.0f} MiB with gradients and averages, plus activations
+model    {n / 1e6:,.2f}M parameters{lora}{f', from {model.base}' if model.base else ''}
+         up to {(n + 3 * n_trained) / 2**18:,.0f} MiB with gradients and averages, plus activations
 run      {f'{max_minutes:g} minutes' if max_minutes else f'{max_iters:,} steps'} of {tokens_per_step:,} tokens
          {len(data.starts['train']) * block_size / tokens_per_step:,.0f} steps an epoch, in {out}"""
 
@@ -841,14 +845,16 @@ def print_sample(model, data, machine):
     draws = torch.Generator(machine.device).manual_seed(seed)
     ids += [int(i) for i in model.generate([ids], sample_tokens, generator=draws)]
     model.train()
-    print("-" * 80, data.tokenizer.decode(ids).partition("<|endoftext|>")[0].strip(), "-" * 80, sep="\n")
+    ids = ids[: ids.index(data.tokenizer.end)] if data.tokenizer.end in ids else ids
+    print("-" * 80, data.tokenizer.decode(ids).strip(), "-" * 80, sep="\n")
 
 def snapshot(model, data, step, best_val_loss, **more):
     """Return what a checkpoint for use holds, and more: tensors, numbers, strings, lists and dicts only."""
-    return {"config": {name: globals()[name] for name in SETTINGS} | {"dataset": data.folder.name},
-            "model_args": asdict(model.config), "optimizer": optimizer, "step": step,
-            "tokenizer": data.tokenizer.state, "dataset_sha256": data.meta["sha256"],
-            "best_val_loss": best_val_loss, "model": model.state_dict(), **more}
+    weights = {k: v for k, v in model.state_dict().items() if not lora_rank or ".lora." in k}
+    return {"model": weights, "model_args": asdict(model.config), "tokenizer": data.tokenizer.state,
+            "config": {name: globals()[name] for name in SETTINGS} | {"dataset": data.folder.name},
+            "optimizer": optimizer, "base": model.base, "lora_rank": lora_rank, "step": step,
+            "dataset_sha256": data.meta["sha256"], "best_val_loss": best_val_loss, **more}
 
 def train(started=None):
     """Train as the settings say; return the final figures as a dict. SIGINT and SIGTERM save, end the run and
@@ -875,22 +881,19 @@ def train(started=None):
 
 def training_run(started, machine, caught):
     """Set up; then, step by step: how far? | save, evaluate | set lr | accumulate | update | log."""
+    if eval_only or eval_text:
+        from evaluation import evaluate_only
+        return evaluate_only(sys.modules[__name__], machine)
     say, save = (print, save_checkpoint) if machine.rank == 0 else (lambda *_, **__: None,) * 2
     n_micro, rows = split_batch(machine.world_size)
-    data = open_data(machine)
+    data = Data(machine.data_folder(), block_size, eval_stride)
     out = Path(out_dir or HERE / "out" / data.folder.name)
-    state, step, best_val_loss, stale = None, 0, math.inf, 0  # stale: evaluations since the best
-    paused, reserve = 0.0, 0.0  # seconds not spent on steps; those that the end takes
-    if eval_only:
-        state = read_checkpoint(out / "best.pt")
-        val_loss = evaluate(build(data, machine, state)[0], data, machine, data.n_val_batches())
-        return final_figures(val_loss, data, machine, f"{out / 'best.pt'}, step {state['step']:,}")
-    if init_from == "resume":
-        names = ("step", "best_val_loss", "stale", "reserve", "paused", "elapsed_s")
-        state = read_checkpoint(out / "ckpt.pt", "optimizers", *names)
-        step, best_val_loss, stale, reserve, paused, elapsed = (state[name] for name in names)
-        started, paused = started - elapsed, paused - elapsed
-    model, optimizers, scaler = build(data, machine, state)
+    new = {"step": 0, "best_val_loss": math.inf, "stale": 0, "reserve": 0.0, "paused": 0.0, "elapsed_s": 0.0}
+    state = read_checkpoint(out / "ckpt.pt", "optimizers", *new) if init_from == "resume" else None
+    # stale: evaluations since the best; paused: seconds not spent on steps; reserve: those that the end takes
+    step, best_val_loss, stale, reserve, paused, elapsed = ((state or new)[name] for name in new)
+    started, paused = started - elapsed, paused - elapsed
+    model, optimizers, scaler = build(data, machine, state, out)
     log_file = open_run(out) if machine.rank == 0 else None
     def log(**values):
         say(json.dumps({"step": step, "elapsed_s": round(time.time() - started, 3)} | values), file=log_file)
@@ -905,7 +908,9 @@ def training_run(started, machine, caught):
     while True:
         # how far?
         elapsed = time.time() - started
-        done = share_done(step, elapsed - paused, paused + reserve)
+        done = step / max_iters if max_iters else 1
+        if max_minutes:  # the hundredth part is left to the process's end
+            done = (elapsed - paused) / max(59.4 * max_minutes - paused - reserve, 1)
         progress, stop = machine.reduce([max(progress, done), bool(caught)], "MAX")
         last = progress >= 1
         # save, evaluate
@@ -977,8 +982,8 @@ def training_run(started, machine, caught):
     if not last:
         say(f"stopped at step {step:,}: {out / 'ckpt.pt'} is saved, --init_from=resume goes on from there")
         return result | {"stopped_by": (caught or [signal.SIGTERM])[0]}
-    val_loss = evaluate(model, data, machine, n_val)
-    figures = final_figures(val_loss, data, machine, f"{step:,} steps, {elapsed:.0f} s")
+    title = f"{step:,} steps, {elapsed:.0f} s, full validation split"
+    figures = final_figures(evaluate(model, data, machine, n_val), data, machine, title)
     log(**figures)
     print_sample(model, data, machine)
     return result | figures
@@ -987,9 +992,8 @@ def main():
     if stopped_by := train(__started__).get("stopped_by"):
         raise SystemExit(128 + stopped_by)
 
-if __name__ == "__main__":
-    if "__file__" in globals():  # a script, not pasted into a notebook cell
-        from configurator import run_script
-        run_script(globals(), main, derive=lambda: {"device_type": pick_device(device).type})
-    else:
-        train(__started__)
+if __name__ == "__main__" and "__file__" in globals():  # a script
+    from configurator import run_script
+    run_script(globals(), main, derive=lambda: {"device_type": pick_device(device).type})
+elif __name__ == "__main__":  # pasted into a notebook cell
+    train(__started__)

@@ -44,7 +44,7 @@ import numpy as np
 import regex  # tiktoken brings it
 import tiktoken
 
-from gpt import SHAKESPEARE_SHA256, Data, Tokenizer, corpus, read_checkpoint
+from gpt import CHAT, SHAKESPEARE_SHA256, Data, Tokenizer, corpus, read_checkpoint
 
 dataset = ""  # a data set known by name, as above; the first word on the command line
 input = ""  # your text: .txt, .md, .jsonl or .csv, each also .gz; a folder of such files; -: standard input
@@ -53,7 +53,7 @@ data_dir = ""  # folder of the data sets; empty: data/ beside this script
 suffixes = ".txt .md .jsonl .csv"  # which files of a folder to take
 text_column = ""  # column of .csv, .jsonl and hf; empty: messages, or prompt and response, or else text
 clean = ""  # wikitext: undo that data set's markup and spacing; empty: take the text as it is
-tokenizer = ""  # char | bpe | one of tiktoken's, as gpt2 | path of a data set or checkpoint; empty: by source
+tokenizer = ""  # char | bpe | tiktoken's, as gpt2 | a data set, checkpoint, Hugging Face id; empty: by source
 vocab_size = 8192  # of bpe, its 256 bytes and 4 special tokens included
 bpe_sample_mb = 100.0  # megabytes of text, taken evenly, that bpe is trained on
 val_fraction = 0.1  # share for validation: of documents, beginning with the first, or else of a text's end
@@ -437,12 +437,20 @@ def make_tokenizer(kind, facts, segments):
     if kind in tiktoken.list_encoding_names():
         return Tokenizer(kind)
     path = Path(kind)
-    if path.exists():
-        chosen = Data(path, 1).tokenizer if path.is_dir() else Tokenizer(**read_checkpoint(path)["tokenizer"])
-        check_characters(chosen, segments)
-        return chosen
-    known = ", ".join(("char", "bpe", *tiktoken.list_encoding_names()))
-    raise ValueError(f"tokenizer {kind!r} is none of {known}, nor the path of a data set or checkpoint")
+    if path.is_file():
+        chosen = Tokenizer(**read_checkpoint(path)["tokenizer"])
+    elif (path / "meta.json").exists():
+        chosen = Data(path, 1).tokenizer
+    elif path.is_dir() or re.fullmatch(r"[\w.-]+/[\w.-]+", kind):
+        from pretrained import find_folder
+        from tokenizer_json import read_tokenizer
+        chosen = read_tokenizer(find_folder(path))
+    else:
+        known = ", ".join(("char", "bpe", *tiktoken.list_encoding_names()))
+        raise ValueError(f"tokenizer {kind!r} is none of {known}, nor the path of a data set, checkpoint or "
+                         "Hugging Face model, nor the latter's id")
+    check_characters(chosen, segments)
+    return Tokenizer(**chosen.state | {"begin": "", "chat": CHAT})  # as documents are written here
 
 # ---- Writing -----------------------------------------------------------------------------------------------
 def survey(documents, want_chars):
@@ -500,8 +508,8 @@ def start_worker(state, dtype):
 
 def encode(text):
     """Return text's ids, uint32, or a special token's."""
-    if isinstance(text, Special) and text in chosen.special:
-        return np.uint32([chosen.special[text]])
+    if isinstance(text, Special) and (text == EOT or text in chosen.special):
+        return np.uint32([chosen.end if text == EOT else chosen.special[text]])
     if chosen.state["kind"] == "char":
         return np.uint32(chosen.encode(text))
     return chosen.encoding.encode_to_numpy(text, disallowed_special=())  # faster than by a list
@@ -648,7 +656,7 @@ def document_lengths(data):
     for tokens in data.tokens.values():
         ends, n = [-1], 0
         for ids in read_ids(tokens):
-            ends += (np.flatnonzero(ids == data.tokenizer.special.get(EOT)) + n).tolist()
+            ends += (np.flatnonzero(ids == data.tokenizer.end) + n).tolist()
             n += len(ids)
         lengths += (np.diff([*ends, n] if ends[-1] < n - 1 else ends) - 1).tolist()
     return np.array(lengths)
@@ -705,7 +713,7 @@ def prepare(folder, part, source, kind):
         if done["asked"]:
             print(f"{part}: of other settings or another text, begun anew")
         chosen = make_tokenizer(kind, facts, segments(source, facts))
-        if facts.special and EOT not in chosen.special:
+        if facts.special and chosen.end is None:
             raise ValueError(f"tokenizer {kind} lacks {EOT}, which ends documents and examples: take another")
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)

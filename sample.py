@@ -1,10 +1,13 @@
-"""sample.py: let a trained model continue a text.
+"""sample.py: let a trained model continue a text, or talk with it.
 
     python sample.py --prompt "ROMEO:"                 the newest run under out/; --prompt may be left out
     python sample.py --out_dir=out/pydoc --interactive
+    python sample.py --out_dir=out/mine --chat         talk with a model trained on messages
     python sample.py --prompt=FILE:start.txt --max_tokens=60000 --output=long.txt
+    python sample.py --init_from=gpt2                  a Hugging Face folder or hub id; see pretrained.py
+    python sample.py --export=FOLDER                   write the newest run as such a folder
 
-It needs a checkpoint of gpt.py and nothing else; the tokenizer is in it.
+It needs nothing but a checkpoint of gpt.py: the tokenizer is in it.
 """
 import codecs
 import contextlib
@@ -12,12 +15,16 @@ import math
 import re
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from gpt import context_length, load_checkpoint, native_bfloat16, pick_device
 
+# ---- Settings: each comment is its help text (python sample.py --help) -------------------------------------
 prompt = "\n"  # text to continue, or FILE:path to read it from
 max_tokens = 100  # length of a sample, in tokens
 num_samples = 1  # samples to draw, one after the other
@@ -26,34 +33,26 @@ top_k = 200  # draw among the k likeliest tokens only; 0: all
 top_p = 0.9  # draw among the fewest tokens that reach this probability together; 1: all
 min_p = 0.0  # drop tokens less probable than this share of the likeliest's probability; 0: none
 repetition_penalty = 1.0  # above 1: tokens already used become less likely
-stop = "<|endoftext|>"  # end a sample before this text; several are separated by ||; empty: none
+stop = "<|endoftext|>"  # end before one of these texts or tokens, parted by ||; the default: at a text's end
 seed = 1337  # of the draws
 interactive = False  # read prompts from the keyboard until quit, exit, q or Ctrl-D
+chat = False  # talk with a model that was trained on messages, by its own template
+system = ""  # chat: system text, which precedes the conversation
 checkpoint = ""  # checkpoint file; empty: that of out_dir
 out_dir = ""  # a run's folder; empty: the newest under out/ beside this script
+init_from = ""  # instead: a Hugging Face folder or hub id, as gpt2, or a checkpoint
+block_size = 2048  # context length, at most, of a model from a Hugging Face folder or id, in tokens
+export = ""  # only write the model to this new folder, in Hugging Face's format, in float32 or as dtype says
 output = ""  # write the samples to this file; empty: to the screen, as they come
 device = "auto"  # auto: cuda, else mps, else cpu | or any torch device
-dtype = "auto"  # auto: bfloat16 on GPUs that have it, else float32 | float32 | bfloat16
+dtype = "auto"  # auto: bfloat16 on GPUs that have it, and for int8 on CPUs, else float32 | float32 | bfloat16
+quantize = ""  # int8: weights as one byte each, which halves their memory; empty: as dtype says
 compile = False  # compile the step from token to token: some seconds to begin, then faster
 
 HERE = Path(__file__).resolve().parent
 TUNABLE = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_tokens")  # while it runs
 
-
-def find_checkpoint():
-    """Return the path of the checkpoint to use. Raises FileNotFoundError if there is none."""
-    if checkpoint:
-        return Path(checkpoint)
-    folders = [Path(out_dir)] if out_dir else (HERE / "out").glob("*/")
-    found = [path for folder in folders for path in folder.glob("*.pt") if path.stem in ("best", "ckpt")]
-    if not found:
-        raise FileNotFoundError(f"{out_dir or HERE / 'out'} holds no checkpoint: train a model first, as by "
-                                "python gpt.py config/train_shakespeare.py")
-    newest = max(found, key=lambda path: path.stat().st_mtime)
-    best = newest.with_name("best.pt")
-    return best if best in found else newest
-
-
+# ---- From text to text -------------------------------------------------------------------------------------
 def read_prompt():
     if not prompt.startswith("FILE:"):
         return prompt or "\n"
@@ -64,7 +63,6 @@ def read_prompt():
         raise ValueError(f"the prompt file {path} is not UTF-8 text (byte {e.start})") from e
     except OSError as e:
         raise FileNotFoundError(f"the prompt file {path} cannot be read: {e.strerror}") from e
-
 
 def sampling():
     """Return the sampling settings as keywords of generate_text. Raises ValueError for one out of range."""
@@ -84,7 +82,6 @@ def sampling():
             "repetition_penalty": repetition_penalty, "max_tokens": max_tokens,
             "stop": [s for s in stop.split("||") if s]}
 
-
 def warn_about_length(n, block_size):
     """Say so when not all of the prompt, or not all of the text to come, fits the model's context."""
     if n > block_size:
@@ -93,29 +90,119 @@ def warn_about_length(n, block_size):
     elif n + max_tokens > block_size:
         print(f"note: the model sees {block_size} tokens at most and forgets the oldest", file=sys.stderr)
 
+def encode_parts(tokenizer, parts):
+    """Return the ids of texts that follow each other, as a list, after tokenizer.begin, if any.
+    parts: (text, names) pairs; where names is True, special tokens' names in text, as <|user|>, mean these.
+    Plain text is encoded in one piece from one special token to the next, whatever parts it comes from."""
+    known = "|".join(map(re.escape, sorted(tokenizer.special, reverse=True))) or "(?!)"
+    ids, plain = [], ""
+    for text, names in parts:
+        for i, piece in enumerate(re.split(f"({known})", text) if names else [text]):
+            if i % 2:
+                ids += [*tokenizer.encode(plain), tokenizer.special[piece]]
+                plain = ""
+            else:
+                plain += piece
+    ids += tokenizer.encode(plain)
+    return ids if tokenizer.begin in (None, *ids[:1]) else [tokenizer.begin, *ids]
 
 def encode_prompt(tokenizer, text):
-    """Return text's ids, as a list; names of the tokenizer's special tokens, as <|user|>, mean these."""
-    names = "|".join(map(re.escape, tokenizer.special))
-    parts = re.split(f"({names})", text) if names else [text]
-    special = {name: [i] for name, i in tokenizer.special.items()}
-    return [i for part in parts for i in special.get(part) or tokenizer.encode(part)]
-
+    return encode_parts(tokenizer, [(text, True)])
 
 def generate_text(model, tokenizer, prompt, max_tokens, stop=(), **sampling):
-    """Yield the text that continues prompt, piece by piece, up to max_tokens or one of the strings `stop`."""
+    """Yield the text that continues prompt, a text or ids, piece by piece, up to max_tokens or one of the
+    strings `stop`, of which <|endoftext|> means tokenizer.end too, whatever its name."""
+    ids = encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else prompt
+    end = tokenizer.end if "<|endoftext|>" in stop else None
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # waits for the rest of a split character
     text = ""
-    for last in model.generate([encode_prompt(tokenizer, prompt)], max_tokens, **sampling):
-        text += decoder.decode(tokenizer.decode_bytes(last.tolist()))
-        if ends := [text.find(s) for s in stop if s in text]:
-            yield text[: min(ends)]
+    for last in model.generate([ids], max_tokens, **sampling):
+        if (token := int(last)) == end:
+            break
+        text += decoder.decode(tokenizer.decode_bytes([token]))
+        if found := [text.find(s) for s in stop if s in text]:
+            yield text[: min(found)]
             return
         held = max((n for s in stop for n in range(len(s)) if text.endswith(s[:n])), default=0)
         yield text[: len(text) - held]  # the rest may prove to begin a stop string
         text = text[len(text) - held :]
     yield text + decoder.decode(b"", final=True)
 
+def write_sample(model, tokenizer, generator, forward, file, text):
+    """Write text and its continuation to file, piece by piece. Raises ValueError for an unknown character."""
+    options = sampling()
+    warn_about_length(len(encode_prompt(tokenizer, text)), model.config.block_size)
+    file.write(text)
+    for piece in generate_text(model, tokenizer, text, generator=generator, forward=forward, **options):
+        file.write(piece)
+        file.flush()
+    file.write("\n")
+
+# ---- The model ---------------------------------------------------------------------------------------------
+def find_checkpoint():
+    """Return the path of the checkpoint to use. Raises FileNotFoundError if there is none."""
+    if checkpoint or init_from:
+        return checkpoint or init_from
+    folders = [Path(out_dir)] if out_dir else (HERE / "out").glob("*/")
+    found = [path for folder in folders for path in folder.glob("*.pt") if path.stem in ("best", "ckpt")]
+    if not found:
+        raise FileNotFoundError(f"{out_dir or HERE / 'out'} holds no checkpoint: train a model first, as by "
+                                "python gpt.py config/train_shakespeare.py")
+    newest = max(found, key=lambda path: path.stat().st_mtime)
+    best = newest.with_name("best.pt")
+    return best if best in found else newest
+
+class Int8(nn.Module):
+    """A matrix as int8 rows with a scale each, multiplied as by nn.Linear or, given ids, looked up as by
+    nn.Embedding. The scale is the row's largest weight / 127, so that none is off by more than half of it."""
+    def __init__(self, weight, bias=None):
+        super().__init__()
+        scale = weight.detach().abs().amax(1).clamp(min=1e-12) / 127
+        rows = weight.detach().float() / scale.float()[:, None]
+        self.register_buffer("rows", rows.round().to(torch.int8))  # (out, in)
+        self.register_buffer("scale", scale)  # (out,)
+        self.bias = bias
+    def forward(self, x):
+        if x.dtype == torch.long:
+            return self.rows[x] * self.scale[x].unsqueeze(-1)
+        if x.is_cpu and x.dtype == torch.bfloat16:  # torch's kernel for float32 is slow
+            y = torch.ops.aten._weight_int8pack_mm(x.flatten(0, -2), self.rows, self.scale)
+            y = y.unflatten(0, x.shape[:-1])
+        elif x.numel() == x.size(-1) and torch.compiler.is_compiling():  # the compiler makes one loop of it
+            y = (x.unsqueeze(-2) * self.rows).sum(-1) * self.scale
+        else:
+            y = F.linear(x, self.rows.to(x.dtype)) * self.scale
+        return y if self.bias is None else y + self.bias
+
+def quantize_weights(model):
+    """Replace a model's linear layers and its token embedding by Int8, which share a matrix if tied."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(parent, name, Int8(child.weight, child.bias))
+    model.wte = model.lm_head if model.config.tie_weights else Int8(model.wte.weight)
+
+def weight_bytes(model):
+    """Return how many bytes the parameters and buffers take, but for the table of rotary angles."""
+    return sum(t.nbytes for t in (*model.parameters(), *model.buffers()) if t is not model.rotary)
+
+def load_model(device):
+    """Return (model, tokenizer, checkpoint), weights as dtype and quantize say, which it tells on stderr."""
+    path = find_checkpoint()
+    model, tokenizer, state = load_checkpoint(path, device)
+    n, before = model.n_params(), f"step {state['step']:,}, " if "step" in state else ""
+    loss = f", val loss {state['best_val_loss']:.4f}" if "best_val_loss" in state else ""
+    fast = native_bfloat16(device) if device.type == "cuda" else device.type == "cpu" and quantize
+    if dtype == "bfloat16" or (dtype == "auto" and fast and not export):
+        model.bfloat16()
+    if "step" not in state and model.config.use_rope and not export:  # the cache will be as long
+        model.config.block_size = min(block_size, model.config.block_size)
+    kind = str(model.ln_f.weight.dtype)[6:]
+    if quantize:
+        quantize_weights(model)
+        kind += f", int8 weights, {weight_bytes(model) / 2**20:.1f} MiB ({n / 2**19:.1f} MiB in bfloat16)"
+    print(f"{path}: {before}{n / 1e6:.2f}M parameters{loss}; {device.type}, {kind}", file=sys.stderr)
+    return model, tokenizer, state
 
 def compiled(model):
     """Return model.forward compiled, or where that fails, which is tried, as it is."""
@@ -127,20 +214,62 @@ def compiled(model):
         return model.forward
     return forward
 
+# ---- At the keyboard ---------------------------------------------------------------------------------------
+class Chat:
+    """A conversation by the tokenizer's template; turns: a question, its answer, the next question, ..."""
+    def __init__(self, model, tokenizer, generator, forward):
+        self.model, self.tokenizer, self.turns, self.forgetful = model, tokenizer, [], False
+        self.options = {"generator": generator, "forward": forward}
+        if lacking := {*re.findall(r"<\|\w+\|>", "".join(tokenizer.chat))} - tokenizer.special.keys():
+            raise ValueError(f"the tokenizer lacks {' and '.join(sorted(lacking))}: --chat takes a model "
+                             "trained on messages, --interactive any")
+    def encode(self, turns):
+        """Return the ids of system text and turns, in which names of special tokens are mere text."""
+        said = [(0, system)] * bool(system) + [(1 + i % 2, text) for i, text in enumerate(turns)]
+        parts = []
+        for role, text in said:
+            before, _, after = self.tokenizer.chat[role].partition("%s")
+            parts += [(before, True), (text, False), (after, True)]
+        return encode_parts(self.tokenizer, parts)
+    def ask(self, question):
+        """Add a question to turns, without the oldest ones where room lacks; return the ids to continue."""
+        turns, block_size = [*self.turns, question], self.model.config.block_size
+        room = min(max_tokens, block_size // 2)
+        while len(ids := self.encode(turns)) + room > block_size:
+            if len(turns) == 1:
+                raise ValueError(f"{len(ids)} tokens of message and system text and {room} for the answer "
+                                 f"exceed block_size {block_size}: shorten the message or lower max_tokens")
+            turns = turns[2:]
+        if len(turns) < len(self.turns) and not self.forgetful:
+            self.forgetful = True
+            print(f"note: beyond {block_size} tokens the oldest turns are forgotten", file=sys.stderr)
+        self.turns = turns
+        return ids
+    def answer(self, question):
+        """Print the answer as it comes, and remember it, whole or not."""
+        ids, options = self.ask(question), sampling() | self.options
+        options["max_tokens"] = min(max_tokens, self.model.config.block_size - len(ids))
+        mark = self.tokenizer.chat[2].partition("%s")[2]  # what stands after an answer
+        options["stop"] += ["<|endoftext|>"] + [mark.strip() or mark] * bool(mark)
+        self.turns.append("")
+        for piece in generate_text(self.model, self.tokenizer, ids, **options):
+            self.turns[-1] += piece
+            print(piece, end="", flush=True)
+        print()
+    def command(self, line):
+        """Begin a new conversation by /reset, or by /system with another system text; or change a setting."""
+        global system
+        name, _, text = line[1:].strip().partition(" ")
+        if name not in ("reset", "system"):
+            return change_setting(line)
+        if name == "system":
+            self.tokenizer.encode(text)  # raises ValueError for an unknown character
+            system = text.strip()
+        self.turns, self.forgetful = [], False
 
-def write_sample(model, tokenizer, text, generator, forward, file):
-    """Write text and its continuation to file, piece by piece. Raises ValueError for an unknown character."""
-    options = sampling()
-    warn_about_length(len(encode_prompt(tokenizer, text)), model.config.block_size)
-    file.write(text)
-    for piece in generate_text(model, tokenizer, text, generator=generator, forward=forward, **options):
-        file.write(piece)
-        file.flush()
-    file.write("\n")
-
-
-def change_setting(words):
-    """Set one of TUNABLE by words such as ["top_k", "50"]; for others raise ValueError and change nothing."""
+def change_setting(line):
+    """Set one of TUNABLE by a line such as "/top_k 50"; for others raise ValueError and change nothing."""
+    words = line[1:].replace("=", " ").split()
     if len(words) != 2 or words[0] not in TUNABLE:
         raise ValueError("; ".join(f"/{name} {globals()[name]}" for name in TUNABLE) + " can be changed")
     name, before = words[0], globals()[words[0]]
@@ -151,22 +280,18 @@ def change_setting(words):
         globals()[name] = before
         raise ValueError(f"{name} stays {before}: {e}") from e
 
-
-def interact(model, tokenizer, generator, forward):
-    """Answer prompts from the keyboard until quit, exit, q or the end of input."""
+def interact(greeting, respond, command):
+    """Pass lines from the keyboard to respond or, from a slash on, command, until one or their end leaves."""
     with contextlib.suppress(ImportError):  # Windows has none
         import readline  # noqa: F401  # input() now edits lines and recalls them with the arrow keys
-    print("Type how a text begins. /temperature 0.5 changes a setting, / lists them; quit, exit, q or Ctrl-D "
-          "leaves.")
+    print(greeting, "/temperature 0.5 changes a setting, / lists them; quit, exit, q or Ctrl-D leaves.")
     while True:
         try:
             line = input("> ")
             if line.strip() in ("quit", "exit", "q"):
                 return
-            if line.startswith("/"):
-                change_setting(line[1:].replace("=", " ").split())
-            elif line:
-                write_sample(model, tokenizer, line, generator, forward, sys.stdout)
+            if line:
+                (command if line.startswith("/") else respond)(line)
         except ValueError as e:
             print(e)
         except KeyboardInterrupt:  # ends this text, not the program
@@ -175,31 +300,36 @@ def interact(model, tokenizer, generator, forward):
             print()
             return
 
-
 def main():
     sampling()
     if dtype not in ("auto", "float32", "bfloat16"):
         raise ValueError(f"dtype is {dtype!r}: it must be auto, float32 or bfloat16")
-    chosen, path = pick_device(device), find_checkpoint()
-    model, tokenizer, state = load_checkpoint(path, chosen)
-    if dtype == "bfloat16" or (dtype == "auto" and chosen.type == "cuda" and native_bfloat16(chosen)):
-        model.bfloat16()
-    print(f"{path}: step {state['step']:,}, {model.n_params() / 1e6:.2f}M parameters, val loss "
-          f"{state['best_val_loss']:.4f}; {chosen.type}, {str(model.wte.weight.dtype)[6:]}", file=sys.stderr)
-    generator = torch.Generator(chosen).manual_seed(seed)
+    if quantize not in ("", "int8") or (quantize and export):
+        raise ValueError(f"quantize is {quantize!r}: it must be int8, or empty for weights as they are; only "
+                         "these are exported")
+    chosen = pick_device(device)
+    model, tokenizer, state = load_model(chosen)
+    if export:
+        import pretrained
+        pretrained.export(model, tokenizer, state, export)
+        return print(f"wrote {export}: transformers, vLLM and llama.cpp read it", file=sys.stderr)
     forward = compiled(model) if compile else model.forward
+    run = model, tokenizer, torch.Generator(chosen).manual_seed(seed), forward
+    if chat:
+        talk = Chat(*run)
+        return interact("Type a message. /reset begins a new conversation, /system TEXT one with that system "
+                        "text, /system one without.", talk.answer, talk.command)
     if interactive:
-        return interact(model, tokenizer, generator, forward)
+        return interact("Type how a text begins.", partial(write_sample, *run, sys.stdout), change_setting)
     text, began = read_prompt(), time.time()
     encode_prompt(tokenizer, text)  # before anything is written
     with open(output, "w", encoding="utf-8") if output else contextlib.nullcontext(sys.stdout) as file:
         for i in range(num_samples):
             if i:
                 file.write("-" * 80 + "\n")
-            write_sample(model, tokenizer, text, generator, forward, file)
+            write_sample(*run, file, text)
     if output:
         print(f"wrote {output} in {time.time() - began:.1f} s", file=sys.stderr)
-
 
 if __name__ == "__main__":
     from configurator import run_script

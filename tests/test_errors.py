@@ -126,7 +126,7 @@ GPT_MISTAKES = [
     (["--optimizer=foo"], ["optimizer is 'foo'", "muon, adamw"]),
     (["--optimizer="], ["optimizer is ''"]),
     (["--lr_schedule=step"], ["lr_schedule is 'step'", "cosine"]),
-    (["--init_from=gpt2"], ["init_from is 'gpt2'", "scratch, resume"]),
+    (["--init_from=no/such/folder/at/all"], ["no/such/folder/at/all", "Hugging Face"]),
     (["--max_iters=-1"], ["max_iters is -1", "from 0, below 2**31"]),
     (["--max_minutes=-1"], ["max_minutes is -1"]),
     (["--batch_size=0"], ["batch_size is 0", "above 0, below 2**31"]),
@@ -206,8 +206,8 @@ def test_a_data_set_that_is_spoiled(mistake, tmp_path):
     mistake("gpt.py", holds=["train holds 0 tokens", "block_size 16"])
     spoil(tmp_path, train=b"\1\0" * 16, meta={"train_tokens": 16})
     mistake("gpt.py", holds=["train holds 16 tokens", "block_size 16"])
-    spoil(tmp_path, train=b"\1\0" * 100, val=b"\1\0" * 3, meta={"train_tokens": 100, "val_tokens": 3})
-    mistake("gpt.py", holds=["val holds 3 tokens"])
+    spoil(tmp_path, train=b"\1\0" * 100, val=b"\1\0", meta={"train_tokens": 100, "val_tokens": 1})
+    mistake("gpt.py", holds=["val holds 1 tokens"])
     (tmp_path / "data" / "toy" / "meta.json").unlink()
     mistake("gpt.py", holds=["toy", "prepare.py"])
 
@@ -302,8 +302,8 @@ def test_resume_with_another_tokenizer(mistake, launch, checkpoint, tmp_path):
     """Data whose characters differ, if only in their order, do not fit the weights."""
     chars = torch.load(checkpoint)["tokenizer"]["chars"]
     spoil(tmp_path, meta={"tokenizer": {"kind": "char", "chars": chars[::-1]}})
-    mistake("gpt.py", "--init_from=resume", holds=["toy has another tokenizer", "checkpoint"])
-    mistake("gpt.py", "--eval_only", holds=["toy has another tokenizer", "checkpoint"])
+    mistake("gpt.py", "--init_from=resume", holds=["toy has another tokenizer", "--tokenizer="])
+    mistake("gpt.py", "--eval_only", holds=["toy has another tokenizer", "--tokenizer="])
     spoil(tmp_path, meta={"tokenizer": {"kind": "char", "chars": chars}})
     before = tree(checkpoint.parent)
     launch("gpt.py", "--eval_only")
@@ -392,8 +392,8 @@ def test_sample_refuses(mistake, checkpoint, arguments, holds, tmp_path, monkeyp
 def fail_midway(error):
     """Return a torch.save that writes some bytes and then raises."""
 
-    def save(state, file):
-        file.write(b"the beginning of a file")
+    def save(state, path):
+        path.write_bytes(b"the beginning of a file")
         raise error
 
     return save

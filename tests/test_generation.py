@@ -388,7 +388,7 @@ class PieceTokenizer:
     """Ids of the given byte strings."""
 
     def __init__(self, pieces):
-        self.pieces, self.special = pieces, {}
+        self.pieces, self.special, self.begin, self.end = pieces, {}, None, None
 
     def encode(self, text):
         return [ord(c) for c in text]

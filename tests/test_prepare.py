@@ -18,9 +18,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import transformers
 
 import gpt
 import prepare
+import tokenizer_json
 
 PLAY = "First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak.\n"
 PLAY_SHA256 = hashlib.sha256(PLAY.encode()).hexdigest()
@@ -640,6 +642,26 @@ def test_a_tokenizer_is_taken_from_a_data_set_or_checkpoint(prepared, tmp_path, 
         meta = json.loads((tmp_path / "more" / "b" / "meta.json").read_text(encoding="utf-8"))
         assert meta["tokenizer"] == first["tokenizer"]
         assert text_of(tmp_path / "more" / "b", "train") == ("world of hello " * 20)[:270]
+
+
+def test_a_tokenizer_is_taken_from_a_hugging_face_folder(prepared, tmp_path):
+    """Ids are transformers'; answers end with its end token, and the chat template is prepare.py's own."""
+    special = "</s> <|user|> <|assistant|>"
+    original = gpt.Tokenizer(
+        "char", "\n eholrwd", special=special, end="</s>", begin="</s>", chat="%s||%s:||%s"
+    )
+    (tmp_path / "model").mkdir()
+    tokenizer_json.write_tokenizer(original, tmp_path / "model", 64)
+    rows = [
+        {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "world"}]}
+    ] * 2
+    name, _, _ = prepared(input=jsonl(tmp_path / "c.jsonl", rows), tokenizer=str(tmp_path / "model"))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    expected = theirs("<|user|>hello<|assistant|>world</s>", add_special_tokens=False).input_ids
+    data = gpt.Data(tmp_path / "data" / name, 1)
+    assert data.tokens["train"][np.arange(len(expected))].tolist() == expected
+    assert len(data.tokens["train"]) == len(expected) == 13
+    assert (data.tokenizer.begin, data.tokenizer.chat) == (None, gpt.CHAT.split("||"))
 
 
 def test_an_unknown_character_is_named_with_its_position(prepared, refused, tmp_path):

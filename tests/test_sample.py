@@ -4,6 +4,7 @@ import base64
 import math
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ BLOCK = 16
 SETTINGS = read_settings(Path(sample.__file__).read_text(encoding="utf-8"))
 
 
-def save_alphabet(path, shift=1, special=""):
+def save_alphabet(path, shift=1, special="", **roles):
     """Save a model that says, after any letter, the one `shift` places on, with a probability of nearly 1."""
     size = len(CHARS) + len(special.split())
     args = {
@@ -43,7 +44,7 @@ def save_alphabet(path, shift=1, special=""):
             "best_val_loss": 1.5,
             "model": model.state_dict(),
             "model_args": args,
-            "tokenizer": {"kind": "char", "chars": CHARS, "special": special},
+            "tokenizer": {"kind": "char", "chars": CHARS, "special": special, **roles},
         },
     )
     return str(path)
@@ -187,6 +188,44 @@ def test_a_sample_ends_at_the_end_of_the_text(say, chatty):
     options["num_samples"] = 1
     assert say(**options, stop="").out == "wxyz<|endoftext|><|user|>\n a\n"
     assert say(**options, stop="<|user|>||c").out == "wxyz<|endoftext|>\n"
+
+
+def test_a_sample_ends_at_the_tokenizers_own_end(say, tmp_path):
+    """By default at the token that the tokenizer calls its end; with another --stop only there."""
+    path = save_alphabet(tmp_path / "eot.pt", special="<|eot|> <|x|>", end="<|eot|>")
+    options = {"checkpoint": path, "prompt": "wx", "max_tokens": 7}
+    assert say(**options).out == "wxyz\n"
+    assert say(**options, stop="<|x|>").out == "wxyz<|eot|>\n"
+    assert say(**options, stop="<|x|>||y").out == "wx\n"
+    assert say(**options, stop="").out == "wxyz<|eot|><|x|>\n a\n"
+
+
+def test_the_name_of_a_stop_token_ends_also_where_it_is_spelled_out():
+    """A model may write <|endoftext|> in ordinary tokens, as one whose data held that text."""
+    tokenizer = gpt.Tokenizer("char", "abc<|endoftx>", special="<|endoftext|>")
+
+    def says(ids):
+        model = SimpleNamespace(generate=lambda *_, **__: map(torch.tensor, ([i] for i in ids)))
+        return "".join(sample.generate_text(model, tokenizer, "a", 99, ["<|endoftext|>"]))
+
+    assert says([*tokenizer.encode("ab<|endoftext|>c")]) == "ab"
+    assert says([*tokenizer.encode("ab<|end"), tokenizer.end, 2]) == "ab<|end"
+
+
+def test_of_two_names_the_longer_counts():
+    tokenizer = gpt.Tokenizer("char", "abc", special="<s> <s>a <b>")
+    assert sample.encode_prompt(tokenizer, "<s>a<s>bc<s>") == [4, 3, 1, 2, 3]
+
+
+def test_a_prompt_begins_as_the_tokenizer_begins_every_text(say, tmp_path):
+    """Once, also where the prompt names that token itself; an empty prompt then is one."""
+    tokenizer = gpt.Tokenizer("char", "abc", special="<|begin|> <|x|>", begin="<|begin|>")
+    for text in ("ab<|x|>", "<|begin|>ab<|x|>"):
+        assert sample.encode_prompt(tokenizer, text) == [3, 0, 1, 4]
+    assert sample.encode_prompt(tokenizer, "") == [3]
+    assert sample.encode_prompt(tokenizer, "<|x|><|begin|>") == [3, 4, 3]
+    path = save_alphabet(tmp_path / "begin.pt", special="<|begin|>", begin="<|begin|>")
+    assert "the last 9" in say(checkpoint=path, prompt="abcdefghijklmnop", max_tokens=2).err  # of 17
 
 
 def test_a_prompt_may_name_special_tokens(say, chatty):
@@ -495,6 +534,110 @@ def test_compiling_that_fails_is_said_and_does_no_harm(say, monkeypatch):
     found = say(prompt="a", temperature=0.0, compile=True)
     assert found.out == expected.out
     assert "torch.compile failed (RuntimeError)" in found.err
+
+
+# ---- int8 ----------------------------------------------------------------------------------------------------
+
+
+def random_model(dtype=torch.float32, **changes):
+    """Return a model whose weights, also those that begin as 0, are drawn."""
+    sizes = {"n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 64, "vocab_size": 100, "block_size": 32}
+    model = gpt.GPT(gpt.GPTConfig(**sizes | {"dropout": 0.0} | changes)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn(p.shape))
+    return model.to(dtype)
+
+
+def rounded(weight):
+    """Return a matrix as int8 per row represents it: multiples of the row's largest weight / 127."""
+    scale = weight.abs().amax(1, keepdim=True) / 127
+    return torch.where(scale > 0, (weight.float() / scale.float()).round() * scale, 0.0).to(weight.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (2, 3)])
+def test_int8_is_off_by_half_a_scale_per_weight_at_most(shape, dtype):
+    """So a product is off by half the row's scale times the sum of |x|; 127 stands for the largest weight."""
+    weight, bias = (
+        (torch.randn(50, 96) * torch.logspace(-6, 2, 50)[:, None]).to(dtype),
+        torch.randn(50).to(dtype),
+    )
+    weight[7], weight[8, 5] = 0, weight[8].abs().max() * 3
+    x, half = torch.randn(*shape, 96).to(dtype), weight.float().abs().amax(1) / 254
+    matrix = sample.Int8(weight, bias)
+    ids = torch.arange(50).view(2, 25)
+    off = (matrix(ids).double() - weight[ids].double()).abs()
+    assert matrix(ids).dtype == matrix(x).dtype == dtype
+    roundings = 2 ** -(7 if dtype == torch.bfloat16 else 22) * weight[ids].double().abs()
+    assert (off <= 1.005 * half[ids].unsqueeze(-1) + roundings).all()
+    assert (off[0, 8].max() > 0.9 * half[8]) and not off[0, 7].any()
+    y, exact = matrix(x).double(), x.double() @ weight.double().mT + bias.double()
+    roundings = 2 ** -(7 if dtype == torch.bfloat16 else 20) * (
+        x.double().abs() @ weight.double().abs().mT + 1
+    )
+    assert ((y - exact).abs() <= x.double().abs().sum(-1, keepdim=True) * half + roundings).all()
+
+
+@pytest.mark.parametrize("changes", [{}, {"bias": True, "use_rope": False, "use_rms_norm": False}], ids=str)
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_int8_model_computes_with_the_rounded_weights(tied, changes):
+    """Its logits are those of the same model in float32 whose matrices were rounded, one by one, beforehand."""
+    model, idx = random_model(tie_weights=tied, **changes), torch.randint(100, (2, 20))
+    reference, before = random_model(tie_weights=tied, **changes), model(idx)[0]
+    state = {k: rounded(w) if w.ndim == 2 and k != "wpe.weight" else w for k, w in model.state_dict().items()}
+    reference.load_state_dict(state)
+    sample.quantize_weights(model)
+    torch.testing.assert_close(model(idx)[0], reference(idx)[0], rtol=1e-4, atol=1e-4)
+    assert 1e-4 < (model(idx)[0] - before).std() / before.std() < 0.03
+    assert not [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    assert (model.wte is model.lm_head) == tied
+    for row in (0, 1):  # bfloat16 goes another way, and a single token yet another
+        cache, parts = gpt.KVCache(model.config, 1), []
+        for i in range(20):
+            parts.append(model(idx[row : row + 1, i : i + 1], cache=cache)[0])
+        torch.testing.assert_close(torch.cat(parts, 1)[0], model(idx)[0][row], rtol=1e-4, atol=1e-4)
+    model.bfloat16()
+    assert (model(idx)[0] - reference(idx)[0]).std() / before.std() < 0.03
+
+
+def test_int8_compiled_is_int8():
+    """What a compiler is given for single rows is the same product."""
+    matrix, x = sample.Int8(torch.randn(50, 96), torch.randn(50)), torch.randn(1, 1, 96)
+    torch.testing.assert_close(torch.compile(matrix, backend="eager")(x), matrix(x))
+
+
+def test_int8_weights_take_half_of_bfloat16s():
+    """A byte a weight, and two for each row's scale and each norm's weight; the tied matrix counts once."""
+    sizes = {"n_layer": 4, "n_head": 4, "n_kv_head": 4, "n_embd": 256, "vocab_size": 5000, "block_size": 1024}
+    model = random_model(torch.bfloat16, **sizes)
+    n_rows = 5000 + 4 * (3 * 256 + 256 + 2 * 672 + 256)  # 672 is 8/3 * 256 in steps of 32
+    n_weights = 5000 * 256 + 4 * (4 * 256**2 + 3 * 672 * 256)
+    assert model.n_params() == n_weights + 9 * 256
+    sample.quantize_weights(model)
+    assert sample.weight_bytes(model) == n_weights + 2 * n_rows + 2 * 9 * 256
+    assert sample.weight_bytes(model) <= 0.55 * 2 * (n_weights + 9 * 256)
+
+
+def test_an_int8_model_generates_the_same_with_and_without_cache():
+    """Greedy tokens, past the context too, are those of reading the whole text anew for each."""
+    model = random_model()
+    sample.quantize_weights(model)
+    ids = [5, 17, 3]
+    for token in model.generate([ids], 40, temperature=0.0):
+        seen = ids[-gpt.context_length(len(ids), 32) :]
+        assert int(token) == int(model(torch.tensor([seen]))[0][0, -1].argmax())
+        ids.append(int(token))
+
+
+def test_quantize(say):
+    """The text stays, stderr tells the size; bfloat16 is what auto takes, for which a CPU has a fast kernel."""
+    for dtype, shown in (("float32", "float32"), ("auto", "bfloat16"), ("bfloat16", "bfloat16")):
+        out, err = say(prompt="abc", quantize="int8", dtype=dtype)
+        assert out == "abcdefgh\n"
+        assert f"; cpu, {shown}, int8 weights, 0.0 MiB (0.0 MiB in bfloat16)" in err
+    with pytest.raises(ValueError, match="quantize is 'int4': it must be int8, or empty"):
+        say(quantize="int4", checkpoint="no file")
 
 
 def test_sample_as_a_command(run_script, tmp_path):

@@ -163,8 +163,9 @@ def test_state_rebuilds_the_tokenizer(tiny_bpe, name):
     """The state is strings only, survives JSON, and gives the same ids and special tokens."""
     given, expected = CASES[name]
     tokenizer = gpt.Tokenizer(**{"kind": name} | given)
-    empty = {"chars": "", "ranks": "", "special": ""}
-    assert tokenizer.state == {"kind": name, "pattern": "(?s:.)"} | empty | given
+    empty = dict.fromkeys(("chars", "ranks", "special", "special_ids", "json", "begin"), "")
+    usual = {"pattern": "(?s:.)", "end": "<|endoftext|>", "chat": gpt.CHAT}
+    assert tokenizer.state == {"kind": name} | usual | empty | given
     assert all(type(value) is str for value in tokenizer.state.values())
     rebuilt = gpt.Tokenizer(**json.loads(json.dumps(tokenizer.state)))
     assert rebuilt.encode("then\n") == tokenizer.encode("then\n") == expected

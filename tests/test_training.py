@@ -371,7 +371,7 @@ def test_resume_with_another_tokenizer_is_refused(settings, tmp_path):
         gpt.write_dataset(tmp_path / "data" / f"toy{i}", chars[1:] * 50, tokenizer, "tests")
         settings(dataset=f"toy{i}", init_from="resume", max_iters=3)
         if i < 2:
-            with pytest.raises(ValueError, match=f"toy{i} has another tokenizer than the checkpoint"):
+            with pytest.raises(ValueError, match=f"toy{i} has another tokenizer than the model"):
                 gpt.train()
     assert gpt.train()["step"] == 3
 

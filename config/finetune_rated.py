@@ -1,0 +1,16 @@
+# python gpt.py config/finetune_rated.py
+# Not yet measured here. LoRA on GPT-2 with prompts and responses, each weighed by its rating from 1 to 5:
+#   python prepare.py --input=rated.csv --name=rated --tokenizer=gpt2
+init_from = "gpt2"
+dataset = "rated"
+block_size = 256  # near the longest example's length, which prepare.py prints
+lora_rank = 8
+batch_size = 8
+gradient_accumulation_steps = 4
+optimizer = "adamw"
+learning_rate = 1e-3
+lr_schedule = "linear"
+warmup_iters = 20
+max_iters = 300
+eval_interval, eval_iters, log_interval = 50, 20, 10
+early_stop = 3

@@ -1,0 +1,369 @@
+"""sample.py --chat: conversations by the template of the training, from the data to a terminal."""
+
+import base64
+import json
+import os
+import random
+import select
+import signal
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import gpt
+import prepare
+import sample
+from configurator import read_settings
+
+ROOT = Path(sample.__file__).resolve().parent
+SETTINGS = read_settings((ROOT / "sample.py").read_text(encoding="utf-8"))
+CHATML = "<|im_start|>system\n%s<|im_end|>\n||<|im_start|>user\n%s<|im_end|>\n<|im_start|>assistant\n||%s<|im_end|>\n"
+LETTERS = "\n abcdefghijklmnopqrstuvwxyz?<|>_"
+
+
+@pytest.fixture(autouse=True)
+def restore(monkeypatch):
+    """The settings of sample.py, which commands change, are as before after each test."""
+    for name in SETTINGS:
+        monkeypatch.setattr(sample, name, getattr(sample, name))
+
+
+# ---- A finetuned model, at a terminal ------------------------------------------------------------------------
+
+
+def conversations():
+    """Return {name: (code, age)}: asked a name the model gives its code, then, asked "and?", its age."""
+    rng = random.Random(0)
+    begins, ends = (
+        ("bo", "ka", "lu", "mi", "ne"),
+        ("ra", "so", "ti", "vu", "xe", "ya", "zo", "dim", "fog", "hus"),
+    )
+    names = [a + b + c for a in begins for b in ends for c in ("", "n")]
+    return {name: tuple("".join(rng.choices("0123456789", k=n)) for n in (3, 2)) for name in names}
+
+
+@pytest.fixture(scope="module")
+def finetuned(tmp_path_factory):
+    """The folder of a run on 100 conversations of two turns each, prepared by prepare.py."""
+    folder, lines = tmp_path_factory.mktemp("chat"), []
+    for name, (code, age) in conversations().items():
+        said = zip(("user", "assistant") * 2, (name, code, "and?", age), strict=True)
+        lines.append(json.dumps({"messages": [{"role": role, "content": text} for role, text in said]}))
+    source = folder / "codes.jsonl"
+    source.write_text("\n".join([lines[0], *lines]), encoding="utf-8")  # the first is for validation
+    run = {"dataset": "codes", "data_dir": str(folder), "out_dir": str(folder / "out"), "device": "cpu"}
+    run |= {"n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 64, "block_size": 25, "dtype": "float32"}
+    run |= {"batch_size": 100, "max_iters": 120, "eval_interval": 120, "eval_iters": 1, "sample_tokens": 0}
+    made = {"input": str(source), "data_dir": str(folder), "val_fraction": 0.005, "tokenizer": "char"}
+    with pytest.MonkeyPatch.context() as patch:
+        for module, values in ((prepare, made), (gpt, run)):
+            for name, value in values.items():
+                patch.setattr(module, name, value)
+        torch.set_num_threads(1)
+        prepare.main()
+        gpt.train()
+    return folder / "out"
+
+
+class Terminal:
+    """A script that runs in a pseudo-terminal."""
+
+    def __init__(self, *arguments):
+        import pty
+
+        self.pid, self.fd = pty.fork()
+        if self.pid == 0:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a shell's background jobs may have ignored
+            environment = os.environ | {"TERM": "dumb", "OMP_NUM_THREADS": "1", "COLUMNS": "500"}
+            os.execve(sys.executable, [sys.executable, *map(str, arguments)], environment)
+
+    def read(self, end="> ", timeout=60):
+        """Return what it shows up to `end`, or to the end of the process if that is None."""
+        shown, until = "", time.time() + timeout
+        while end is None or not shown.endswith(end):
+            assert select.select([self.fd], [], [], max(0, until - time.time()))[0], shown
+            try:
+                new = os.read(self.fd, 4096).decode()
+            except OSError:  # Linux's way to say that the other side is closed
+                new = ""
+            assert new or end is None, shown
+            if not new:
+                break
+            shown += new
+        return shown.replace("\r\n", "\n")
+
+    def say(self, line):
+        """Type a line; return what is shown between its echo and the next prompt."""
+        os.write(self.fd, f"{line}\r".encode())
+        return self.read().partition("\n")[2].removesuffix("> ")
+
+    def close(self):
+        """Press Ctrl-D; return the exit status."""
+        os.write(self.fd, b"\x04")
+        self.read(None)
+        os.close(self.fd)
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")
+def test_a_dozen_conversations_at_a_terminal(finetuned):
+    """What was learned is answered exactly, second questions by the conversation they belong to."""
+    talk = Terminal(
+        ROOT / "sample.py", "--chat", "--temperature=0", "--max_tokens=8", f"--out_dir={finetuned}"
+    )
+    greeting = talk.read()
+    assert "best.pt: step 120" in greeting and "/reset" in greeting and "/system TEXT" in greeting
+    answers = conversations()
+    for name in list(answers)[::9]:
+        assert (talk.say(name), talk.say("and?")) == tuple(f"{answer}\n" for answer in answers[name])
+        assert talk.say("/reset") == ""
+    assert "can be changed" in talk.say("/")
+    time.sleep(0.3)  # Python misses a Ctrl-C between showing the prompt and waiting for input
+    os.write(talk.fd, b"\x03")  # it asks again
+    assert talk.read().endswith("\n> ")
+    assert talk.say(name) == answers[name][0] + "\n"
+    assert talk.close() == 0
+
+
+def test_all_hundred_conversations_are_answered_exactly(finetuned, capsys):
+    model, tokenizer, _ = gpt.load_checkpoint(finetuned / "best.pt")
+    sample.temperature, sample.max_tokens = 0.0, 8
+    talk, expected = sample.Chat(model, tokenizer, None, None), []
+    for name, answers in conversations().items():
+        talk.command("/reset")
+        talk.answer(name)
+        talk.answer("and?")
+        assert talk.turns[::2] == [name, "and?"]
+        expected += answers
+    assert capsys.readouterr().out.splitlines() == expected
+
+
+# ---- What the model reads, against tiktoken ------------------------------------------------------------------
+
+
+def bpe(chat=CHATML, **roles):
+    """Return a byte-level BPE tokenizer in which a newline may merge with what follows."""
+    tokens = [bytes([i]) for i in range(256)] + [b"\nh", b"he", b"ll", b"\nhe", b"hell"]
+    ranks = " ".join(base64.b64encode(token).decode() for token in tokens)
+    special = "<|endoftext|> <|im_start|> <|im_end|> <|begin|>"
+    return gpt.Tokenizer("bpe", ranks=ranks, pattern=r"\s?\w+|\W", special=special, chat=chat, **roles)
+
+
+def chat_of(tokenizer, block_size=1000, answers=()):
+    """Return a Chat with a model that gives the answers, lists of ids, in turn; model.asked tells what it read."""
+    model = SimpleNamespace(config=SimpleNamespace(block_size=block_size), asked=[], left=list(answers))
+
+    def generate(idx, max_tokens, **_):
+        model.asked.append((idx[0], max_tokens))
+        for token in model.left.pop(0)[:max_tokens]:
+            if isinstance(token, BaseException):
+                raise token
+            yield torch.tensor([token])
+
+    model.generate = generate
+    return sample.Chat(model, tokenizer, None, None)
+
+
+@pytest.mark.parametrize("system", ["", "be brief, hello"])
+def test_the_ids_are_those_of_the_rendered_conversation(system):
+    """Plain text is encoded in one stretch between the template's tokens, as if all were one text."""
+    sample.system, tokenizer = system, bpe()
+    talk = chat_of(tokenizer)
+    rendered = "<|im_start|>system\nbe brief, hello<|im_end|>\n" * bool(system)
+    rendered += "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\nhe<|im_end|>\n"
+    rendered += "<|im_start|>user\nhell?<|im_end|>\n<|im_start|>assistant\n"
+    expected = tokenizer.encoding.encode(rendered, allowed_special="all")
+    assert tokenizer.encoding.encode_single_token(b"\nhe") in expected  # apart, "\n" and "he" would not merge
+    assert talk.encode(["hello", "he", "hell?"]) == expected
+
+
+def test_names_of_special_tokens_that_are_typed_are_text():
+    """They become ordinary tokens, together with the plain text around them."""
+    tokenizer = bpe()
+    start, end = tokenizer.special["<|im_start|>"], tokenizer.special["<|im_end|>"]
+    plain = tokenizer.encoding.encode_ordinary
+    ids = chat_of(tokenizer).encode(["hello<|im_end|>\nhe", "<|im_start|>", "<|endoftext|>"])
+    assert ids == [
+        *(start, *plain("user\nhello<|im_end|>\nhe"), end, *plain("\n")),
+        *(start, *plain("assistant\n<|im_start|>"), end, *plain("\n")),
+        *(start, *plain("user\n<|endoftext|>"), end, *plain("\n")),
+        *(start, *plain("assistant\n")),
+    ]
+
+
+def test_the_default_template_is_that_of_prepare():
+    """What prepare.py writes of a conversation is what chat asks with, then the answer and its end."""
+    tokenizer = gpt.Tokenizer("char", LETTERS, special=prepare.SPECIALS)
+    roles, texts = ("system", "user", "assistant", "user", "assistant"), ("mild", "who", "me", "and?", "you")
+    messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
+    ids = [[]]
+    for text, _ in prepare.chat_document("here", messages, 255):
+        ids[-1] += [tokenizer.special[text]] if isinstance(text, prepare.Special) else tokenizer.encode(text)
+        ids += [[]] * (text == "<|endoftext|>")
+        ids[-1] = list(ids[-1])
+    sample.system, talk = "mild", chat_of(tokenizer)
+    end = [tokenizer.special["<|endoftext|>"]]
+    assert ids[0] == talk.encode(["who"]) + tokenizer.encode("me") + end
+    assert ids[1] == talk.encode(["who", "me", "and?"]) + tokenizer.encode("you") + end
+
+
+def test_a_token_that_begins_every_text_begins_the_conversation_once():
+    begin = bpe().special["<|begin|>"]
+    for chat in (CHATML, "<|begin|>%s||<|begin|>%s<|im_start|>||%s"):
+        ids = chat_of(bpe(chat, begin="<|begin|>")).encode(["he"])
+        assert ids[0] == begin and ids.count(begin) == 1
+
+
+# ---- Turns ---------------------------------------------------------------------------------------------------
+
+
+def letters(**roles):
+    return gpt.Tokenizer("char", LETTERS, special="<|endoftext|> <|user|> <|assistant|> <|eot|>", **roles)
+
+
+def readable(tokenizer, ids):
+    return "".join(map(tokenizer.decode, ([i] for i in ids)))
+
+
+@pytest.mark.parametrize(
+    ("end", "chat", "stop", "said", "remembered"),
+    [
+        ("<|endoftext|>", gpt.CHAT, "<|endoftext|>", "abc<|endoftext|>d", "abc"),
+        ("<|eot|>", gpt.CHAT, "<|endoftext|>", "abc<|eot|>d", "abc"),
+        ("<|eot|>", gpt.CHAT, "", "abc<|eot|>d", "abc"),
+        ("<|eot|>", gpt.CHAT, "bc||x", "abc<|eot|>d", "a"),
+        ("", gpt.CHAT, "", "abc<|eot|>d", "abc<|eot|>d"),
+        ("", gpt.CHAT + "<|eot|>\n", "", "abc<|eot|>d", "abc"),
+        ("", gpt.CHAT + "\n", "", "abc\nd", "abc"),
+        ("", gpt.CHAT + "\n", "", "abc", "abc"),
+    ],
+)
+def test_what_ends_an_answer(end, chat, stop, said, remembered, capsys):
+    """The tokenizer's end, what follows an answer in the template, and the stop strings."""
+    tokenizer = letters(end=end, chat=chat)
+    talk = chat_of(tokenizer, answers=[sample.encode_prompt(tokenizer, said), []])
+    sample.stop = stop
+    talk.answer("who")
+    assert capsys.readouterr().out == remembered + "\n"
+    talk.answer("and?")
+    assert talk.turns == ["who", remembered, "and?", ""]
+    after = chat.split("%s")[-1]  # in the history the whole of the template's part stands
+    asked = f"<|user|>who<|assistant|>{remembered}{after}<|user|>and?<|assistant|>"
+    assert readable(tokenizer, talk.model.asked[1][0]) == asked
+
+
+def test_the_oldest_turns_are_dropped_whole(capsys):
+    """As many as it takes for the answer to fit, never the system text; a note says so once a conversation."""
+    tokenizer = letters()
+    sample.system, sample.max_tokens = "sys", 4
+    talk = chat_of(tokenizer, 26, [tokenizer.encode("xxxx")] * 9)
+    asked = []
+    for question in ("aaa", "bbb", "c", "d", "hhhhhhhhhhhhhh"):
+        talk.answer(question)
+        asked.append(readable(tokenizer, talk.model.asked[-1][0]))
+        assert len(talk.model.asked[-1][0]) + 4 <= 26 and talk.model.asked[-1][1] == 4
+        assert capsys.readouterr().err.count("note") == (question == "c")
+    one = "<|user|>{}<|assistant|>"
+    a, b, c = (one.format(text) + "xxxx" for text in ("aaa", "bbb", "c"))
+    assert asked[0] == "sys" + one.format("aaa")  # 8 tokens
+    assert asked[1] == "sys" + a + one.format("bbb")  # 17
+    assert asked[2] == "sys" + b + one.format("c")  # 15, with a 24 and 4 to come
+    assert asked[3] == "sys" + b + c + one.format("d")  # 22, which 4 more just fit
+    assert asked[4] == "sys" + one.format("hhhhhhhhhhhhhh")  # 19
+    assert talk.turns == ["hhhhhhhhhhhhhh", "xxxx"]
+    talk.command("/reset")
+    talk.answer("hhhhhhhhhhhhhh")
+    talk.answer("a")
+    assert capsys.readouterr().err.count("note") == 1
+
+
+def test_a_message_too_long_is_refused_and_forgotten(capsys):
+    """The sentence names its length, the room kept and the context; the conversation stays as it was."""
+    tokenizer = letters()
+    sample.max_tokens = 9
+    talk = chat_of(tokenizer, 16, [tokenizer.encode("xy")] * 2)
+    talk.answer("a")
+    with pytest.raises(ValueError, match=r"^9 tokens .* 8 for the answer exceed block_size 16: shorten"):
+        talk.answer("aaaaaaa")
+    assert talk.turns == ["a", "xy"] and len(talk.model.asked) == 1
+    talk.answer("aaaaaa")  # 8, which are left for the answer too
+    assert talk.model.asked[1][1] == 8
+
+
+def test_an_answer_is_cut_at_the_end_of_the_context(capsys):
+    """max_tokens beyond half the block is granted as far as the block reaches; what was said is remembered."""
+    tokenizer = letters()
+    talk = chat_of(tokenizer, 16, [tokenizer.encode("x" * 30)])
+    talk.answer("a")
+    assert talk.model.asked[0][1] == 13
+    assert talk.turns == ["a", "x" * 13]
+
+
+# ---- Commands ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def type_lines(monkeypatch, capsys):
+    """Return a function that types lines into a Chat, then Ctrl-D; it gives (stdout's lines, stderr)."""
+
+    def run(talk, *lines):
+        left = list(lines)
+        monkeypatch.setattr(
+            "builtins.input", lambda _: left.pop(0) if left else (_ for _ in ()).throw(EOFError)
+        )
+        capsys.readouterr()
+        sample.interact("Hello.", talk.answer, talk.command)
+        out, err = capsys.readouterr()
+        return out.splitlines()[1:-1], err
+
+    return run
+
+
+def test_reset_and_system_begin_a_new_conversation(type_lines):
+    tokenizer = letters()
+    talk = chat_of(tokenizer, answers=[tokenizer.encode("yes")] * 6)
+    sample.system = "old"
+    lines = ("a", "b", "/reset", "c", "/system be kind", "d", "e", "/system", "f")
+    assert type_lines(talk, *lines) == (["yes"] * 6, "")
+    one = "<|user|>{}<|assistant|>"
+    assert [readable(tokenizer, ids) for ids, _ in talk.model.asked] == [
+        "old" + one.format("a"),
+        "old" + one.format("a") + "yes" + one.format("b"),
+        "old" + one.format("c"),
+        "be kind" + one.format("d"),
+        "be kind" + one.format("d") + "yes" + one.format("e"),
+        one.format("f"),
+    ]
+
+
+def test_other_commands_are_settings(type_lines):
+    """They leave the conversation as it is; a mistake, also in the system text, changes nothing."""
+    tokenizer = letters()
+    talk = chat_of(tokenizer, answers=[tokenizer.encode("yes")] * 2)
+    out, _ = type_lines(talk, "a", "/max_tokens=2", "/foo", "/resett", "/system A", "B", "b")
+    assert (out[0], out[5:]) == ("yes", ["ye"])
+    assert "can be changed" in out[1] and "can be changed" in out[2]
+    assert "lacks 'A'" in out[3] and "lacks 'B'" in out[4]
+    assert talk.turns == ["a", "yes", "b", "ye"] and sample.system == "" and sample.max_tokens == 2
+
+
+def test_ctrl_c_ends_the_answer_only(type_lines):
+    """What was said so far is remembered."""
+    tokenizer = letters()
+    talk = chat_of(
+        tokenizer, answers=[[*tokenizer.encode("ye"), KeyboardInterrupt()], tokenizer.encode("no")]
+    )
+    assert type_lines(talk, "a", "b")[0] == ["ye", "no"]
+    assert talk.turns == ["a", "ye", "b", "no"]
+
+
+def test_a_tokenizer_without_the_templates_tokens_is_refused():
+    with pytest.raises(
+        ValueError, match=r"lacks <\|assistant\|> and <\|user\|>: --chat takes a model .*messages"
+    ):
+        chat_of(gpt.Tokenizer("char", LETTERS))
+    chat_of(gpt.Tokenizer("char", LETTERS, chat="%s\n||you? %s\nme? ||%s\n"))  # needs none
