@@ -317,11 +317,3 @@ def write_tokenizer(tokenizer, folder, block_size):
     for name, content in (("tokenizer.json", data), ("tokenizer_config.json", config)):
         text = json.dumps(content, ensure_ascii=False, indent=1 if content is config else None)
         (folder / name).write_text(text + "\n", encoding="utf-8")
-
-def same_ids(a, b):
-    """Tell whether two Tokenizers give any text the same ids and have the same special tokens."""
-    def facts(tokenizer):
-        if isinstance(encoding := tokenizer.encoding, LibraryEncoding):
-            return tokenizer.state["json"]
-        return encoding._mergeable_ranks, encoding._special_tokens, portable(encoding._pat_str)
-    return facts(a) == facts(b)

@@ -163,7 +163,10 @@ def test_a_folders_files_are_documents_in_order(prepared, tmp_path):
     assert meta["sha256"] == hashlib.sha256(b"firstsecondthird").hexdigest()
     special = "<|endoftext|> <|user|> <|assistant|> <|pad|>"
     assert meta["tokenizer"] == gpt.Tokenizer("char", "cdefhinorst", special=special).state
-    assert {k: meta["tokenizer"][k] for k in ("chars", "special")} == {"chars": "cdefhinorst", "special": special}
+    assert {k: meta["tokenizer"][k] for k in ("chars", "special")} == {
+        "chars": "cdefhinorst",
+        "special": special,
+    }
 
 
 def test_suffixes_choose_other_files(prepared, tmp_path):

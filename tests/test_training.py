@@ -793,7 +793,6 @@ def test_learns_pydoc(settings, tmp_path):
         muon_lr=0.035,
         learning_rate=8e-3,
     )
-    torch.set_num_threads(2)
     figures = gpt.train()
     assert figures["val_loss"] < 2.3
     assert json.loads((tmp_path / "data" / "pydoc" / "meta.json").read_text())["source"]
