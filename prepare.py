@@ -441,10 +441,10 @@ def make_tokenizer(kind, facts, segments):
         chosen = Tokenizer(**read_checkpoint(path)["tokenizer"])
     elif (path / "meta.json").exists():
         chosen = Data(path, 1).tokenizer
-    elif path.is_dir() or re.fullmatch(r"[\w.-]+/[\w.-]+", kind):
+    elif path.is_dir() or re.fullmatch(r"[\w.-]+/[\w.-]+|gpt2-(medium|large|xl)", kind):
         from pretrained import find_folder
         from tokenizer_json import read_tokenizer
-        chosen = read_tokenizer(find_folder(path))
+        chosen = read_tokenizer(find_folder(kind))
     else:
         known = ", ".join(("char", "bpe", *tiktoken.list_encoding_names()))
         raise ValueError(f"tokenizer {kind!r} is none of {known}, nor the path of a data set, checkpoint or "
@@ -508,7 +508,7 @@ def start_worker(state, dtype):
 
 def encode(text):
     """Return text's ids, uint32, or a special token's."""
-    if isinstance(text, Special) and (text == EOT or text in chosen.special):
+    if isinstance(text, Special) and (text == EOT or text in chosen.special):  # others are spelled out
         return np.uint32([chosen.end if text == EOT else chosen.special[text]])
     if chosen.state["kind"] == "char":
         return np.uint32(chosen.encode(text))

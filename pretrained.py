@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gpt import GPT, GPTConfig, Linear, load_checkpoint
+from gpt import GPT, GPTConfig, Linear, load_checkpoint, rotary_table
 from tokenizer_json import read_tokenizer, write_tokenizer
 
 # ---- Names: a model's parameters here and there ------------------------------------------------------------
@@ -61,7 +61,9 @@ def needed(library):
 
 def find_folder(name):
     """Return the folder of a pretrained model: as given, or downloaded by its id, once, from the hub."""
-    if Path(name).is_dir():
+    if (Path(name) / "best.pt").exists():
+        raise FileNotFoundError(f"{name} is a run's folder: name the checkpoint, {Path(name) / 'best.pt'}")
+    if name and Path(name).is_dir():
         return Path(name)
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name)):
         raise FileNotFoundError(f"{name} is no checkpoint (.pt), no folder and no Hugging Face hub id")
@@ -121,7 +123,8 @@ def llama_config(theirs):
     kind, rope = theirs["architectures"][0], rope_settings(theirs)
     n_head, hidden, width = (theirs[k] for k in ("num_attention_heads", "hidden_size", "intermediate_size"))
     slides = theirs.get("use_sliding_window", kind.startswith("Mistral"))
-    window = theirs.get("sliding_window") if slides else None
+    window = theirs.get("sliding_window", 4096) if slides else None  # 4,096: Mistral's, where it is not named
+    window = None if window and window >= theirs.get("max_position_embeddings", 2048) else window
     require(theirs | {"rope_type": rope["rope_type"], "sliding_window": window}, sliding_window=[None],
             hidden_act=["silu"], head_dim=[hidden // n_head, None], rope_type=["default", "llama3"],
             layer_types=[["full_attention"] * theirs["num_hidden_layers"], None])
@@ -148,12 +151,21 @@ FAMILIES = {"GPT2LMHeadModel": ("gpt2", gpt2_config)} | {
 def read_config(folder):
     """Return (GPTConfig, {projections that have a bias}, layout of the weights). Raises ValueError."""
     theirs = read_json(folder / "config.json")
-    kind = (theirs.get("architectures") or [f"not named, its model_type {theirs.get('model_type')!r}"])[0]
-    if kind not in FAMILIES:
+    kinds = theirs.get("architectures") or f"not named, its model_type {theirs.get('model_type')!r}"
+    kind = kinds[0] if isinstance(kinds, list) else kinds
+    if kind not in FAMILIES or not isinstance(kinds, list):
         raise ValueError(f"{folder}'s architecture is {kind}: gpt.py's GPT can be {', '.join(FAMILIES)}")
     layout, convert = FAMILIES[kind]
     try:
-        return *convert(theirs), layout
+        config, biased = convert(theirs)
+        for name, value in (asdict(config) | (config.rope_scaling or {})).items():
+            if type(value) in (int, float) and not (0 <= value < 2**31) or isinstance(value, str):
+                raise TypeError(f"{name} {value!r}")
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd"):
+            if type(getattr(config, name)) is not int:
+                raise TypeError(f"{name} {getattr(config, name)!r}")
+        rotary_table(replace(config, block_size=1))
+        return config, biased, layout
     except (KeyError, TypeError, AttributeError, ZeroDivisionError) as e:
         raise ValueError(f"{folder}'s config.json is damaged ({type(e).__name__} {e})") from e
 
@@ -162,7 +174,9 @@ def weight_files(folder):
     """Return the paths of a folder's safetensors files. Raises FileNotFoundError; never touches a pickle."""
     files, index = ["model.safetensors"], folder / "model.safetensors.index.json"
     if index.exists():
-        files = sorted({str(file) for file in dict(read_json(index).get("weight_map") or {}).values()})
+        if not isinstance(names := read_json(index).get("weight_map"), dict):
+            raise ValueError(f"{index} is damaged (no weight_map): download it again")
+        files = sorted({str(file) for file in names.values()})
     for file in files:
         if not (folder / file).is_file() or Path(file).name != file:
             pickled = sorted(path.name for end in ("*.bin", "*.pt", "*.pth") for path in folder.glob(end))
@@ -288,7 +302,7 @@ def model_card(model, state, name):
     figures |= {"finetuned from": Path(state.get("base", "")).name, "LoRA rank": state.get("lora_rank")}
     figures |= {"steps": state.get("step")}
     if loss := state.get("best_val_loss"):
-        figures |= {"validation loss, nats per token": f"{loss:.4f}", "perplexity": f"{math.exp(loss):.2f}"}
+        figures |= {"best evaluation's loss": f"{loss:.4f}", "perplexity": f"{math.exp(min(loss, 700)):.2f}"}
     figures |= asdict(model.config)
     rows = "\n".join(f"| {key} | {value} |" for key, value in figures.items() if value not in (None, ""))
     return f"""---
@@ -319,7 +333,7 @@ def export(model, tokenizer, state, folder):
         raise ValueError(f"{folder} exists and is not empty: name a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     layout = "llama" if model.config.use_rope else "gpt2"
-    prefix = {"gpt2": "transformer."}.get(layout, "")
+    prefix = "transformer." if layout == "gpt2" else ""
     tensors = {name if name == "lm_head.weight" else prefix + name: tensor.contiguous()
                for name, tensor in pieces(model, layout)}
     if model.config.qk_norm:
@@ -327,6 +341,7 @@ def export(model, tokenizer, state, folder):
         tensors |= {f"model.layers.{i}.self_attn.{part}_norm.weight": ones.clone()
                     for i in range(model.config.n_layer) for part in "qk"}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)  # the library lets its owner alone read it
     sampling = {"bos_token_id": tokenizer.begin, "eos_token_id": tokenizer.end, "do_sample": True}
     for name, content in (("config", theirs), ("generation_config", sampling | {"temperature": 0.8})):
         (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -342,6 +357,7 @@ class LoRA(nn.Module):
         super().__init__()
         self.A = nn.Parameter(torch.randn(rank, linear.in_features) / math.sqrt(linear.in_features))
         self.B = nn.Parameter(torch.zeros(linear.out_features, rank))
+        self.register_buffer("base", linear.weight.detach().float().norm())  # by which to know it again
     def forward(self, linear, inputs, output):
         return output + F.linear(F.linear(inputs[0], self.A), self.B) * self.scale
 
@@ -354,8 +370,12 @@ def add_lora(model, rank):
         linear.register_forward_hook(linear.lora)
 
 
-def lora_state(model):
-    return {name: tensor for name, tensor in model.state_dict().items() if ".lora." in name}
+def check_base(model, state):
+    """Raise ValueError if a LoRA checkpoint's adapters were trained beside other weights than model's."""
+    norms = {name: tensor for name, tensor in model.state_dict().items() if name.endswith(".lora.base")}
+    saved = state["model"]
+    if not all(name in saved and torch.isclose(saved[name], norms[name], rtol=1e-5) for name in norms):
+        raise ValueError(f"{state['base']} holds other weights than when LoRA began from it")
 
 
 @torch.no_grad()
@@ -373,6 +393,7 @@ def load_lora(state, **changes):
     model = load_checkpoint(state["base"], **changes)[0]
     model.config.block_size = state["model_args"]["block_size"]
     add_lora(model, state["lora_rank"])
+    check_base(model, state)
     model.load_state_dict(model.state_dict() | state["model"])
     merge_lora(model)
     return model, state
@@ -394,5 +415,7 @@ def start_finetuning(base, state, out, rank, optimizer, block_size, **changes):
             model.config.block_size = block_size
     if rank:
         add_lora(model, rank)
+        if state:
+            check_base(model, state)
     model.base = str(Path(base).resolve()) if Path(base).exists() else base
     return model.train(), tokenizer

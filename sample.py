@@ -220,7 +220,8 @@ class Chat:
     def __init__(self, model, tokenizer, generator, forward):
         self.model, self.tokenizer, self.turns, self.forgetful = model, tokenizer, [], False
         self.options = {"generator": generator, "forward": forward}
-        if lacking := {*re.findall(r"<\|\w+\|>", "".join(tokenizer.chat))} - tokenizer.special.keys():
+        lacking = {*re.findall(r"<\|\w+\|>", "".join(tokenizer.chat))} - tokenizer.special.keys()
+        if lacking and tokenizer.state["chars"]:  # others spell them, as prepare.py does
             raise ValueError(f"the tokenizer lacks {' and '.join(sorted(lacking))}: --chat takes a model "
                              "trained on messages, --interactive any")
     def encode(self, turns):
@@ -312,7 +313,7 @@ def main():
     if export:
         import pretrained
         pretrained.export(model, tokenizer, state, export)
-        return print(f"wrote {export}: transformers, vLLM and llama.cpp read it", file=sys.stderr)
+        return print(f"wrote {export}, in Hugging Face's format", file=sys.stderr)
     forward = compiled(model) if compile else model.forward
     run = model, tokenizer, torch.Generator(chosen).manual_seed(seed), forward
     if chat:

@@ -6,10 +6,12 @@ import math
 
 import pytest
 import torch
-from conftest import TEXT
+from conftest import ROOT, TEXT
 from torch.nn import functional as F
 
+import configurator
 import gpt
+import prepare
 import pretrained
 import sample
 
@@ -89,10 +91,10 @@ def test_only_the_adapters_are_trained_and_saved(settings, base, tmp_path, capsy
     out = capsys.readouterr().out
     state = gpt.read_checkpoint(tmp_path / "out" / "ckpt.pt", "optimizers")
     assert all(".lora." in name for name in state["model"])
-    n_trained = sum(tensor.numel() for tensor in state["model"].values())
+    n_trained = sum(tensor.numel() for name, tensor in state["model"].items() if name[-1] in "AB")
     assert n_trained == 2 * 2 * sum((32 + 64, 32 + 32, 32 + 192, 96 + 32))
     assert f"{n_trained:,} trained" in out
-    assert len(state["optimizers"][0]["state"]) == len(state["model"])
+    assert len(state["optimizers"][0]["state"]) == 16 == len(state["model"]) * 2 / 3
     assert state["base"] == str(base.resolve())
     model, _, _ = gpt.load_checkpoint(tmp_path / "out" / "ckpt.pt")
     untouched, _, start = gpt.load_checkpoint(base)
@@ -157,6 +159,72 @@ def test_a_base_that_is_gone_or_unfit_is_named(settings, base, tmp_path):
         gpt.train()
 
 
+def test_a_base_that_has_changed_is_noticed(settings, base, tmp_path):
+    """Adapters are not merged into, nor trained on beside, other weights than they were trained beside."""
+    settings(lora_rank=2, max_iters=2, eval_interval=2)
+    gpt.train()
+    gpt.load_checkpoint(tmp_path / "out" / "best.pt")
+    state = gpt.read_checkpoint(base)
+    state["model"]["h.1.mlp.c_fc.weight"] *= 1.001
+    gpt.save_checkpoint(base, state)
+    with pytest.raises(ValueError, match="best.pt holds other weights than when LoRA began"):
+        gpt.load_checkpoint(tmp_path / "out" / "best.pt")
+    settings(init_from="resume", max_iters=4)
+    with pytest.raises(ValueError, match="best.pt holds other weights than when LoRA began"):
+        gpt.train()
+
+
+@pytest.mark.parametrize("use_rope", [True, False])
+@pytest.mark.parametrize("rank", [0, 2])
+def test_block_size_and_dropout_are_the_settings(settings, tmp_path, use_rope, rank):
+    """A shorter context is taken, and evaluated with, as a resumed run does; dropout reaches the base's layers."""
+    settings(out_dir=str(tmp_path / "base"), max_iters=60, eval_interval=60, use_rope=use_rope)
+    gpt.train()
+    settings(max_iters=2, eval_interval=2)
+    settings(init_from=str(tmp_path / "base" / "best.pt"), optimizer="adamw", lora_rank=rank)
+    settings(out_dir=str(tmp_path / "out"), block_size=8, dropout=0.25)
+    figures = gpt.train()
+    state = gpt.read_checkpoint(tmp_path / "out" / "ckpt.pt")
+    assert (state["model_args"]["dropout"], state["config"]["block_size"]) == (0.25, 8)
+    assert state["model_args"]["block_size"] == (8 if use_rope else 16)
+    settings(eval_only=True, init_from="scratch", block_size=16)
+    assert gpt.train()["val_loss"] == pytest.approx(figures["val_loss"], abs=1e-6)
+    settings(init_from=str(tmp_path / "base" / "best.pt"))
+    whole = gpt.train()["val_loss"]
+    settings(block_size=8)
+    model, tokenizer, _ = gpt.load_checkpoint(tmp_path / "base" / "best.pt")
+    ids = tokenizer.encode(TEXT[int(0.9 * len(TEXT)) :])
+    model.config.block_size = 8
+    assert gpt.train()["val_loss"] == pytest.approx(hand_loss(model, ids, 8), abs=1e-5) != whole
+    settings(eval_only=False, init_from="resume", max_iters=3)
+    assert gpt.train()["step"] == 3
+
+
+def test_a_vocabulary_of_the_same_size_is_no_other_vocabulary(settings, base, tmp_path):
+    """Finetuning on, and evaluating, data whose ids mean other characters is refused."""
+    chars = "".join(sorted(set(TEXT)))
+    gpt.write_dataset(tmp_path / "data" / "turned", TEXT, gpt.Tokenizer("char", chars[::-1]), "tests")
+    settings(dataset="turned")
+    for eval_only in (False, True):
+        settings(eval_only=eval_only)
+        with pytest.raises(ValueError, match="turned has another tokenizer than the model"):
+            gpt.train()
+
+
+@pytest.mark.parametrize("name", ["finetune_shakespeare", "finetune_chat", "finetune_rated", "eval_gpt2"])
+def test_the_configs_run(settings, base, tmp_path, monkeypatch, name):
+    """Each, with a small model and data in its tokens, and two steps."""
+    script = {k: getattr(gpt, k) for k in gpt.SETTINGS} | {"__file__": str(ROOT / "gpt.py")}
+    flags = [f"--init_from={base}", "--dataset=toy", "--block_size=16", "--max_iters=2", "--warmup_iters=1"]
+    configurator.configure(
+        script,
+        [str(ROOT / "config" / f"{name}.py"), *flags, f"--out_dir={tmp_path / 'out'}"],
+        derive=lambda: {"device_type": "cpu"},
+    )
+    settings(**{k: script[k] for k in gpt.SETTINGS})
+    assert gpt.train()["val_loss"] < 4
+
+
 def test_init_from_a_hugging_face_folder(settings, base, tmp_path):
     """An exported model is finetuned, evaluated and sampled from by its folder's name."""
     model, tokenizer, state = gpt.load_checkpoint(base)
@@ -169,6 +237,43 @@ def test_init_from_a_hugging_face_folder(settings, base, tmp_path):
     gpt.train()
     merged, _, _ = gpt.load_checkpoint(tmp_path / "out" / "best.pt")
     assert merged.config.n_layer == model.config.n_layer
+
+
+def test_conversations_in_a_pretrained_models_tokens(settings, tmp_path, monkeypatch):
+    """With a tokenizer that lacks prepare.py's marks they are spelled out, in the data as in --chat."""
+    ranks = " ".join(base64.b64encode(byte).decode() for byte in prepare.BYTES)
+    special = "<|im_start|> <|im_end|>"
+    tokenizer = gpt.Tokenizer(
+        "bpe",
+        ranks=ranks,
+        pattern=prepare.GPT2_PATTERN,
+        special=special,
+        end="<|im_end|>",
+        chat="%s||%s:||%s",
+    )
+    pretrained.export(small(vocab_size=258, block_size=64), tokenizer, {}, tmp_path / "folder")
+    messages = [
+        {"role": r, "content": c} for r, c in (("system", "be"), ("user", "hello"), ("assistant", "ok"))
+    ]
+    (tmp_path / "chat.jsonl").write_text((json.dumps({"messages": messages}) + "\n") * 3)
+    for name, value in {"input": str(tmp_path / "chat.jsonl"), "data_dir": gpt.data_dir}.items():
+        monkeypatch.setattr(prepare, name, value)
+    monkeypatch.setattr(prepare, "tokenizer", str(tmp_path / "folder"))
+    prepare.main()
+    settings(
+        dataset="chat", init_from=str(tmp_path / "folder"), optimizer="adamw", block_size=64, max_iters=2
+    )
+    gpt.train()
+    model, tokenizer, _ = gpt.load_checkpoint(tmp_path / "out" / "ckpt.pt")
+    data = gpt.Data(tmp_path / "data" / "chat", 64)
+    monkeypatch.setattr(sample, "system", "be")
+    asked = sample.Chat(model, tokenizer, None, None).ask("hello")
+    expected = b"be<|user|>hello<|assistant|>"
+    assert tokenizer.decode_bytes(asked) == expected
+    x, _, w = data.get_batch("train", 0, 1)
+    assert x[0, : len(asked)].tolist() == asked == [prepare.BYTES.index(bytes([b])) for b in expected]
+    assert w[0].tolist() == [0.0] * (len(asked) - 1) + [1.0] * 3 + [0.0] * (62 - len(asked))
+    assert tokenizer.end == 257
 
 
 def test_lora_learns_the_rated_examples(settings, tmp_path, write_examples):

@@ -243,6 +243,7 @@ def llama_folder(tmp_path):
         ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}),
         ("quantization_config", {"bits": 4}),
         ("intermediate_size", 100),
+        ("layer_types", ["full_attention", "sliding_attention"]),
     ],
 )
 def test_what_the_model_cannot_be_is_refused_by_its_key(llama_folder, key, value):
@@ -263,6 +264,9 @@ def test_what_the_model_cannot_be_is_refused_by_its_key(llama_folder, key, value
             "sliding_window is 8",
         ),
         (gpt2(activation_function="relu"), "activation_function is 'relu'"),
+        (gpt2(activation_function="gelu"), "activation_function is 'gelu'"),
+        (gpt2(add_cross_attention=True), "add_cross_attention is True"),
+        (gpt2(scale_attn_weights=False), "scale_attn_weights is False"),
         (gpt2(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx is True"),
     ],
 )
@@ -272,6 +276,33 @@ def test_other_things_it_cannot_be(tmp_path, family, key):
     with pytest.raises(ValueError) as e:
         gpt.GPT.from_pretrained(tmp_path)
     assert key in str(e.value)
+
+
+def test_mistrals_window(tmp_path):
+    """One that holds the whole context is none; one that is not named is 4,096 tokens."""
+    save(tmp_path, llama("Mistral", sliding_window=BLOCK, num_key_value_heads=2))
+    assert gpt.GPT.from_pretrained(tmp_path).config.block_size == BLOCK
+    theirs = json.loads((tmp_path / "config.json").read_text())
+    del theirs["sliding_window"]
+    (tmp_path / "config.json").write_text(json.dumps(theirs | {"max_position_embeddings": 8192}))
+    with pytest.raises(ValueError, match="sliding_window is 4096"):
+        gpt.GPT.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("vocab_size", 97.5),
+        ("max_position_embeddings", 10**12),
+        ("rms_norm_eps", "1e-5"),
+        ("num_hidden_layers", -1),
+    ],
+)
+def test_damaged_numbers(llama_folder, key, value):
+    """A number of another kind or size is one sentence."""
+    edit(llama_folder, **{key: value})
+    with pytest.raises(ValueError):
+        gpt.GPT.from_pretrained(llama_folder)
 
 
 def test_learned_qk_norms_are_refused(tmp_path):
@@ -284,6 +315,10 @@ def test_learned_qk_norms_are_refused(tmp_path):
 def test_wrong_folders(llama_folder, tmp_path):
     """Each mistake is one sentence that names what is wrong."""
     (tmp_path / "empty").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "best.pt").write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match="run is a run's folder: name the checkpoint, .*best.pt"):
+        gpt.GPT.from_pretrained(tmp_path / "run")
     with pytest.raises(FileNotFoundError, match="empty has no config.json"):
         gpt.GPT.from_pretrained(tmp_path / "empty")
     with pytest.raises(FileNotFoundError, match="no folder and no Hugging Face hub id"):
