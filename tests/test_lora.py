@@ -1,6 +1,7 @@
 """Finetuning from other weights: LoRA and its checkpoints, full finetuning, evaluation of any text."""
 
 import base64
+import itertools
 import json
 import math
 
@@ -317,20 +318,34 @@ def hand_loss(model, ids, stride):
     return nats / counted
 
 
-@pytest.mark.parametrize("stride", [0, 16, 5, 1])
-@pytest.mark.parametrize("n_chars", [2, 16, 17, 18, 33, 300])
-def test_eval_text_is_sliding_windows(settings, base, tmp_path, stride, n_chars):
-    """Loss, perplexity, tokens and bits per byte of a text of any length, for any stride."""
-    text = TEXT[700 : 700 + n_chars]
-    (tmp_path / "text.txt").write_text(text)
-    settings(eval_text=str(tmp_path / "text.txt"), eval_stride=stride)
-    figures = gpt.train()
+def test_eval_text_is_sliding_windows(settings, base, tmp_path):
+    """Loss, perplexity, tokens and bits per byte of texts of any length, for any stride."""
     model, tokenizer, _ = gpt.load_checkpoint(base)
-    expected = hand_loss(model, tokenizer.encode(text), stride or 16)
-    assert figures["val_loss"] == pytest.approx(expected, abs=1e-5)
-    assert figures["perplexity"] == pytest.approx(math.exp(expected), rel=1e-4)
-    assert figures["bits_per_byte"] == pytest.approx(expected / math.log(2), abs=1e-4)
-    assert figures["tokens"] == n_chars
+    for n_chars, stride in itertools.product((2, 16, 17, 18, 33, 300), (0, 16, 5, 1)):
+        text = TEXT[700 : 700 + n_chars]
+        (tmp_path / "text.txt").write_text(text)
+        settings(eval_text=str(tmp_path / "text.txt"), eval_stride=stride)
+        figures = gpt.train()
+        expected = hand_loss(model, tokenizer.encode(text), stride or 16)
+        assert figures["val_loss"] == pytest.approx(expected, abs=1e-5)
+        assert figures["perplexity"] == pytest.approx(math.exp(expected), rel=1e-4)
+        assert figures["bits_per_byte"] == pytest.approx(expected / math.log(2), abs=1e-4)
+        assert figures["tokens"] == n_chars
+
+
+def test_eval_text_begins_as_texts_do(settings, base, tmp_path):
+    """A tokenizer's begin token is seen first, so that the first character, too, is a target."""
+    state, chars = gpt.read_checkpoint(base), "".join(sorted(set(TEXT)))
+    state["tokenizer"] = gpt.Tokenizer("char", chars[:-1], special="<s>", begin="<s>").state
+    gpt.save_checkpoint(base, state)
+    text = "".join(c for c in TEXT[700:760] if c != chars[-1])
+    (tmp_path / "text.txt").write_text(text)
+    settings(eval_text=str(tmp_path / "text.txt"))
+    figures, (model, tokenizer, _) = gpt.train(), gpt.load_checkpoint(base)
+    ids = [tokenizer.begin, *tokenizer.encode(text)]
+    assert (ids[0], figures["tokens"]) == (len(chars) - 1, len(text))
+    assert figures["val_loss"] == pytest.approx(hand_loss(model, ids, 16), abs=1e-5)
+    assert figures["bits_per_byte"] == pytest.approx(figures["val_loss"] / math.log(2), abs=1e-6)
 
 
 def test_eval_stride_of_the_validation_split(settings, base, tmp_path):
