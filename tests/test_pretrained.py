@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import gpt
 import pretrained
+import sample
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -439,3 +440,15 @@ def test_peak_memory_is_the_model_and_a_shard(tmp_path):
     taken, size = map(float, result.stdout.split())
     assert size > 90
     assert 0.9 * size < taken < size + 12 + 8
+
+
+def test_sampling_from_a_folder_caps_the_context(tmp_path, monkeypatch, capsys):
+    """sample.py --init_from=FOLDER takes a context of --block_size at most, but exports the model's own."""
+    pretrained.export(random_model(), gpt.Tokenizer("char", CHARS), {}, tmp_path / "new")
+    for name, value in {"init_from": str(tmp_path / "new"), "block_size": 8}.items():
+        monkeypatch.setattr(sample, name, value)
+    assert sample.load_model(torch.device("cpu"))[0].config.block_size == 8
+    monkeypatch.setattr(sample, "export", str(tmp_path / "again"))
+    sample.main()
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["max_position_embeddings"] == BLOCK
+    assert "again, in Hugging Face's format" in capsys.readouterr().err
