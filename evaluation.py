@@ -4,29 +4,23 @@
     python gpt.py --eval_only=True --init_from=gpt2 --dataset=NAME       another model, on data in its tokens
     python gpt.py --eval_text=FILE --init_from=gpt2 --eval_stride=512    a text, in overlapping windows
 """
-import json
+import copy
 import tempfile
 from pathlib import Path
-
-import numpy as np
 
 
 def text_data(gpt, tokenizer, block_size, folder):
     """Return the Data, written to folder, that has a text file for validation. Raises ValueError."""
+    begin = [] if tokenizer.begin is None else [tokenizer.begin]  # is seen, but no target
+    begun = copy.copy(tokenizer)
+    begun.encode = lambda text: begin + tokenizer.encode(text)
     try:
         text = Path(gpt.eval_text).read_bytes().decode()
-        gpt.write_dataset(folder, text, tokenizer, gpt.eval_text, val_fraction=1)
-        if tokenizer.begin is not None:  # what texts begin with is seen, but no target
-            path = folder / "val.bin"
-            dtype = "<u2" if tokenizer.vocab_size <= 2**16 else "<u4"
-            path.write_bytes(np.array([tokenizer.begin], dtype).tobytes() + path.read_bytes())
-            meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-            meta["val_tokens"] += 1
-            (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+        gpt.write_dataset(folder, text, begun, gpt.eval_text, val_fraction=1)
         data = gpt.Data(folder, block_size, gpt.eval_stride, ["val"])
     except (OSError, ValueError) as e:
         raise ValueError(f"eval_text {gpt.eval_text} is unfit ({e}): take UTF-8 of 2 tokens or more") from e
-    data.meta["val_tokens"] -= tokenizer.begin is not None
+    data.meta["val_tokens"] -= len(begin)
     return data
 
 
@@ -40,8 +34,8 @@ def evaluate_only(gpt, machine):
     given = gpt.init_from not in ("scratch", "resume")
     path = gpt.init_from if given else best
     model, tokenizer, state = gpt.load_checkpoint(path, machine.device)
-    trained = state.get("config", {}).get("block_size", model.config.block_size)
-    block_size = min(model.config.block_size, gpt.block_size if given else trained)
+    block_size = gpt.block_size if given else state["config"]["block_size"]  # as it was trained
+    block_size = min(block_size, model.config.block_size)
     with tempfile.TemporaryDirectory() as made:
         if gpt.eval_text:
             data = text_data(gpt, tokenizer, block_size, Path(made))

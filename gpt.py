@@ -749,7 +749,7 @@ def compile_model(model, machine, batch):
     try:
         machine.loss(model, batch).backward()
     except Exception as e:  # noqa: BLE001  # compilers' errors have no common type
-        model._compiled_call_impl, outcome = None, f"torch.compile failed ({type(e).__name__}), not used:"
+        model._compiled_call_impl, outcome = None, f"not compiled: torch.compile failed ({type(e).__name__})"
     model.zero_grad(set_to_none=True)
     if machine.rank == 0:
         print(f"{outcome} in {time.time() - began:.0f} s")
@@ -793,7 +793,7 @@ def build(data, machine, state, out=Path()):
         for name in now.keys() & then.keys() - {"dropout", "gradient_checkpointing"}:  # these shape no weight
             if now[name] != then[name]:
                 raise ValueError(f"{name} is {now[name]}, in the checkpoint {then[name]}: go on with that")
-        model.load_state_dict(model.state_dict() | state["model"])
+        model.load_state_dict(state["model"], strict=not lora_rank)  # or else the adapters alone
     optimizers = make_optimizers(model.to(machine.device), machine)
     scaler = torch.amp.GradScaler("cuda", enabled=machine.dtype == torch.float16)
     for o, saved in zip(optimizers, (state or {}).get("optimizers", ())):
@@ -804,9 +804,9 @@ def build(data, machine, state, out=Path()):
 def split_batch(world_size):
     """Return (n_micro, rows): a process's micro-batches per step and their size; the global batch stays."""
     n_micro = math.ceil(gradient_accumulation_steps / world_size)
-    rows, odd = divmod(batch_size * gradient_accumulation_steps, least := world_size * n_micro)
+    rows, odd = divmod(batch_size * gradient_accumulation_steps, n := world_size * n_micro)
     if odd:
-        raise ValueError(f"{world_size} processes: batch_size * accumulation must be a multiple of {least}")
+        raise ValueError(f"{world_size} processes: {n} must divide batch_size * gradient_accumulation_steps")
     return n_micro, rows
 
 def open_run(out):
@@ -823,16 +823,16 @@ def open_run(out):
 
 def describe(machine, data, model, out, tokens_per_step):
     n, n_trained = model.n_params(), sum(p.numel() for p in model.parameters() if p.requires_grad)
-    meta, lora = data.meta, f", {n_trained:,} trained" if n_trained < n else ""
+    meta, mib, origin = data.meta, (n + 3 * n_trained) / 2**18, f", from {model.base}" if model.base else ""
+    lora = f", {n_trained:,} trained" if n_trained < n else ""
     return f"""\
 machine  {machine.world_size} x {machine.name()}, {torch.get_num_threads()} threads, torch {torch.__version__}
          {str(machine.dtype)[6:]}, {'compiled' if machine.compile else 'eager'}
 data     {data.folder}: {meta['train_tokens']:,} training and {meta['val_tokens']:,} validation tokens
          {meta['tokenizer']['kind']} vocabulary of {meta['vocab_size']:,}
-model    {n / 1e6:,.2f}M parameters{lora}{f', from {model.base}' if model.base else ''}
-         up to {(n + 3 * n_trained) / 2**18:,.0f} MiB with gradients and averages, plus activations
+model    {n / 1e6:,.2f}M parameters{lora}; up to {mib:,.0f} MiB with gradients and averages, plus activations
 run      {f'{max_minutes:g} minutes' if max_minutes else f'{max_iters:,} steps'} of {tokens_per_step:,} tokens
-         {len(data.starts['train']) * block_size / tokens_per_step:,.0f} steps an epoch, in {out}"""
+         {len(data.starts['train']) * block_size / tokens_per_step:,.0f} steps an epoch, in {out}{origin}"""
 
 def print_sample(model, data, machine):
     """Print up to sample_tokens that continue a newline or, if weighted, validation's first prompt."""

@@ -45,6 +45,7 @@ import regex  # tiktoken brings it
 import tiktoken
 
 from gpt import CHAT, SHAKESPEARE_SHA256, Data, Tokenizer, corpus, read_checkpoint
+from tokenizer_json import GPT2_PATTERN, OTHERS, PRINTABLE, read_tokenizer
 
 dataset = ""  # a data set known by name, as above; the first word on the command line
 input = ""  # your text: .txt, .md, .jsonl or .csv, each also .gz; a folder of such files; -: standard input
@@ -336,9 +337,7 @@ def find_source():
     return file_source(dataset or own, label, "char", files)
 
 # ---- Tokenizers --------------------------------------------------------------------------------------------
-PRINTABLE = {*range(33, 127), *range(161, 173), *range(174, 256)}  # in Latin-1
-BYTES = [bytes([b]) for b in sorted(range(256), key=lambda b: (b not in PRINTABLE, b))]  # in GPT-2's order
-GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # words
+BYTES = [bytes([b]) for b in (*PRINTABLE, *OTHERS)]  # in GPT-2's order
 
 def count_words(texts, longest=1000):
     """Return how often each word, bytes, occurs; words of more characters are cut, to be bearable."""
@@ -443,7 +442,6 @@ def make_tokenizer(kind, facts, segments):
         chosen = Data(path, 1).tokenizer
     elif path.is_dir() or re.fullmatch(r"[\w.-]+/[\w.-]+|gpt2-(medium|large|xl)", kind):
         from pretrained import find_folder
-        from tokenizer_json import read_tokenizer
         chosen = read_tokenizer(find_folder(kind))
     else:
         known = ", ".join(("char", "bpe", *tiktoken.list_encoding_names()))

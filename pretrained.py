@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from gpt import GPT, GPTConfig, Linear, load_checkpoint, rotary_table
-from tokenizer_json import read_tokenizer, write_tokenizer
+from tokenizer_json import read_json, read_tokenizer, write_tokenizer
 
 # ---- Names: a model's parameters here and there ------------------------------------------------------------
 OUTSIDE = {"wte": "model.embed_tokens", "ln_f": "model.norm", "lm_head": "lm_head"}
@@ -79,16 +79,6 @@ def find_folder(name):
                                 f"({type(e).__name__}): check the name and the network") from e
 
 
-def read_json(path):
-    """Return a JSON file's object. Raises FileNotFoundError, ValueError."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path.parent} has no {path.name}: it is no Hugging Face model's folder")
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (TypeError, ValueError) as e:
-        raise ValueError(f"{path} is damaged ({e}): download it again") from e
-
-
 def require(theirs, **allowed):
     """Raise ValueError for the first of the config's keys whose value gpt.py's GPT cannot represent."""
     for key, values in (allowed | {"quantization_config": [None]}).items():
@@ -109,6 +99,9 @@ def gpt2_config(theirs):
         bias=True, use_rope=False, use_rms_norm=False, use_swiglu=False,
         tie_weights=theirs.get("tie_word_embeddings", True), norm_eps=theirs.get("layer_norm_epsilon", 1e-5),
     ), {"c_attn", "c_proj", "c_fc", "ln_1", "ln_2", "ln_f"}
+
+
+LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 def rope_settings(theirs):
@@ -143,14 +136,14 @@ def llama_config(theirs):
         rope_scaling={k: rope[k] for k in LLAMA3_KEYS} if rope["rope_type"] == "llama3" else None), biased
 
 
-LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 FAMILIES = {"GPT2LMHeadModel": ("gpt2", gpt2_config)} | {
     f"{name}ForCausalLM": ("llama", llama_config) for name in ("Llama", "Mistral", "Qwen2", "Qwen3")}
 
 
 def read_config(folder):
     """Return (GPTConfig, {projections that have a bias}, layout of the weights). Raises ValueError."""
-    theirs = read_json(folder / "config.json")
+    if not (theirs := read_json(folder / "config.json")):
+        raise FileNotFoundError(f"{folder} has no config.json: it is no Hugging Face model's folder")
     kinds = theirs.get("architectures") or f"not named, its model_type {theirs.get('model_type')!r}"
     kind = kinds[0] if isinstance(kinds, list) else kinds
     if kind not in FAMILIES or not isinstance(kinds, list):
@@ -164,7 +157,7 @@ def read_config(folder):
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd"):
             if type(getattr(config, name)) is not int:
                 raise TypeError(f"{name} {getattr(config, name)!r}")
-        rotary_table(replace(config, block_size=1))
+        rotary_table(replace(config, block_size=1))  # do the numbers serve?
         return config, biased, layout
     except (KeyError, TypeError, AttributeError, ZeroDivisionError) as e:
         raise ValueError(f"{folder}'s config.json is damaged ({type(e).__name__} {e})") from e
@@ -394,7 +387,7 @@ def load_lora(state, **changes):
     model.config.block_size = state["model_args"]["block_size"]
     add_lora(model, state["lora_rank"])
     check_base(model, state)
-    model.load_state_dict(model.state_dict() | state["model"])
+    model.load_state_dict(state["model"], strict=False)  # the adapters alone
     merge_lora(model)
     return model, state
 

@@ -115,18 +115,18 @@ class LibraryEncoding:
     def __init__(self, text):
         library = import_library()
         try:
-            self.library = library.Tokenizer.from_str(text)
+            self.tokenizer = library.Tokenizer.from_str(text)
         except Exception as e:  # the library has no type of its own
             raise ValueError(f"tokenizers {library.__version__} cannot read this tokenizer.json ({e}): fetch "
                              "it again, or pip install -U tokenizers") from e
-        data, vocab = json.loads(text), self.library.get_vocab(with_added_tokens=True)
+        data, vocab = json.loads(text), self.tokenizer.get_vocab(with_added_tokens=True)
         if (model := data["model"].get("type", "BPE")) not in ("BPE", "Unigram"):
             raise ValueError(f"tokenizer.json's model is {model}, whose tokens do not spell a text: choose "
                              "one with BPE or Unigram")
-        self.library.no_truncation()
-        self.library.no_padding()
-        self.library.encode_special_tokens = True  # as text, where a text spells their names
-        added = self.library.get_added_tokens_decoder().values()
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        self.tokenizer.encode_special_tokens = True  # as text, where a text spells their names
+        added = self.tokenizer.get_added_tokens_decoder().values()
         self.special = {token.content: vocab[token.content] for token in added if token.special}
         self.special_tokens_set, self.n_vocab = set(self.special), max(vocab.values()) + 1
         spelled = '"ByteLevel"' in json.dumps([data.get("pre_tokenizer"), data.get("decoder")])
@@ -137,7 +137,7 @@ class LibraryEncoding:
         return self.special[name]
     def encode_ordinary(self, text):
         text = text.encode(errors="replace").decode()  # the library has no lone surrogates
-        return self.library.encode(text, add_special_tokens=False).ids
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
     def encode_to_numpy(self, text, disallowed_special=()):
         return np.array(self.encode_ordinary(text), dtype=np.uint32)
     def decode_bytes(self, ids):

@@ -361,6 +361,18 @@ def test_resume_takes_rates_and_decay_from_the_settings(settings, tmp_path):
     assert (adamw["weight_decay"], adamw["betas"], muon["weight_decay"]) == (0.5, (0.9, 0.9), 0.5)
 
 
+def test_resume_without_all_weights_is_refused(settings, tmp_path):
+    """What a checkpoint lacks is not left as it was drawn."""
+    settings(max_iters=1)
+    gpt.train()
+    state = gpt.read_checkpoint(tmp_path / "out" / "ckpt.pt")
+    del state["model"]["h.1.mlp.c_fc.weight"]
+    gpt.save_checkpoint(tmp_path / "out" / "ckpt.pt", state)
+    settings(init_from="resume", max_iters=2)
+    with pytest.raises(RuntimeError, match=r"h\.1\.mlp\.c_fc\.weight"):
+        gpt.train()
+
+
 def test_resume_with_another_tokenizer_is_refused(settings, tmp_path):
     """Other characters, or special tokens that the checkpoint lacks; another folder with the same is fine."""
     settings(max_iters=2)
