@@ -146,7 +146,8 @@ def help_text(script):
 def run_script(script, main, **options):
     """Configure a script by its command line and run main(); a mistake is one sentence and exit code 2.
 
-    Ctrl-C gives exit code 130. With TRACEBACK=1 in the environment, mistakes show where they were found.
+    Ctrl-C gives exit code 130, a closed output 141. With TRACEBACK=1 in the environment, mistakes show where they
+    were found.
     """
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character must not end a run
@@ -156,10 +157,13 @@ def run_script(script, main, **options):
             return
         configure(script, sys.argv[1:], **options)
         main()
+        sys.stdout.flush()
     except BrokenPipeError:  # piped into head, say: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
-    except (ValueError, OSError) as e:
-        if os.environ.get("TRACEBACK"):
+        sys.exit(141)  # 128 + SIGPIPE, as other programs
+    except (ValueError, OSError, RuntimeError) as e:
+        full = type(e).__name__ == "OutOfMemoryError"  # torch's, which need not be there
+        if os.environ.get("TRACEBACK") or (isinstance(e, RuntimeError) and not full):
             raise
         if os.environ.get("RANK", "0") == "0":
             print("error:", *str(e).split(), file=sys.stderr)  # on one line

@@ -9,11 +9,9 @@
     python sample.py --prompt "ROMEO:"                  let the newest run continue a text
 Or paste this file into a notebook cell and run it."""
 import time
-
 __started__ = time.time()  # before torch, whose import takes seconds: max_minutes counts from here
-
-import base64, ctypes, gc, hashlib, json, math, os, shutil, signal, sys, threading, urllib.request
-from dataclasses import asdict, dataclass
+import base64, ctypes, gc, hashlib, json, math, os, shutil, signal, sys, threading, urllib.request, zipfile
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
@@ -30,17 +28,20 @@ from torch.utils.checkpoint import checkpoint
 dataset = "shakespeare"  # folder under data_dir; shakespeare and pydoc are prepared when missing
 data_dir = ""  # folder of the data sets; empty: data/ beside gpt.py
 out_dir = ""  # folder of this run's checkpoints and log; empty: out/<dataset> beside gpt.py
-init_from = "scratch"  # scratch | resume: out_dir/ckpt.pt | a checkpoint, Hugging Face folder or id: finetune
+init_from = "scratch"  # scratch | resume | auto: resume, if there is a run | model to finetune: path or id
 seed = 1337  # of weights, batches, dropout and samples
 eval_only = False  # only evaluate init_from, or else out_dir/best.pt, on the full validation split
 eval_text = ""  # a text file to evaluate on instead
-eval_stride = 0  # tokens from window to window of validation; few let each see more; 0: block_size, the most
+eval_stride = 0  # then tokens from window to window; few let each see more of them; 0: block_size, the most
 eval_interval = 250  # steps between evaluations, each preceded by a checkpoint
 early_stop = 0  # end after so many evaluations in a row without a new best; 0: never
 eval_iters = 20  # batches per evaluation; the run ends with one over the full validation split
 log_interval = 50  # steps between progress lines
 sample_at_eval = False  # print a sample at each evaluation, not only at the end
 sample_tokens = 300  # length of these samples in tokens; 0: none
+keep_checkpoints = 2  # the newest, and those before it, from which to resume should it be damaged
+max_bad_steps = 10  # steps in a row whose gradient is not finite, and which are skipped, before the run ends
+dry_run = False  # only print the plan, with the speed of three steps, and write nothing
 # model
 block_size = 256  # context length in tokens
 n_layer = 4  # blocks
@@ -79,6 +80,7 @@ min_lr = 0.0  # final learning_rate; muon_lr falls in proportion
 # machine
 device = "auto"  # auto: cuda, else mps, else cpu | any torch device, as cuda:1
 dtype = "auto"  # auto: by hardware | float32 | bfloat16 | float16 with loss scaling, on CUDA only
+fsdp = False  # under torchrun each GPU holds its share of weights, gradients and averages, not all of them
 compile: bool | None = None  # torch.compile; None: on GPUs that can; on CPU from 2 minutes or 5,000 steps on
 
 SETTINGS = [k for k, v in globals().items() if k[0] != "_" and isinstance(v, bool | int | float | str | None)]
@@ -86,15 +88,11 @@ HERE = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd(
 
 # ---- Tokenizer ---------------------------------------------------------------------------------------------
 CHAT = "%s||<|user|>%s<|assistant|>||%s"  # what stands around a system text, a question, an answer
-
 class Tokenizer:
     """Text to ids and back by a tiktoken.Encoding; data sets and checkpoints hold `state`, strings only.
     kind "char": one id per character of `chars`; "bpe": `ranks` are the tokens' bytes in base64, `pattern`
     cuts words; `json`: the tokenizers library's; other kinds are tiktoken's. special: names of tokens that no
-    text gives, behind the others or at `special_ids`; `begin` begins texts, `end` ends documents, answers.
-    >>> Tokenizer("char", "abc").encode("cab")
-    [2, 0, 1]
-    """
+    text gives, behind the others or at `special_ids`; `begin` begins texts, `end` ends documents, answers."""
     def __init__(self, kind, chars="", ranks="", pattern="(?s:.)", special="", special_ids="", json="",
                  begin="", end="<|endoftext|>", chat=CHAT):
         self.state = {k: v for k, v in locals().items() if k != "self"}
@@ -102,23 +100,17 @@ class Tokenizer:
         names, n = special.split(), len(tokens)
         special = dict(zip(names, map(int, special_ids.split() or range(n, n + len(names)))))
         free = sorted({*range(n + len(names))} - {*special.values()})  # the other tokens' ids
-        if json:
-            from tokenizer_json import LibraryEncoding
-            self.encoding = LibraryEncoding(json)
-        elif tokens:
+        if tokens:
             self.encoding = tiktoken.Encoding(kind, pat_str=pattern, special_tokens=special,
                                               mergeable_ranks=dict(zip(tokens, free)))
         else:
-            try:
-                self.encoding = tiktoken.get_encoding(kind)
-            except Exception as e:  # tiktoken documents none
-                raise ValueError(f"tokenizer {kind!r} is not to be had ({type(e).__name__}): name its "
-                                 "file's folder in TIKTOKEN_CACHE_DIR, or use --tokenizer=bpe") from e
+            from tokenizer_json import other_encoding
+            self.encoding = other_encoding(kind, json)
         self.vocab_size, self.chat = self.encoding.n_vocab, chat.split("||")
         self.special = {s: self.encoding.encode_single_token(s) for s in self.encoding.special_tokens_set}
         self.begin, self.end = self.special.get(begin), self.special.get(end)
     def encode(self, text):
-        """Return text's ids, as a list. Raises ValueError for a character that is not in `chars`."""
+        """Return text's ids, a list: [2, 0, 1] of "cab" with chars "abc". Raises ValueError for others."""
         chars = self.state["chars"]
         if chars and (unknown := set(text) - set(chars)):
             i, known = min(map(text.index, unknown)), "".join(c for c in chars if c.isprintable())[:100]
@@ -127,10 +119,8 @@ class Tokenizer:
     def __eq__(self, other):  # does each id mean the same?
         a, b = (getattr(t.encoding, "_mergeable_ranks", t.state["json"]) for t in (self, other))
         return a == b and self.special == other.special
-    def decode_bytes(self, ids):
-        return self.encoding.decode_bytes(ids)  # a single BPE token may hold part of a character
-    def decode(self, ids):
-        return self.decode_bytes(ids).decode(errors="replace")
+    def decode_bytes(self, ids): return self.encoding.decode_bytes(ids)  # a BPE token may end in a character
+    def decode(self, ids): return self.decode_bytes(ids).decode(errors="replace")
 
 # ---- Model -------------------------------------------------------------------------------------------------
 @dataclass
@@ -165,28 +155,15 @@ class GPTConfig:
             raise ValueError(f"n_embd / n_head is {self.head_dim}: rotary positions need an even number")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}: it must be at least 0 and below 1")
-    @property
-    def head_dim(self):
-        return self.n_embd // self.n_head
+    head_dim = property(lambda self: self.n_embd // self.n_head)
     @property
     def mlp_hidden(self):
         width = self.mlp_ratio * self.n_embd
         return 32 * round(width * 2 / 3 / 32) if self.use_swiglu else round(width)
 
-class Linear(nn.Linear):
-    """nn.Linear that reads the weights for a single row, as in generating, faster than BLAS does on a CPU."""
-    def forward(self, x):
-        alone = x.numel() == x.size(-1) and x.dtype == self.weight.dtype and not torch.is_grad_enabled()
-        if alone and torch.compiler.is_compiling():  # the compiler makes one loop of it
-            return (x.unsqueeze(-2) * self.weight).sum(-1) + (0 if self.bias is None else self.bias)
-        if alone and x.is_cpu and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-        return super().forward(x)
-
 class RMSNorm(nn.RMSNorm):
     """nn.RMSNorm (arXiv:1910.07467) whose weight takes x's dtype, as the fused bfloat16 kernel needs."""
-    def forward(self, x):
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+    def forward(self, x): return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 def make_norm(config):
     size = config.n_embd, config.norm_eps
@@ -205,8 +182,7 @@ def rotary_table(config):
 
 def rotate(x, rotary):
     """Turn x (B, heads, T, head_dim) by its positions' rows of the table (2, B or 1, 1, T, head_dim)."""
-    cos, sin = rotary
-    return torch.addcmul(x * cos, torch.cat(x.chunk(2, -1)[::-1], -1), sin)
+    return torch.addcmul(x * rotary[0], torch.cat(x.chunk(2, -1)[::-1], -1), rotary[1])
 
 def attention(q, k, v, mask=None):
     """Attend from q (B, n_head, T, d) to k, v (B, n_kv_head, S, d); the one place that knows backends.
@@ -249,8 +225,8 @@ class CausalSelfAttention(nn.Module):
         self.layer, self.head_dim = layer, config.head_dim
         self.heads = [config.n_head, config.n_kv_head, config.n_kv_head]  # of q, k, v
         self.parts = [n * config.head_dim for n in self.heads]  # their rows in c_attn
-        self.c_attn = Linear(config.n_embd, sum(self.parts), bias=config.bias)
-        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_attn = nn.Linear(config.n_embd, sum(self.parts), bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         norm = nn.RMSNorm(self.head_dim, config.norm_eps, elementwise_affine=False)
         self.qk_norm = norm if config.qk_norm else nn.Identity()
     def forward(self, x, positions, rotary, mask, cache):
@@ -268,8 +244,8 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.parts = [config.mlp_hidden] * (2 if config.use_swiglu else 1)  # rows of gate, up in c_fc
-        self.c_fc = Linear(config.n_embd, sum(self.parts), bias=config.bias)
-        self.c_proj = Linear(config.mlp_hidden, config.n_embd, bias=config.bias)
+        self.c_fc = nn.Linear(config.n_embd, sum(self.parts), bias=config.bias)
+        self.c_proj = nn.Linear(config.mlp_hidden, config.n_embd, bias=config.bias)
     def forward(self, x):
         hidden = self.c_fc(x)
         if len(self.parts) == 1:
@@ -306,7 +282,7 @@ class GPT(nn.Module):
         self.drop = nn.Dropout1d(config.dropout)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = make_norm(config)
-        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_weights:
             self.lm_head.weight = self.wte.weight
         self.register_buffer("rotary", rotary_table(config) if config.use_rope else None, persistent=False)
@@ -357,16 +333,15 @@ class GPT(nn.Module):
     def from_pretrained(path, **options):  # of a Hugging Face folder or hub id
         from pretrained import load_model
         return load_model(path, **options)
-    def n_params(self):
-        return sum(p.numel() for p in self.parameters())  # a tied matrix counts once
+    def n_params(self): return sum(p.numel() for p in self.parameters())  # a tied matrix counts once
     def flops_per_token(self):  # training's: 6 a multiplying weight, and attention's (arXiv:2204.02311)
         c = self.config
         lookups = c.n_embd * (c.vocab_size * (not c.tie_weights) + c.block_size * (not c.use_rope))
         return 6 * (self.n_params() - lookups) + 12 * c.n_layer * c.n_embd * c.block_size
     @torch.inference_mode()
-    def generate(self, idx, max_tokens, repetition_penalty=1.0, generator=None, forward=None, **sampling):
+    def generate(self, idx, max_tokens, pick=None, forward=None, **sampling):
         """Yield max_tokens tensors (B,) of next ids for idx: (B, T) int64, or B lists of ids of any lengths.
-        Past block_size context_length says what is seen. forward: self.forward compiled, for single ids."""
+        context_length says what is seen. pick: if not sample_next; forward: compiled, for single ids only."""
         device, block_size, lengths = self.ln_f.weight.device, self.config.block_size, [len(p) for p in idx]
         if not all(lengths):
             raise ValueError("a prompt is empty: give at least one token")
@@ -380,45 +355,28 @@ class GPT(nn.Module):
             if step == 0 or any(k <= context_length(n + step - 1, block_size) for n, k in zip(lengths, kept)):
                 cache.pos.zero_()  # read the texts anew, padded on the right, where causality hides it
                 tails = [text[n + step - k : n + step] for text, n, k in zip(texts, lengths, kept)]
-                logits = self.forward(nn.utils.rnn.pad_sequence(tails, batch_first=True), cache=cache)[0]
+                logits = self._call_impl(nn.utils.rnn.pad_sequence(tails, batch_first=True), cache=cache)[0]
                 logits = torch.stack([row[k - 1] for row, k in zip(logits, kept)])
                 cache.pos.copy_(torch.tensor(kept))  # forget the padding
             else:
-                logits = (forward or self.forward)(last[:, None], cache=cache)[0][:, -1]
-            if repetition_penalty != 1:
-                used = texts.where(torch.arange(texts.size(1), device=device) < ends, texts[:, :1])
-                seen = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, used, True)
-                logits = penalize(logits, seen, repetition_penalty)
-            last = sample_next(logits, generator=generator, **sampling)
+                logits = (forward or self._call_impl)(last[:, None], cache=cache)[0][:, -1]
+            last = (pick or sample_next)(logits, **sampling)
             texts.scatter_(1, ends, last[:, None])
             ends += 1
             yield last
 
 # ---- Generation --------------------------------------------------------------------------------------------
-def filter_logits(logits, top_k=0, top_p=1.0, min_p=0.0):
-    """Set logits (B, vocab_size) to -inf outside the top_k largest, outside the fewest that reach top_p
-    together (arXiv:1904.09751), and below min_p times the largest probability (arXiv:2407.01082)."""
-    if 0 < top_k < logits.size(-1):
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
-    if top_p < 1:
-        probs, ids = logits.softmax(-1).sort(descending=True)
-        drop = probs.cumsum(-1) - probs >= top_p  # the likelier ones reach top_p without this one
-        logits = logits.masked_fill(drop.scatter(-1, ids, drop), -torch.inf)
-    if min_p > 0:
-        logits = logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(min_p), -torch.inf)
-    return logits
-
-def penalize(logits, seen, penalty):
-    """Divide the positive and multiply the negative logits of ids where `seen` is True (arXiv:1909.05858)."""
-    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
-
 def sample_next(logits, temperature=0.8, top_k=200, top_p=0.9, min_p=0.0, generator=None):
-    """Draw one id (B,) int64 per row of logits (B, vocab_size); at temperature 0 the likeliest."""
+    """Draw one id (B,) int64 per row of logits (B, vocab_size): of the top_k likeliest, of the fewest of them
+    that reach top_p (arXiv:1904.09751), of none below min_p times the first's share (arXiv:2407.01082)."""
     if temperature < 1e-6:
         return logits.argmax(-1)
-    probs = filter_logits(logits.float() / temperature, top_k, top_p, min_p).softmax(-1)
+    logits, ids = (logits.float() / temperature).topk(min(top_k or 2**31, logits.size(-1)))  # best first
+    probs = logits.softmax(-1)
+    probs = probs * (probs.cumsum(-1) - probs < top_p) * (probs >= min_p * probs[:, :1])
     noise = torch.empty_like(probs).exponential_(generator=generator)
-    return (probs / noise).argmax(-1)  # this is id i with probability probs[i], and needs no wait for the GPU
+    chosen = (probs / noise).argmax(-1, keepdim=True)  # by probability, and with no wait for the GPU
+    return ids.gather(-1, chosen)[:, 0]
 
 def context_length(n, block_size):
     """Return how many of the last of n tokens the model sees: all that fit, else half a block to a block.
@@ -427,6 +385,8 @@ def context_length(n, block_size):
     return n if n <= block_size else half + 1 + (n - block_size - 1) % (block_size - half)
 
 # ---- Optimizer ---------------------------------------------------------------------------------------------
+def whole(tensor): return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # FSDP's shards
+
 def orthogonalize(G, dtype=torch.float32):
     """Return nearly UV^T, singular values of about 0.7 to 1.2, for each G = USV^T of a batch (n, rows, cols):
     five Newton-Schulz steps of the quintic in kellerjordan.github.io/posts/muon, in `dtype`."""
@@ -443,7 +403,7 @@ class Muon(torch.optim.Optimizer):
     lr: an update's spectral norm, times sqrt(rows / cols) if tall (kellerjordan.github.io/posts/muon)."""
     def __init__(self, param_groups, lr, momentum=0.95, weight_decay=0.0, dtype=torch.float32):
         super().__init__(param_groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-        self.dtype = dtype  # of the Newton-Schulz steps
+        self.dtype, self.found_inf = dtype, None  # of the Newton-Schulz steps; see step
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
@@ -451,12 +411,19 @@ class Muon(torch.optim.Optimizer):
             for p in (p for p in params if p not in self.state):
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
             averages, grads = [self.state[p]["momentum_buffer"] for p in params], [p.grad for p in params]
+            if self.found_inf is not None:  # 1: change nothing, as torch's fused AdamW does
+                grads = [grad.where(self.found_inf == 0, average) for grad, average in zip(grads, averages)]
+                lr = lr * (1 - self.found_inf)
             torch._foreach_lerp_(averages, grads, 1 - momentum)
-            updates = torch.stack(torch._foreach_lerp(grads, averages, momentum))  # (n, rows, cols)
-            parts = [orthogonalize(part, self.dtype) * max(1, part.size(1) / part.size(2)) ** 0.5
-                     for part in updates.split(group["parts"], dim=1)]
+            updates = torch.stack([*map(whole, torch._foreach_lerp(grads, averages, momentum))])
+            parts = [orthogonalize(part, self.dtype) * (-lr * max(1, part.size(1) / part.size(2)) ** 0.5)
+                     for part in updates.split(group["parts"], dim=1)]  # updates: (n, rows, cols)
+            updates = list(torch.cat(parts, dim=1).float())
+            if hasattr(params[0], "full_tensor"):
+                from scaling import shard
+                updates = [*map(shard, updates, params)]
             torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-            torch._foreach_add_(params, list(torch.cat(parts, dim=1).float()), alpha=-lr)
+            torch._foreach_add_(params, updates)
 
 def make_optimizers(model, machine):
     """Return [AdamW] or [AdamW, Muon], as the setting says; together they hold every parameter once."""
@@ -486,10 +453,9 @@ def corpus(name):
         return "\n\n".join(topics[k].strip() for k in sorted(topics)) + "\n", "Python's pydoc_data.topics"
     for url in SHAKESPEARE_URLS:
         try:
-            content = urllib.request.urlopen(url, timeout=15).read()
+            content, problem = urllib.request.urlopen(url, timeout=15).read(), "its sha256 is wrong"
             if hashlib.sha256(content).hexdigest() == SHAKESPEARE_SHA256:
                 return content.decode(), "tiny Shakespeare"
-            problem = "its sha256 is wrong"
         except Exception as e:  # noqa: BLE001  # networks fail in many ways
             problem = e
     raise ConnectionError(f"{url}: no download ({problem}); prepare.py shakespeare --input=FILE takes a copy")
@@ -527,14 +493,16 @@ class Tokens:
         paths = sorted(folder.glob(f"{name}_*.bin")) or folder.glob(f"{name}.bin")
         self.files, self.dtype = [open(path, "rb") for path in paths], dtype  # noqa: SIM115
         self.bounds = np.cumsum([0, *(os.fstat(f.fileno()).st_size // dtype.itemsize for f in self.files)])
-    def __len__(self):
-        return int(self.bounds[-1])
+    def __len__(self): return int(self.bounds[-1])
     def __getitem__(self, positions):
         """Return the numbers at positions (int64). Files stay mapped no longer: pages read would add up."""
         found, file = np.empty(positions.shape, self.dtype), self.bounds.searchsorted(positions, "right") - 1
         for i in np.unique(file):
             here = file == i
-            found[here] = np.memmap(self.files[i], self.dtype, "r")[positions[here] - self.bounds[i]]
+            try:
+                found[here] = np.memmap(self.files[i], self.dtype, "r")[positions[here] - self.bounds[i]]
+            except (IndexError, ValueError) as e:
+                raise OSError(f"{self.files[i].name} has become shorter: prepare the data set again") from e
         return found
 
 @lru_cache(maxsize=2)
@@ -545,9 +513,8 @@ def epoch_order(n_rows, n_offsets, seed, epoch):  # an offset below n_offsets an
 class Data:
     """A data set whose batches depend on seed and step alone; with weights, no row reaches from one example,
     which ends with tokenizer.end, into the next. Raises FileNotFoundError, ValueError."""
-    def __init__(self, folder, block_size, stride=0, splits=("train", "val")):
+    def __init__(self, folder, block_size, splits=("train", "val")):
         self.folder, self.block_size, self.tokens, self.weights, self.starts = folder, block_size, {}, {}, {}
-        self.stride = min(stride or block_size, block_size)  # from window to window in validation
         if not (folder / "meta.json").exists():
             raise FileNotFoundError(f"{folder} holds no data set: python prepare.py --input=FILE "
                                     f"--name={folder.name} makes one; prepare.py --help tells of others")
@@ -569,7 +536,7 @@ class Data:
                 ends = np.flatnonzero(tokens[np.arange(n)] == self.tokenizer.end) + 1
                 starts = [i for a, b in zip([0, *ends], ends) for i in range(a, b - 1, block_size)]
             elif split == "val":
-                starts = range(0, max(n > 1, n - 1 - block_size + self.stride), self.stride)
+                starts = range(0, n - 1, block_size)
             else:
                 starts = range(0, max(n > block_size, n - 2 * block_size), block_size)
             if not starts:
@@ -595,11 +562,8 @@ class Data:
         if self.weighted:
             ended = (x == self.tokenizer.end).cumsum(1) > 0  # another example follows
             w *= ~ended * self.weights[split][positions[:, 1:]] / np.float32(255)
-        elif split == "val":  # targets that the window before had count once
-            w[positions[:, 0] > 0, : self.block_size - self.stride] = 0
         return [torch.from_numpy(array) for array in (x, y, w)]
-    def n_val_batches(self):
-        return math.ceil(len(self.starts["val"]) / batch_size)
+    def n_val_batches(self): return math.ceil(len(self.starts["val"]) / batch_size)
 
 # ---- Schedule and evaluation -------------------------------------------------------------------------------
 def lr_scale(step, progress):
@@ -611,13 +575,17 @@ def lr_scale(step, progress):
 
 @torch.no_grad()
 def evaluate(model, data, machine, n_batches):
-    """Return the mean loss in nats per token of n_batches spread over validation; eager, to start at once."""
-    nats, weight, chosen = 0.0, 0.0, np.linspace(0, data.n_val_batches() - 1, n_batches).round().astype(int)
+    """Return the mean loss in nats per token of n_batches spread over validation; None if a signal comes."""
+    nats, weight, end = 0.0, 0.0, data.n_val_batches()
+    chosen = np.linspace(0, end - 1, min(n_batches, end)).round().astype(int).tolist()
     model.eval()
-    for i in chosen[machine.rank :: machine.world_size].tolist():
+    chosen += [end] * (-len(chosen) % machine.world_size)  # empty ones, for processes to have equally many
+    for i in chosen[machine.rank :: machine.world_size]:
         batch = data.get_batch("val", i, batch_size)
-        nats += float(machine.loss(model.forward, batch)) * float(batch[2].sum())
+        nats += float(machine.loss(model._call_impl, batch)) * float(batch[2].sum())
         weight += float(batch[2].sum())
+        if machine.stopping():
+            return None
     model.train()
     nats, weight = machine.reduce([nats, weight], "SUM")
     return nats / max(weight, 1e-6)
@@ -632,25 +600,30 @@ def final_figures(loss, data, machine, title):
     return figures | {"tokens": n_tokens}
 
 # ---- Checkpoints: ckpt.pt resumes, best.pt is weights for use ----------------------------------------------
-def save_checkpoint(path, state):
-    """Write state to path, all or nothing. Raises OSError; what was at path is then still there."""
-    part = path.with_suffix(".tmp")
+def save_checkpoint(path, state, keep=1):
+    """Write state to path, all or nothing; of `keep` files the others are <stem>-1.pt, ... Raises OSError."""
+    part, older = path.with_suffix(".tmp"), [path.with_stem(f"{path.stem}-{i}") for i in range(1, keep)]
     try:
         torch.save(state, part)
         with open(part, "rb+") as f:
             os.fsync(f.fileno())
-        os.replace(part, path)
+        for old, new in reversed([*zip([path, *older], older)]):
+            if old.exists():
+                old.replace(new)
+        part.replace(path)
     except (OSError, RuntimeError) as e:  # torch makes a RuntimeError of a failed write
         part.unlink(missing_ok=True)
         raise OSError(f"{path} could not be saved ({e}); the one saved before it is untouched") from e
 
-def read_checkpoint(path, *more):
-    """Return what save_checkpoint wrote. Raises FileNotFoundError; ValueError if damaged or lacking keys."""
+def read_checkpoint(path):
+    """Return what save_checkpoint wrote. Raises FileNotFoundError; ValueError if it is damaged."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist: train first, or name another checkpoint or out_dir")
     try:
+        if part := zipfile.ZipFile(path).testzip():  # torch itself compares no checksums
+            raise zipfile.BadZipFile(f"checksum of {part}")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        return state | {name: state[name] for name in ("model", "model_args", "tokenizer", *more)}
+        return state | {name: dict(state[name]) for name in ("model", "model_args", "tokenizer")}
     except Exception as e:  # torch raises half a dozen types
         raise ValueError(f"{path} is damaged or no checkpoint ({type(e).__name__}): use another") from e
 
@@ -670,9 +643,9 @@ def load_checkpoint(path, device="cpu", **changes):
     return model.eval().to(device), Tokenizer(**state["tokenizer"]), state
 
 # ---- The machine: what is chosen by hardware is chosen here ------------------------------------------------
-# dense bfloat16 or float16 TFLOP/s by the makers' data sheets; the first name found in the GPU's counts
 PEAK_TFLOPS = {"B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "A10G": 70, "V100": 125,
                "L40S": 362, "L40": 181, "L4": 121, "T4": 65, "RTX 4090": 165, "RTX 3090": 71, "A6000": 155}
+# dense bfloat16 or float16 by the makers' data sheets; the first name found in the GPU's counts
 
 @dataclass
 class Machine:
@@ -681,6 +654,8 @@ class Machine:
     compile: bool
     rank: int
     world_size: int
+    caught: list = field(default_factory=list)  # signals that ask the run to save and end
+    sharded = property(lambda self: fsdp and self.world_size > 1)  # by FSDP, else DDP
     def name(self):
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
     def loss(self, forward, batch):
@@ -694,12 +669,12 @@ class Machine:
         if self.world_size > 1:
             dist.all_reduce(values, getattr(dist.ReduceOp, op))
         return values.tolist()
-    def data_folder(self):
-        """Return the folder of `dataset`; where it is missing, the first process prepares it for all."""
-        folder = [prepare_if_missing(dataset) if self.rank == 0 else None]
+    def stopping(self): return self.reduce([bool(self.caught)], "MAX")[0] > 0  # a signal, to any process?
+    def first(self, function, *arguments):  # what it returns in the first process, to all
+        found = [function(*arguments) if self.rank == 0 else None]
         if self.world_size > 1:
-            dist.broadcast_object_list(folder)
-        return folder[0]
+            dist.broadcast_object_list(found)
+        return found[0]
     def mfu(self, flops):  # the share that flops per second are of the GPUs' peak, None where not known
         peak = next((tflops for gpu, tflops in PEAK_TFLOPS.items() if gpu in self.name()), None)
         return flops / (peak * 1e12 * self.world_size) if peak and self.dtype != torch.float32 else None
@@ -736,20 +711,26 @@ def set_up_machine():
         raise ValueError(f"dtype float16 needs a CUDA GPU, not {found.type}: use bfloat16 or float32")
     torch.set_float32_matmul_precision("high")  # TF32 for what stays float32 on CUDA
     if world_size > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if found.type == "cuda" else "gloo")
+        from scaling import join_processes
+        join_processes("cpu:gloo,cuda:nccl" if found.type == "cuda" else "gloo", rank, world_size)
     long = max_minutes >= 2 if max_minutes else max_iters >= 5000
     pays = capability >= (7, 0) or bool(found.type == "cpu" and long and shutil.which("g++"))
     return Machine(found, chosen, pays if compile is None else compile, rank, world_size)
 
 def compile_model(model, machine, batch):
-    """Compile the model in place, if that works for a batch; return the seconds it took."""
+    """Compile the model, or each of FSDP's parts, in place, if that works for a batch; return the seconds."""
     os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # spares seconds of trying the C++ compiler
-    began, outcome = time.time(), "compiled"
-    model.compile(dynamic=False)  # model(...) is compiled from now on, model.forward(...) is not
+    began, outcome, parts = time.time(), "compiled", model.h if machine.sharded else [model]
+    for part in parts:
+        part.compile(dynamic=False)  # part(...) is compiled from now on, part._call_impl(...) is not
     try:
         machine.loss(model, batch).backward()
+    except torch.OutOfMemoryError:
+        pass  # the step will meet it, too
     except Exception as e:  # noqa: BLE001  # compilers' errors have no common type
-        model._compiled_call_impl, outcome = None, f"not compiled: torch.compile failed ({type(e).__name__})"
+        outcome = f"not compiled: torch.compile failed ({type(e).__name__})"
+        for part in parts:
+            part._compiled_call_impl = None
     model.zero_grad(set_to_none=True)
     if machine.rank == 0:
         print(f"{outcome} in {time.time() - began:.0f} s")
@@ -772,34 +753,28 @@ def check_settings():
             raise ValueError(f"{name} is {value}: it must be {'above' if least else 'from'} 0, below 2**31")
     model_config(vocab_size=1)
 
-def check_tokenizer(data, tokenizer):
-    if data.tokenizer != tokenizer:
-        raise ValueError(f"{data.folder} has another tokenizer than the model: prepare it --tokenizer=MODEL")
-
 def build(data, machine, state, out=Path()):
-    """Return (model, optimizers, scaler) by the settings: new, of init_from, or of a checkpoint's state."""
+    """Return (model, what is called to train it, optimizers, scaler): new, init_from's, or a checkpoint's."""
     torch.manual_seed(seed)
-    base = state.get("base", "") if state else "" if init_from == "scratch" else init_from
-    if base or lora_rank:
-        from pretrained import start_finetuning
-        changes = {k: globals()[k] for k in ("block_size", "dropout", "gradient_checkpointing")}
-        model, tokenizer = start_finetuning(base, state, out, lora_rank, optimizer, **changes)
+    if state or lora_rank or init_from not in ("scratch", "auto"):
+        from resume import trained_model
+        model = trained_model(sys.modules[__name__], data, state, out)
     else:
-        model, tokenizer = GPT(model_config(data.meta["vocab_size"])), data.tokenizer
-    check_tokenizer(data, Tokenizer(**state["tokenizer"]) if state else tokenizer)
-    if state:
-        now = asdict(model.config) | {k: globals()[k] for k in ("block_size", "optimizer", "lora_rank")}
-        then = {"lora_rank": 0} | state | state["model_args"] | {"block_size": state["config"]["block_size"]}
-        for name in now.keys() & then.keys() - {"dropout", "gradient_checkpointing"}:  # these shape no weight
-            if now[name] != then[name]:
-                raise ValueError(f"{name} is {now[name]}, in the checkpoint {then[name]}: go on with that")
-        model.load_state_dict(state["model"], strict=not lora_rank)  # or else the adapters alone
-    optimizers = make_optimizers(model.to(machine.device), machine)
+        model = GPT(model_config(data.vocab_size))
+    if machine.sharded:
+        from scaling import fully_sharded
+        forward = fully_sharded(model, machine)
+    else:
+        model.to(machine.device)
+        forward = nn.parallel.DistributedDataParallel(model) if machine.world_size > 1 else model
+    optimizers = make_optimizers(model, machine)
     scaler = torch.amp.GradScaler("cuda", enabled=machine.dtype == torch.float16)
-    for o, saved in zip(optimizers, (state or {}).get("optimizers", ())):
-        o.load_state_dict(saved | {"param_groups": o.state_dict()["param_groups"]})  # rates as set now
-    scaler.load_state_dict((state or {}).get("scaler") or scaler.state_dict())
-    return model, optimizers, scaler
+    if state:
+        from resume import load_averages
+        load_averages(optimizers, state, machine)
+        scaler.load_state_dict(state["scaler"] or scaler.state_dict())
+        state.clear()  # as it takes memory
+    return model, forward, optimizers, scaler
 
 def split_batch(world_size):
     """Return (n_micro, rows): a process's micro-batches per step and their size; the global batch stays."""
@@ -809,68 +784,92 @@ def split_batch(world_size):
         raise ValueError(f"{world_size} processes: {n} must divide batch_size * gradient_accumulation_steps")
     return n_micro, rows
 
-def open_run(out):
+def open_run(out, resumed):
     """Make the run's folder and return its log file; an earlier run's files there are renamed by date."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for path in (out / "ckpt.pt", out / "best.pt", out / "log.jsonl"):
-            if init_from != "resume" and path.exists():
+        for path in (*out.glob("*.pt"), out / "log.jsonl"):
+            if not resumed and path.exists():
                 kept = path.rename(f"{path}.{time.strftime('%Y-%m-%d-%H%M%S')}")
                 print(f"the earlier run's {path.name} is now {kept}")
         return open(out / "log.jsonl", "a", encoding="utf-8", buffering=1)  # each line at once
     except OSError as e:
         raise OSError(f"{out} cannot be written ({e.strerror}): choose another folder with --out_dir") from e
 
-def describe(machine, data, model, out, tokens_per_step):
-    n, n_trained = model.n_params(), sum(p.numel() for p in model.parameters() if p.requires_grad)
-    meta, mib, origin = data.meta, (n + 3 * n_trained) / 2**18, f", from {model.base}" if model.base else ""
-    lora = f", {n_trained:,} trained" if n_trained < n else ""
+def describe(machine, data, model, out, step):
+    n, trained = model.n_params(), sum(p.numel() for p in model.parameters() if p.requires_grad)
+    way = ", FSDP" if machine.sharded else ", DDP" if machine.world_size > 1 else ""
+    meta, tokens = data.meta, batch_size * gradient_accumulation_steps * block_size
+    origin = f", from {model.base}" * bool(model.base) + f", on from step {step:,}" * (step > 0)
     return f"""\
-machine  {machine.world_size} x {machine.name()}, {torch.get_num_threads()} threads, torch {torch.__version__}
-         {str(machine.dtype)[6:]}, {'compiled' if machine.compile else 'eager'}
+machine  {machine.world_size} x {machine.name()}{way}, {torch.get_num_threads()} threads
+         torch {torch.__version__}, {str(machine.dtype)[6:]}, {'compiled' if machine.compile else 'eager'}
 data     {data.folder}: {meta['train_tokens']:,} training and {meta['val_tokens']:,} validation tokens
          {meta['tokenizer']['kind']} vocabulary of {meta['vocab_size']:,}
-model    {n / 1e6:,.2f}M parameters{lora}; up to {mib:,.0f} MiB with gradients and averages, plus activations
-run      {f'{max_minutes:g} minutes' if max_minutes else f'{max_iters:,} steps'} of {tokens_per_step:,} tokens
-         {len(data.starts['train']) * block_size / tokens_per_step:,.0f} steps an epoch, in {out}{origin}"""
+model    {n / 1e6:,.2f}M parameters{f", {trained:,} trained" * (trained < n)}; \
+{(n + 3 * trained) / 2**18:,.0f} MiB with gradients and averages, plus activations
+run      {f'{max_minutes:g} minutes' if max_minutes else f'{max_iters:,} steps'} of {tokens:,} tokens
+         {len(data.starts['train']) * block_size / tokens:,.0f} steps an epoch, in {out}{origin}"""
 
 def print_sample(model, data, machine):
     """Print up to sample_tokens that continue a newline or, if weighted, validation's first prompt."""
-    if machine.rank > 0 or sample_tokens == 0:
+    if sample_tokens == 0 or (machine.rank > 0 and not machine.sharded):  # whose weights are everywhere
         return
-    plain = not data.weighted and "\n" in (data.tokenizer.state["chars"] or "\n")
     x, _, w = data.get_batch("val", 0, 1)  # w: 0 up to the first token of an answer
+    plain = not data.weighted and "\n" in (data.tokenizer.state["chars"] or "\n")
     ids = data.tokenizer.encode("\n") if plain else x[0, : 1 + int(w[0].argmax())].tolist()
     model.eval()
     draws = torch.Generator(machine.device).manual_seed(seed)
-    ids += [int(i) for i in model.generate([ids], sample_tokens, generator=draws)]
+    ids += [int(i) for i in model.generate([ids], sample_tokens, generator=draws)] + [data.tokenizer.end]
     model.train()
-    ids = ids[: ids.index(data.tokenizer.end)] if data.tokenizer.end in ids else ids
-    print("-" * 80, data.tokenizer.decode(ids).strip(), "-" * 80, sep="\n")
+    if machine.rank == 0:
+        text = data.tokenizer.decode(ids[: ids.index(data.tokenizer.end)])
+        print("-" * 80, text.strip(), "-" * 80, sep="\n")
 
 def snapshot(model, data, step, best_val_loss, **more):
     """Return what a checkpoint for use holds, and more: tensors, numbers, strings, lists and dicts only."""
     weights = {k: v for k, v in model.state_dict().items() if not lora_rank or ".lora." in k}
-    return {"model": weights, "model_args": asdict(model.config), "tokenizer": data.tokenizer.state,
-            "config": {name: globals()[name] for name in SETTINGS} | {"dataset": data.folder.name},
-            "optimizer": optimizer, "base": model.base, "lora_rank": lora_rank, "step": step,
-            "dataset_sha256": data.meta["sha256"], "best_val_loss": best_val_loss, **more}
+    state = {"model": weights, "model_args": asdict(model.config), "tokenizer": data.tokenizer.state,
+             "config": {name: globals()[name] for name in SETTINGS} | {"dataset": data.folder.name},
+             "optimizer": optimizer, "base": model.base, "lora_rank": lora_rank, "step": step,
+             "dataset_sha256": data.meta["sha256"], "best_val_loss": best_val_loss, **more}
+    if not hasattr(model, "unshard"):
+        return state
+    from scaling import gather
+    return gather(state)  # takes all of FSDP's processes
+
+def accumulate(forward, batches, step, weight, scaler, machine):
+    """Add up a process's gradients, averaged over processes; return the loss, or None if memory ran out."""
+    loss, first = torch.zeros((), device=machine.device), step * machine.world_size + machine.rank
+    try:
+        for micro, batch in enumerate(batches, first * len(batches)):  # its number among all of the run's
+            torch.manual_seed((seed << 32) + micro)  # dropout, too, depends on (seed, step) alone
+            forward.require_backward_grad_sync = last = batch is batches[-1]  # DDP's switch
+            if machine.sharded:
+                forward.set_requires_gradient_sync(last)
+            micro_loss = machine.loss(forward, batch) * float(batch[2].sum() / max(weight, 1e-6))
+            scaler.scale(micro_loss).backward()
+            loss += micro_loss.detach()
+    except torch.OutOfMemoryError:
+        return None
+    return loss
 
 def train(started=None):
-    """Train as the settings say; return the final figures as a dict. SIGINT and SIGTERM save, end the run and
-    are its "stopped_by"; max_minutes counts from `started`, or now. Raises ValueError, OSError."""
+    """Train as the settings say; return the final figures as a dict. SIGINT, SIGTERM, SIGUSR1 save, end a run
+    and are its "stopped_by"; max_minutes counts from `started`, or now. Raises ValueError, OSError."""
     check_settings()
-    machine, caught, actions = set_up_machine(), [], {}
+    machine, actions = set_up_machine(), {}
     def note(signum, frame):
-        caught.append(signum)
+        machine.caught.append(signum)
         signal.signal(signum, actions[signum])  # a second one acts as ever
     if threading.current_thread() is threading.main_thread():  # elsewhere Python forbids handlers
-        actions = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
+        actions = {n: signal.signal(n, note) for n in {2, 15, getattr(signal, "SIGUSR1", 2)}}  # INT, TERM
     try:
-        figures = training_run(started or time.time(), machine, caught)
-    except torch.OutOfMemoryError as e:
-        raise ValueError(f"the GPU's memory is full: lower batch_size ({batch_size}) and raise "
-                         "gradient_accumulation_steps as much, or set gradient_checkpointing") from e
+        if eval_only or eval_text or dry_run:
+            from evaluation import without_training
+            figures = without_training(sys.modules[__name__], machine)
+        else:
+            figures = training_run(started or time.time(), machine)
     finally:
         for signum, action in actions.items():
             signal.signal(signum, action)
@@ -879,59 +878,60 @@ def train(started=None):
         dist.destroy_process_group()
     return figures
 
-def training_run(started, machine, caught):
+def training_run(started, machine):
     """Set up; then, step by step: how far? | save, evaluate | set lr | accumulate | update | log."""
-    if eval_only or eval_text:
-        from evaluation import evaluate_only
-        return evaluate_only(sys.modules[__name__], machine)
-    say, save = (print, save_checkpoint) if machine.rank == 0 else (lambda *_, **__: None,) * 2
     n_micro, rows = split_batch(machine.world_size)
-    data = Data(machine.data_folder(), block_size, eval_stride)
+    data = Data(machine.first(prepare_if_missing, dataset), block_size)
     out = Path(out_dir or HERE / "out" / data.folder.name)
-    new = {"step": 0, "best_val_loss": math.inf, "stale": 0, "reserve": 0.0, "paused": 0.0, "elapsed_s": 0.0}
-    state = read_checkpoint(out / "ckpt.pt", "optimizers", *new) if init_from == "resume" else None
+    say = partial(print, flush=True) if machine.rank == 0 else lambda *_, **__: None
     # stale: evaluations since the best; paused: seconds not spent on steps; reserve: those that the end takes
+    new = {"step": 0, "best_val_loss": math.inf, "stale": 0, "reserve": 0.0, "paused": 0.0, "elapsed_s": 0.0}
+    state = None
+    if init_from in ("resume", "auto"):
+        from resume import read_run
+        state = read_run(sys.modules[__name__], out, machine, new)
     step, best_val_loss, stale, reserve, paused, elapsed = ((state or new)[name] for name in new)
-    started, paused = started - elapsed, paused - elapsed
-    model, optimizers, scaler = build(data, machine, state, out)
-    log_file = open_run(out) if machine.rank == 0 else None
+    started, paused, progress = started - elapsed, paused - elapsed, 0.0
+    model, forward, optimizers, scaler = build(data, machine, state, out)
+    log_file = open_run(out, resumed=state is not None) if machine.rank == 0 else None
     def log(**values):
         say(json.dumps({"step": step, "elapsed_s": round(time.time() - started, 3)} | values), file=log_file)
-    log(config=snapshot(model, data, step, None)["config"], dataset_sha256=data.meta["sha256"],
-        torch=torch.__version__, machine=f"{machine.world_size} x {machine.name()}")
+    def save(name, keep=1, **more):
+        state = snapshot(model, data, step, best_val_loss, **more)
+        if machine.rank == 0:
+            save_checkpoint(out / name, state, keep)
+    log(config={name: globals()[name] for name in SETTINGS} | {"dataset": data.folder.name},
+        dataset_sha256=data.meta["sha256"], torch=torch.__version__,
+        machine=f"{machine.world_size} x {machine.name()}")
+    say(describe(machine, data, model, out, step))
+    remedy = f": {out} holds what was before, --init_from=resume with lower learning_rate and muon_lr"
     tokens_per_step, n_val = batch_size * gradient_accumulation_steps * block_size, data.n_val_batches()
-    say(describe(machine, data, model, out, tokens_per_step))
-    forward = nn.parallel.DistributedDataParallel(model) if machine.world_size > 1 else model
-    loss, grad_norm, progress = torch.zeros(()), torch.zeros(()), 0.0
+    bad_steps = skipped = torch.zeros((), device=machine.device)  # of no finite gradient, in a row and in all
     paused += time.time() - started
     mark, mark_step, to_compile = time.time() - paused, step, machine.compile  # since when speed is measured
     while True:
         # how far?
         elapsed = time.time() - started
-        done = step / max_iters if max_iters else 1
-        if max_minutes:  # the hundredth part is left to the process's end
-            done = (elapsed - paused) / max(59.4 * max_minutes - paused - reserve, 1)
-        progress, stop = machine.reduce([max(progress, done), bool(caught)], "MAX")
+        budget = max(59.4 * max_minutes - paused - reserve, 1)  # the hundredth part is for the process's end
+        done = (elapsed - paused) / budget if max_minutes else step / max_iters if max_iters else 1
+        progress, stop = machine.reduce([max(progress, done), bool(machine.caught)], "MAX")
         last = progress >= 1
         # save, evaluate
         if step % eval_interval == 0 or last or stop:
             pause = time.time()
-            if not math.isfinite(loss + (0 if scaler.is_enabled() else grad_norm)):  # a scaler skips those
-                raise ValueError(f"loss {loss:.4g}, gradient norm {grad_norm:.4g} at step {step}: what {out} "
-                                 "holds is from before; lower learning_rate and muon_lr")
-            state = {"elapsed_s": elapsed, "paused": paused, "reserve": reserve, "stale": stale,
-                     "scaler": scaler.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
-            save(out / "ckpt.pt", snapshot(model, data, step, best_val_loss, **state))
-            if not stop:
-                saved = time.time()
-                val_loss = evaluate(model, data, machine, min(eval_iters, n_val))
-                reserve = 2 * (saved - pause) + (time.time() - saved) * (1 + n_val / min(eval_iters, n_val))
+            if not math.isfinite(norm := whole(nn.utils.get_total_norm(model.parameters()))):
+                raise ValueError(f"at step {step} the weights' norm is {norm}" + remedy)
+            save("ckpt.pt", keep_checkpoints, elapsed_s=elapsed, paused=paused, reserve=reserve, stale=stale,
+                 scaler=scaler.state_dict(), optimizers=[o.state_dict() for o in optimizers])
+            saved, val_loss = time.time(), None if stop else evaluate(model, data, machine, eval_iters)
+            if not (stop := val_loss is None):
+                reserve = 2 * (saved - pause) + (time.time() - saved) * (1 + max(1, n_val / eval_iters))
                 log(val_loss=val_loss)
                 say(f"step {step:6,} | val loss {val_loss:.4f}")
                 stale += step > 0
                 if val_loss < best_val_loss and (step or last):
                     best_val_loss, stale = val_loss, 0
-                    save(out / "best.pt", snapshot(model, data, step, best_val_loss))
+                    save("best.pt")
                 last = last or stale >= early_stop > 0
                 if sample_at_eval and not last:
                     print_sample(model, data, machine)
@@ -944,27 +944,24 @@ def training_run(started, machine, caught):
             for group in o.param_groups:
                 group["lr"] = peak * scale
         # accumulate
-        loss = torch.zeros((), device=machine.device)
         first = (step * machine.world_size + machine.rank) * n_micro  # among all of the run's micro-batches
-        batches = [data.get_batch("train", first + micro, rows) for micro in range(n_micro)]
+        batches = [data.get_batch("train", i, rows) for i in range(first, first + n_micro)]
         weight = machine.reduce([sum(batch[2].sum() for batch in batches)], "SUM")[0] / machine.world_size
         if to_compile and (step or machine.device.type == "cuda"):  # on CPU the first step shows at once
-            to_compile = False
-            paused += compile_model(model, machine, batches[0])
-        for micro, batch in enumerate(batches):
-            torch.manual_seed((seed << 32) + first + micro)  # dropout, too, depends on (seed, step) alone
-            if machine.world_size > 1:
-                forward.require_backward_grad_sync = micro == n_micro - 1  # average after the last
-            micro_loss = machine.loss(forward, batch) * float(batch[2].sum() / max(weight, 1e-6))
-            scaler.scale(micro_loss).backward()
-            loss += micro_loss.detach()
+            paused, to_compile = paused + compile_model(model, machine, batches[0]), False
+        while (loss := accumulate(forward, batches, step, weight, scaler, machine)) is None:
+            from scaling import cut
+            batches = cut(batches, model, forward, machine, optimizer)
+            n_micro, rows = len(batches), len(batches[0][0])
         # update
         for o in optimizers:
             scaler.unscale_(o)
-        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+        grad_norm = whole(nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf))
+        bad = ~grad_norm.isfinite()
+        bad_steps, skipped = (bad_steps + 1) * bad, skipped + bad
         for o in optimizers:
-            if not scaler.is_enabled() or grad_norm.isfinite():  # float16 that overflows stops all or none
-                scaler.step(o)
+            o.found_inf = bad.float()  # where 1, step() changes nothing, and nobody waits for the GPU to know
+            o.step()
             o.zero_grad(set_to_none=True)
         scaler.update()
         step += 1
@@ -973,17 +970,21 @@ def training_run(started, machine, caught):
             mean_loss, now = machine.reduce([loss], "SUM")[0] / machine.world_size, time.time() - paused
             speed = (step - mark_step) * tokens_per_step / (now - mark)
             mfu, lr = machine.mfu(speed * model.flops_per_token()), learning_rate * scale
-            log(loss=mean_loss, lr=lr, grad_norm=float(grad_norm), tokens_per_s=speed, mfu=mfu)
+            log(loss=mean_loss, lr=lr, grad_norm=float(grad_norm), tokens_per_s=speed, mfu=mfu,
+                skipped=int(skipped))
             left = 60 * max_minutes - elapsed if max_minutes else (max_iters - step) * tokens_per_step / speed
             say(f"step {step:6,} | loss {mean_loss:.4f} | lr {lr:.1e} | {speed:,.0f} tokens/s | "
-                f"mfu {'n/a' if mfu is None else f'{mfu:.0%}'} | {timedelta(seconds=int(left))} left")
+                f"mfu {'n/a' if mfu is None else f'{mfu:.0%}'} | {timedelta(seconds=int(left))} left"
+                + f" | {int(skipped)} skipped: gradient not finite" * (skipped > 0))
+            if bad_steps > max_bad_steps:
+                raise ValueError(f"the gradients of the last {int(bad_steps)} steps are not finite" + remedy)
             mark, mark_step = now, step
     result = {"step": step, "best_val_loss": best_val_loss, "out_dir": str(out), "stopped_by": None}
-    if not last:
+    loss = None if stop else evaluate(model, data, machine, n_val)
+    if loss is None:
         say(f"stopped at step {step:,}: {out / 'ckpt.pt'} is saved, --init_from=resume goes on from there")
-        return result | {"stopped_by": (caught or [signal.SIGTERM])[0]}
-    title = f"{step:,} steps, {elapsed:.0f} s, full validation split"
-    figures = final_figures(evaluate(model, data, machine, n_val), data, machine, title)
+        return result | {"stopped_by": (machine.caught or [signal.SIGTERM])[0]}
+    figures = final_figures(loss, data, machine, f"{step:,} steps, {elapsed:.0f} s, full validation split")
     log(**figures)
     print_sample(model, data, machine)
     return result | figures

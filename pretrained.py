@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gpt import GPT, GPTConfig, Linear, load_checkpoint, rotary_table
+from gpt import GPT, GPTConfig, load_checkpoint, rotary_table
 from tokenizer_json import read_json, read_tokenizer, write_tokenizer
 
 # ---- Names: a model's parameters here and there ------------------------------------------------------------
@@ -358,7 +358,7 @@ class LoRA(nn.Module):
 def add_lora(model, rank):
     """Freeze model and put adapters beside all projections of its blocks."""
     model.requires_grad_(False)
-    for linear in [module for module in model.h.modules() if isinstance(module, Linear)]:
+    for linear in [module for module in model.h.modules() if isinstance(module, nn.Linear)]:
         linear.lora = LoRA(linear, rank)
         linear.register_forward_hook(linear.lora)
 

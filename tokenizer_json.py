@@ -15,6 +15,7 @@ from functools import partial
 from itertools import pairwise
 
 import numpy as np
+import tiktoken
 
 # ---- Words: what cuts a text before bytes are merged: a regex here, a pre_tokenizer there ------------------
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -154,6 +155,16 @@ PROBE = ("The fox's 3 dogs don't; WE'LL, I've, 'tis 12345 6,789.01\ndef f(x):\n\
          "\n\n\n   \t \n x\xa0 \u3000y \u2028 7na\xefve e\u0301 'S'\u017f \u0394\u03ba \u041c\u043e \u05e9 "
          "\u0628\u0627 \u0938\u094d\u0924\u0947 \u0e44\u0e17 \u65e5\u672c\u3002\uac00 \u0663\u2167\xb2 "
          "\U0001f468\u200d\U0001f469\U0001f600 \u201cq\u201d\x00\x1c\x85\u180e\u200b\ufeff <|end|> ~~   42  ")
+
+def other_encoding(kind, json):
+    """Return tiktoken's encoding of that name or, given a tokenizer.json, the tokenizers library's."""
+    if json:
+        return LibraryEncoding(json)
+    try:
+        return tiktoken.get_encoding(kind)
+    except Exception as e:  # tiktoken documents none
+        raise ValueError(f"tokenizer {kind!r} is not to be had ({type(e).__name__}): name its file's folder "
+                         "in TIKTOKEN_CACHE_DIR, or use --tokenizer=bpe") from e
 
 def read_json(path):
     """Return a JSON file's dict, empty if there is no file. Raises ValueError."""

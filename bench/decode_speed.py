@@ -18,6 +18,7 @@ import torch
 from common import flags, in_turn, nanogpt, ratios, record
 
 import gpt
+from sample import speed_up_rows
 
 SHAPES = {
     "shakespeare": {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "vocab_size": 65},
@@ -74,7 +75,7 @@ def transformers_generate(case, idx, dtype):
 
 def ours(case, idx, dtype):
     config = gpt.GPTConfig(**case["sizes"], n_kv_head=case["n_kv_head"])
-    model = gpt.GPT(config).to(idx.device, dtype).eval()
+    model = speed_up_rows(gpt.GPT(config).to(idx.device, dtype).eval())
     forward = torch.compile(model.forward, dynamic=False) if case["compile"] else None
 
     def generate(n):

@@ -80,8 +80,8 @@ def mistake(launch, tmp_path, capsys):
 
 @pytest.fixture
 def checkpoint(settings, capsys):
-    """The path of a trained run's ckpt.pt; best.pt is beside it."""
-    settings(max_iters=2)
+    """The path of a trained run's only ckpt.pt; best.pt is beside it."""
+    settings(max_iters=2, keep_checkpoints=1)
     gpt.train()
     capsys.readouterr()
     return Path(gpt.out_dir) / "ckpt.pt"
@@ -90,7 +90,12 @@ def checkpoint(settings, capsys):
 def test_the_flags_of_these_tests_do_train(launch, tmp_path, capsys):
     """Without a mistake the same command trains, so that what is refused below is refused for its mistake."""
     launch("gpt.py")
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["best.pt", "ckpt.pt", "log.jsonl"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "best.pt",
+        "ckpt-1.pt",
+        "ckpt.pt",
+        "log.jsonl",
+    ]
     launch("sample.py", "--prompt=7", "--max_tokens=3")
     assert capsys.readouterr().out.splitlines()[-1].startswith("7")
 

@@ -124,12 +124,14 @@ def test_rows_of_a_ragged_batch_do_not_see_each_other(values):
 
 
 def test_repetition_penalty_counts_prompt_and_output():
-    """Greedy tokens under a penalty are those of transformers' processor over all the row's tokens."""
-    model = random_model(**LLAMA)
-    penalty = RepetitionPenaltyLogitsProcessor(1.7)
-    found = cached(model, RAGGED, 30, repetition_penalty=1.7, temperature=0)
-    assert torch.equal(found, uncached(model, RAGGED, 30, penalty=penalty, temperature=0))
-    assert not torch.equal(found, cached(model, RAGGED, 30, temperature=0))
+    """Greedy tokens under a penalty are those of transformers' processor over all of the text's tokens."""
+    model, penalty = random_model(**LLAMA), RepetitionPenaltyLogitsProcessor(1.7)
+    plain = cached(model, RAGGED, 30, temperature=0)
+    for i, prompt in enumerate(RAGGED):
+        pick = sample.penalizing(prompt, 1.7)
+        found = cached(model, [prompt], 30, pick=pick, temperature=0)
+        assert torch.equal(found, uncached(model, [prompt], 30, penalty=penalty, temperature=0))
+        assert not torch.equal(found[0], plain[i])
 
 
 @FAMILIES
@@ -266,36 +268,48 @@ FILTERS = [
 ]
 
 
+def possible(logits, **filters):
+    """Return which ids sample_next can draw, (B, vocab_size) bool: noise lets each rank win that may win at all."""
+    found, exponential = torch.zeros_like(logits, dtype=torch.bool), torch.Tensor.exponential_
+    try:
+        for rank in range(logits.size(1)):
+
+            def favour(noise, rank=rank, generator=None):
+                noise.fill_(1.0)
+                noise[:, rank : rank + 1] = 1e-30
+                return noise
+
+            torch.Tensor.exponential_ = favour
+            drawn = gpt.sample_next(logits, temperature=1.0, **{"top_k": 0, "top_p": 1.0} | filters)
+            found.scatter_(1, drawn[:, None], True)
+    finally:
+        torch.Tensor.exponential_ = exponential
+    return found
+
+
 @pytest.mark.parametrize("filters", FILTERS, ids=str)
 def test_filters_equal_transformers_and_plain_python(filters):
-    """The ids left are transformers' and those of the definitions; their logits stay as they were."""
+    """The ids that can be drawn are transformers' and those of the definitions."""
     logits = 2 * torch.randn(200, 50, generator=seeded(4))
-    found = gpt.filter_logits(logits, **filters)
-    assert torch.equal(found, warped(logits, **filters))
-    for row, left in zip(logits.tolist(), found.isfinite()):
+    found = possible(logits, **filters)
+    assert torch.equal(found, warped(logits, **filters).isfinite())
+    for row, left in zip(logits.tolist(), found):
         assert set(left.nonzero().flatten().tolist()) == explicit_filter(row, **filters)
 
 
 def test_filters_that_filter_nothing():
-    """top_k 0, of the whole vocabulary or beyond, top_p 1 and min_p 0 keep every logit."""
+    """top_k 0, of the whole vocabulary or beyond, top_p 1 and min_p 0 leave every id."""
     logits = torch.randn(5, 20, generator=seeded(4))
     for top_k in (0, 20, 21, 200):
-        assert torch.equal(gpt.filter_logits(logits, top_k, 1.0, 0.0), logits)
-
-
-def test_ties_at_the_border_of_top_k_stay():
-    """Ids as likely as the k-th are kept, as transformers does."""
-    logits = torch.tensor([[1.0, 3.0, 1.0, 0.0, 1.0], [2.0, 2.0, 2.0, 2.0, 2.0]])
-    assert gpt.filter_logits(logits, 2).isfinite().tolist() == [[True, True, True, False, True], [True] * 5]
-    assert torch.equal(gpt.filter_logits(logits, 2), TopKLogitsWarper(2)(None, logits))
+        assert possible(logits, top_k=top_k).all()
 
 
 def test_top_p_at_the_exact_border():
     """The fewest ids that reach top_p together: 0.5 needs one of 0.5, just above needs two."""
     logits = torch.tensor([[0.25, 0.5, 0.125, 0.125]]).log()
-    assert gpt.filter_logits(logits, 0, 0.5 - 1e-5).isfinite().tolist() == [[False, True, False, False]]
-    assert gpt.filter_logits(logits, 0, 0.5 + 1e-5).isfinite().tolist() == [[True, True, False, False]]
-    assert gpt.filter_logits(logits, 0, 0.75 + 1e-5).isfinite().sum() in (3, 4)
+    assert possible(logits, top_p=0.5 - 1e-5).tolist() == [[False, True, False, False]]
+    assert possible(logits, top_p=0.5 + 1e-5).tolist() == [[True, True, False, False]]
+    assert possible(logits, top_p=0.75 + 1e-5).sum() == 3
 
 
 @pytest.mark.parametrize(
@@ -367,7 +381,7 @@ def test_penalty_equals_transformers(penalty):
         for token in tokens:
             seen[row, token] = True
     expected = RepetitionPenaltyLogitsProcessor(penalty)(ids, logits.clone())
-    assert torch.equal(gpt.penalize(logits, seen, penalty), expected)
+    assert torch.equal(sample.penalize(logits, seen, penalty), expected)
 
 
 # ---- Text ----

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import gpt
+import sample
 
 SMALL = {
     "block_size": 12,
@@ -362,7 +363,7 @@ def test_one_query_attends_by_groups_whatever_the_layout_of_the_result(monkeypat
 @pytest.mark.parametrize("bias", [True, False])
 def test_linear_layers_of_single_rows(dtype, bias):
     """A single row without gradients goes another way than many rows do, with the same result."""
-    layer = gpt.Linear(24, 40, bias=bias).to(dtype)
+    layer = sample.RowLinear(24, 40, bias=bias).to(dtype)
     x = torch.randn(5, 24).to(dtype)
     with torch.no_grad():
         rows = torch.cat([layer(row[None, None]) for row in x])[:, 0]
@@ -370,7 +371,7 @@ def test_linear_layers_of_single_rows(dtype, bias):
     assert rows.dtype == dtype
     assert (rows - expected).abs().max() < (3e-2 if dtype == torch.bfloat16 else 1e-5)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        assert gpt.Linear(24, 40)(x[:2].float()).dtype == torch.bfloat16
+        assert sample.RowLinear(24, 40)(x[:2].float()).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -378,7 +379,7 @@ def test_linear_layers_of_single_rows(dtype, bias):
 def test_compiled_linear_layers_of_single_rows(dtype, bias):
     """Compiled, a single row takes a third way, with the same result."""
     skip_without_compiler()
-    layer, x = gpt.Linear(24, 40, bias=bias).to(dtype), torch.randn(1, 1, 24).to(dtype)
+    layer, x = sample.RowLinear(24, 40, bias=bias).to(dtype), torch.randn(1, 1, 24).to(dtype)
     with torch.no_grad():
         y = torch.compile(layer, fullgraph=True, dynamic=False)(x)
         expected = x.double() @ layer.weight.double().T + (layer.bias.double() if bias else 0)

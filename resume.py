@@ -1,0 +1,90 @@
+"""resume.py: go on with what has been trained: a run's newest checkpoint, or a model to finetune.
+
+    python gpt.py --init_from=resume            go on with the run in out_dir
+    python gpt.py --init_from=auto              the same if there is one, else begin: for jobs that restart
+    python gpt.py config/finetune_chat.py       another model, further; see pretrained.py
+"""
+from dataclasses import asdict
+
+from scaling import shard
+
+
+def newest_checkpoint(gpt, out):
+    """Return the path of the newest sound checkpoint in out; those that are not are named and set aside.
+
+    Raises FileNotFoundError if there is none, ValueError if all are damaged.
+    """
+    paths = sorted(out.glob("ckpt*.pt"), key=lambda path: (len(path.name), path.name)) or [out / "ckpt.pt"]
+    for path, before in zip(paths, [*paths[1:], None]):
+        try:
+            gpt.read_checkpoint(path)
+            return path
+        except ValueError as e:
+            if before is None:
+                raise
+            kept = path.rename(f"{path}.damaged")
+            print(f"{path} is damaged ({e.__cause__}): {before.name} is taken, it is now {kept.name}")
+
+
+def read_run(gpt, out, machine, new):
+    """Return the state of the run to go on with, or None; new: what a run that begins has, by name.
+
+    gpt: the module that asks, gpt.py imported or run, by its settings. Raises as newest_checkpoint does.
+    """
+    if gpt.init_from == "auto" and not machine.first(lambda: any(out.glob("ckpt*.pt"))):
+        return None
+    path = machine.first(newest_checkpoint, gpt, out)
+    state = gpt.read_checkpoint(path)
+    for name, value in ({"optimizers": [], "config": {}} | new).items():
+        if type(state.get(name)) is not type(value) or (name in new and not state[name] >= 0):
+            raise ValueError(f"{path} does not hold a run to resume ({name}): best.pt, say, is for use only")
+    return state
+
+
+def check_tokenizer(data, tokenizer):
+    if data.tokenizer != tokenizer:
+        raise ValueError(f"{data.folder} has another tokenizer than the model: prepare it --tokenizer=MODEL")
+
+
+def check_settings(gpt, model, state):
+    """Raise ValueError if a setting that shapes weights or averages is not as in the checkpoint's state."""
+    now = {name: getattr(gpt, name) for name in ("block_size", "optimizer", "lora_rank")}
+    now = asdict(model.config) | now
+    then = {"lora_rank": 0} | state | state["model_args"] | {"block_size": state["config"].get("block_size")}
+    for name in now.keys() & then.keys() - {"dropout", "gradient_checkpointing"}:  # these shape neither
+        if now[name] != then[name]:
+            raise ValueError(f"{name} is {now[name]}, in the checkpoint {then[name]}: go on with that")
+
+
+def trained_model(gpt, data, state, out):
+    """Return the model to go on with: a checkpoint's, by its state, or, with none, that of init_from."""
+    base = state.get("base", "") if state else gpt.init_from.replace("scratch", "")
+    if base or gpt.lora_rank:
+        from pretrained import start_finetuning
+
+        changes = {name: getattr(gpt, name) for name in ("block_size", "dropout", "gradient_checkpointing")}
+        model, tokenizer = start_finetuning(base, state, out, gpt.lora_rank, gpt.optimizer, **changes)
+    else:
+        model, tokenizer = gpt.GPT(gpt.model_config(data.vocab_size)), None
+    check_tokenizer(data, gpt.Tokenizer(**state["tokenizer"]) if state else tokenizer)
+    if state:
+        check_settings(gpt, model, state)
+        try:
+            model.load_state_dict(state["model"], strict=not gpt.lora_rank)  # or else the adapters alone
+        except (RuntimeError, TypeError, AttributeError) as e:
+            raise ValueError(f"the checkpoint's weights do not fit this model: {e}") from e
+    return model
+
+
+def load_averages(optimizers, state, machine):
+    """Give the optimizers the averages in a checkpoint's state; rates and decay stay as they are set."""
+    try:
+        for o, saved in zip(optimizers, state["optimizers"], strict=True):
+            params, averages = [p for group in o.param_groups for p in group["params"]], {}
+            for i, of in saved["state"].items():
+                if any(average.shape not in ((), params[i].shape) for average in of.values()):
+                    raise ValueError(f"its averages of parameter {i} have other shapes")
+                averages[i] = {k: shard(v, params[i]) for k, v in of.items()} if machine.sharded else of
+            o.load_state_dict({"state": averages, "param_groups": o.state_dict()["param_groups"]})
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e:
+        raise ValueError(f"the checkpoint's optimizers do not fit ({type(e).__name__}: {e})") from e

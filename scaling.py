@@ -1,0 +1,201 @@
+"""scaling.py: when one GPU is not enough: FSDP2, smaller micro-batches, and the plan of a run.
+
+    torchrun --standalone --nproc_per_node=8 gpt.py config/train_1b.py --fsdp=True
+    python gpt.py config/train_1b.py --dry_run=True          memory, time and FLOPs of a run
+    python scaling.py                                        from which size on to use FSDP: README's table
+"""
+import os
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+from torch.utils._pytree import tree_map
+
+
+def join_processes(backend, rank, world_size):
+    """Join torchrun's other processes; also when it has started all of them again."""
+    store = next(dist.rendezvous("env://"))[0]
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # it still holds the ended ones' addresses
+        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+
+
+# ---- FSDP2: every process holds its share of each weight, gradient and average -----------------------------
+def fully_sharded(model, machine):
+    """Return the model, sharded in place. A block's weights are gathered, in the machine's dtype, only while
+    it is at work; gradients are averaged in float32. Raises ValueError."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    if machine.dtype == torch.float16:
+        raise ValueError("dtype is float16, whose scaling does not go with fsdp: use bfloat16 or float32")
+    mesh = dist.init_device_mesh(machine.device.type, (machine.world_size,))
+    policy = MixedPrecisionPolicy(machine.dtype, torch.float32, cast_forward_inputs=False)
+    for part in (*model.h, model):
+        fully_shard(part, mesh=mesh, mp_policy=policy)
+    return model
+
+
+def shard(tensor, param):
+    """Return this process's share of a whole tensor as it has one of param; of another shape, the tensor."""
+    from torch.distributed.tensor import distribute_tensor
+
+    if tensor.shape != param.shape:
+        return tensor
+    return distribute_tensor(tensor, param.device_mesh, param.placements, src_data_rank=None)
+
+
+def gather(state):
+    """Return a nested state with whole tensors, on the CPU of the first process. All processes call it."""
+
+    def whole(value):  # one at a time
+        if not hasattr(value, "full_tensor"):
+            return value
+        value = value.full_tensor()
+        return value.cpu() if dist.get_rank() == 0 else None
+
+    return tree_map(whole, state)
+
+
+# ---- Memory ------------------------------------------------------------------------------------------------
+def memory(model, rows, machine, optimizer, **changes):
+    """Return the bytes that a process takes: for weights, gradients, averages; and, about, for activations.
+
+    Weights and gradients are float32, 4 bytes a parameter each, so are AdamW's two averages, and Muon's one,
+    of the blocks' matrices. The activations are what the backward pass of `rows` sequences needs, 2 bytes a
+    number, 4 in float32: the residual stream, what goes into and comes out of each matrix, and the logits,
+    always float32; compiled it is less. With gradient_checkpointing only the stream stays, and what one block
+    adds. changes: of model.config.
+    """
+    c, size = replace(model.config, **changes), 4 if machine.dtype == torch.float32 else 2
+    state = sum(p.numel() * (16 if p.requires_grad else 4) for p in model.parameters())
+    if optimizer == "muon":
+        state -= 4 * sum(p.numel() for p in model.h.parameters() if p.ndim == 2)
+    block = 12 * c.n_embd + 4 * c.n_kv_head * c.head_dim + (4 if c.use_swiglu else 2) * c.mlp_hidden
+    blocks = c.n_layer * c.n_embd + block if c.gradient_checkpointing else c.n_layer * block
+    shards = machine.world_size if machine.sharded else 1
+    return state / shards, rows * c.block_size * (size * blocks + 4 * c.vocab_size)
+
+
+def spelled(size):
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+
+
+def cut(batches, model, forward, machine, optimizer):
+    """Return a step's micro-batches, for which memory was short, cut in two or the fewest equal parts.
+
+    Raises ValueError where that does not help: at one sequence, or while other processes wait for this one's
+    gradients, as they do in the step's last micro-batch.
+    """
+    model.zero_grad(set_to_none=True)
+    torch.cuda.empty_cache()
+    rows = len(batches[0][0])
+    waiting = machine.world_size > 1 and (machine.sharded or forward.require_backward_grad_sync)
+    if rows == 1 or waiting:
+        raise ValueError(out_of_memory(model, machine, rows, optimizer))
+    parts = next(n for n in range(2, rows + 1) if rows % n == 0)
+    print(f"memory is full: from here on a step has {len(batches) * parts} micro-batches of {rows // parts}")
+    return [part for batch in batches for part in zip(*(tensor.chunk(parts) for tensor in batch))]
+
+
+def out_of_memory(model, machine, rows, optimizer):
+    """Return the sentence for a user whose memory is full with micro-batches of `rows` sequences."""
+    config, n = model.config, max(machine.world_size, 2)
+    state, activations = memory(model, rows, machine, optimizer)
+
+    def spared(**changes):
+        return activations - memory(model, rows, machine, optimizer, **changes)[1]
+
+    ways = []
+    if rows > 1:
+        ways.append(f"half the batch_size, twice the gradient_accumulation_steps {spelled(activations / 2)}")
+    if not config.gradient_checkpointing:
+        ways.append(f"--gradient_checkpointing=True {spelled(spared(gradient_checkpointing=True))}")
+    if config.block_size > 1:
+        half = config.block_size // 2
+        ways.append(f"--block_size={half} {spelled(spared(block_size=half))}")
+    if not machine.sharded:
+        ways.append(f"--fsdp=True on {n} GPUs {spelled(state - state / n)}")
+    return (
+        f"memory is full with micro-batches of {rows} x {config.block_size} tokens: weights, gradients and "
+        f"averages take {spelled(state)}, activations about {spelled(activations)}; savings, about: "
+        + ", ".join(ways)
+    )
+
+
+# ---- The plan of a run -------------------------------------------------------------------------------------
+def timed_steps(gpt, data, machine, model, forward, optimizers, scaler):
+    """Return the seconds of each of three training steps, after two that do not count."""
+    n_micro, rows = gpt.split_batch(machine.world_size)
+    seconds = []
+    for step in range(5):
+        began = time.time()
+        first = (step * machine.world_size + machine.rank) * n_micro
+        batches = [data.get_batch("train", i, rows) for i in range(first, first + n_micro)]
+        if step == 1 and machine.compile:
+            gpt.compile_model(model, machine, batches[0])
+        weight = sum(batch[2].sum() for batch in batches)
+        if gpt.accumulate(forward, batches, step, weight, scaler, machine) is None:
+            raise ValueError(out_of_memory(model, machine, rows, gpt.optimizer))
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), gpt.grad_clip or float("inf"))
+        for o in optimizers:
+            o.step()
+            o.zero_grad(set_to_none=True)
+        float(gpt.whole(norm))  # waits for the GPU
+        seconds.append(time.time() - began)
+    return seconds[2:]
+
+
+def dry_run(gpt, machine):
+    """Print what a run would be, its time by three steps; write nothing; return the figures."""
+    with tempfile.TemporaryDirectory() as made:
+        known = gpt.data_dir
+        if not (Path(known or gpt.HERE / "data") / gpt.dataset / "meta.json").exists():
+            gpt.data_dir = made  # for what gpt.py prepares by itself
+        try:
+            data = gpt.Data(machine.first(gpt.prepare_if_missing, gpt.dataset), gpt.block_size)
+        finally:
+            gpt.data_dir = known
+        out = Path(gpt.out_dir or gpt.HERE / "out" / data.folder.name)
+        model, forward, optimizers, scaler = gpt.build(data, machine, None, out)
+        if machine.rank == 0:
+            print(gpt.describe(machine, data, model, out, 0))
+        seconds = sum(timed_steps(gpt, data, machine, model, forward, optimizers, scaler)) / 3
+    n_micro, rows = gpt.split_batch(machine.world_size)
+    tokens = n_micro * rows * machine.world_size * gpt.block_size
+    steps = int(60 * gpt.max_minutes / seconds) if gpt.max_minutes else gpt.max_iters
+    epochs = steps * tokens / (len(data.starts["train"]) * gpt.block_size)
+    flops = steps * tokens * model.flops_per_token()
+    state, activations = memory(model, rows, machine, gpt.optimizer)
+    if machine.rank == 0:
+        print(f"""\
+memory   {spelled(state)} for weights, gradients and averages, about {spelled(activations)} for activations
+         of each process, which takes {n_micro} x {rows} x {gpt.block_size} tokens a step
+step     {seconds:.3g} s, {tokens / seconds:,.0f} tokens/s
+in all   {steps:,} steps in {steps * seconds / 60:,.1f} minutes, {epochs:,.1f} epochs, {flops:.1e} FLOPs
+         a dry run: nothing was written""")
+    return {"step": 0, "steps": steps, "tokens_per_step": tokens, "seconds_per_step": seconds, "flops": flops}
+
+
+# ---- From which size on to shard ---------------------------------------------------------------------------
+def main():
+    import configurator
+    import gpt
+
+    print("| config | parameters | one GPU, or each by DDP | each of 2 by FSDP | of 4 | of 8 |")
+    print("|---|---|---|---|---|---|")
+    for name in ("train_gpt2", "train_large", "gpt2_large", "train_1b", "gpt2_xl"):
+        words = ["config/train_gpt2.py"] * name.startswith("gpt2") + [f"config/{name}.py"]
+        configurator.configure(vars(gpt), words, derive=lambda: {"device_type": "cuda"})
+        with torch.device("meta"):
+            model = gpt.GPT(gpt.model_config(50257))
+        machines = [SimpleNamespace(world_size=n, sharded=n > 1, dtype=torch.bfloat16) for n in (1, 2, 4, 8)]
+        sizes = [spelled(memory(model, 1, machine, "adamw")[0]) for machine in machines]
+        print(f"| `{name}.py` | {model.n_params() / 1e6:,.0f}M | {' | '.join(sizes)} |")
+
+
+if __name__ == "__main__":
+    main()
