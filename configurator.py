@@ -7,6 +7,7 @@ name, right type.
 """
 import ast
 import difflib
+import functools
 import math
 import os
 import re
@@ -23,6 +24,7 @@ class Setting(NamedTuple):
     help: str
 
 
+@functools.lru_cache
 def read_settings(source):
     """Return {name: Setting} of a script's source; the type is the annotation's or else the value's."""
     settings, lines = {}, source.splitlines()

@@ -58,10 +58,9 @@ qk_norm = True  # RMSNorm on queries and keys
 tie_weights = False  # one matrix for token embedding and output head
 lora_rank = 0  # above 0: finetune small matrices of this rank beside the frozen ones of init_from (LoRA)
 gradient_checkpointing = False  # recompute blocks in the backward pass: less memory, a third more work
-# batches
+# batches and optimizer
 batch_size = 8  # sequences per micro-batch
 gradient_accumulation_steps = 1  # micro-batches per step over all processes, which share them
-# optimizer
 optimizer = "muon"  # muon: Muon for the blocks' matrices, AdamW for the rest | adamw: AdamW for all
 learning_rate = 6e-3  # peak rate of AdamW
 muon_lr = 0.03  # peak rate of Muon
@@ -146,8 +145,8 @@ class GPTConfig:
     norm_eps: float = 1e-5
     def __post_init__(self):
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "mlp_hidden"):
-            if (value := getattr(self, name)) < 1:
-                raise ValueError(f"{name} is {value}: it must be at least 1")
+            if not 1 <= (value := getattr(self, name)) <= (most := 2**16 if name == "n_layer" else 2**31):
+                raise ValueError(f"{name} is {value}: it must be from 1 to {most}")
         for name, part in (("n_embd", "n_head"), ("n_head", "n_kv_head")):
             if (n := getattr(self, name)) % (of := getattr(self, part)):
                 raise ValueError(f"{name} ({n}) must be a multiple of {part} ({of})")
@@ -445,7 +444,6 @@ def make_optimizers(model, machine):
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 SHAKESPEARE_URLS = [f"https://{mirror}/data/tinyshakespeare/input.txt" for mirror in (
     "raw.githubusercontent.com/karpathy/char-rnn/master", "cdn.jsdelivr.net/gh/karpathy/char-rnn@master")]
-
 def corpus(name):
     """Return (text, source) of shakespeare or pydoc. Raises ConnectionError where no mirror has the one."""
     if name == "pydoc":  # English documentation, half a megabyte, ships with every CPython
@@ -520,12 +518,13 @@ class Data:
                                     f"--name={folder.name} makes one; prepare.py --help tells of others")
         try:
             self.meta = json.loads((folder / "meta.json").read_bytes())
-            keys = ("dtype", "vocab_size", "tokenizer", "sha256", "train_tokens", "val_tokens", "val_bytes")
-            dtype, self.vocab_size, state, *_ = (self.meta[key] for key in keys)
-            dtype = np.dtype(dtype).newbyteorder("<")
-        except (KeyError, TypeError, ValueError) as e:
-            raise ValueError(f"{folder / 'meta.json'} is damaged ({e}): prepare the data set again") from e
-        self.tokenizer = Tokenizer(**state)
+            numbers = [self.meta[key] for key in ("vocab_size", "train_tokens", "val_tokens", "val_bytes")]
+            dtype, self.vocab_size, sha256 = self.meta["dtype"], numbers[0], self.meta["sha256"]
+            if {*map(type, numbers)} != {int} or min(numbers) < 0 or dtype not in ("uint16", "uint32"):
+                raise TypeError(f"{dtype}, {numbers} of {sha256}")
+            dtype, self.tokenizer = np.dtype(dtype).newbyteorder("<"), Tokenizer(**self.meta["tokenizer"])
+        except Exception as e:  # tiktoken documents none
+            raise ValueError(f"{folder / 'meta.json'} is damaged ({e!r}): prepare the data set again") from e
         self.weighted = any(folder.glob("*.weight*.bin"))
         for split in splits:
             n, tokens = self.meta[f"{split}_tokens"], Tokens(folder, split, dtype)
@@ -594,7 +593,7 @@ def final_figures(loss, data, machine, title):
     """Return a full split's loss, perplexity, tokens and bits per byte; print them after title."""
     n_tokens, figures = data.meta["val_tokens"], {"val_loss": loss, "perplexity": math.exp(min(loss, 700))}
     if not data.weighted:  # else bytes count that are no targets
-        figures["bits_per_byte"] = loss / math.log(2) * n_tokens / data.meta["val_bytes"]
+        figures["bits_per_byte"] = loss / math.log(2) * n_tokens / max(1, data.meta["val_bytes"])
     if machine.rank == 0:
         print(f"{title}, {n_tokens:,} tokens: " + ", ".join(f"{k} {v:.4f}" for k, v in figures.items()))
     return figures | {"tokens": n_tokens}
@@ -622,7 +621,9 @@ def read_checkpoint(path):
     try:
         if part := zipfile.ZipFile(path).testzip():  # torch itself compares no checksums
             raise zipfile.BadZipFile(f"checksum of {part}")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = {"base": "", "lora_rank": 0} | torch.load(path, map_location="cpu", weights_only=True)
+        if (type(state["base"]), type(state["lora_rank"])) != (str, int):
+            raise TypeError(f"base {state['base']!r}, lora_rank {state['lora_rank']!r}")
         return state | {name: dict(state[name]) for name in ("model", "model_args", "tokenizer")}
     except Exception as e:  # torch raises half a dozen types
         raise ValueError(f"{path} is damaged or no checkpoint ({type(e).__name__}): use another") from e
@@ -636,17 +637,16 @@ def load_checkpoint(path, device="cpu", **changes):
         model, state = load_lora(state, **changes) if state else load_pretrained(path, **changes)
         return model.to(device), Tokenizer(**state["tokenizer"]), state
     try:
-        model = GPT(GPTConfig(**state["model_args"] | changes))
+        model, tokenizer = GPT(GPTConfig(**state["model_args"] | changes)), Tokenizer(**state["tokenizer"])
         model.load_state_dict(state["model"])
-    except (TypeError, RuntimeError) as e:
+    except Exception as e:  # as many as there are ways to be damaged
         raise ValueError(f"{path} does not fit this gpt.py's GPT: use the version it was made with") from e
-    return model.eval().to(device), Tokenizer(**state["tokenizer"]), state
+    return model.eval().to(device), tokenizer, state
 
 # ---- The machine: what is chosen by hardware is chosen here ------------------------------------------------
+# dense bfloat16 or float16 by the makers' data sheets; the first name found in the GPU's counts
 PEAK_TFLOPS = {"B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "A10G": 70, "V100": 125,
                "L40S": 362, "L40": 181, "L4": 121, "T4": 65, "RTX 4090": 165, "RTX 3090": 71, "A6000": 155}
-# dense bfloat16 or float16 by the makers' data sheets; the first name found in the GPU's counts
-
 @dataclass
 class Machine:
     device: torch.device

@@ -6,6 +6,8 @@
 """
 from dataclasses import asdict
 
+import torch
+
 from scaling import shard
 
 
@@ -35,7 +37,7 @@ def read_run(gpt, out, machine, new):
         return None
     path = machine.first(newest_checkpoint, gpt, out)
     state = gpt.read_checkpoint(path)
-    for name, value in ({"optimizers": [], "config": {}} | new).items():
+    for name, value in ({"optimizers": [], "scaler": {}, "config": {}} | new).items():
         if type(state.get(name)) is not type(value) or (name in new and not state[name] >= 0):
             raise ValueError(f"{path} does not hold a run to resume ({name}): best.pt, say, is for use only")
     return state
@@ -66,13 +68,14 @@ def trained_model(gpt, data, state, out):
         model, tokenizer = start_finetuning(base, state, out, gpt.lora_rank, gpt.optimizer, **changes)
     else:
         model, tokenizer = gpt.GPT(gpt.model_config(data.vocab_size)), None
-    check_tokenizer(data, gpt.Tokenizer(**state["tokenizer"]) if state else tokenizer)
     if state:
-        check_settings(gpt, model, state)
         try:
+            tokenizer = gpt.Tokenizer(**state["tokenizer"])
+            check_settings(gpt, model, state)
             model.load_state_dict(state["model"], strict=not gpt.lora_rank)  # or else the adapters alone
-        except (RuntimeError, TypeError, AttributeError) as e:
-            raise ValueError(f"the checkpoint's weights do not fit this model: {e}") from e
+        except (AttributeError, KeyError, RuntimeError, TypeError) as e:  # as many as ways to be damaged
+            raise ValueError(f"the checkpoint does not fit this model ({type(e).__name__}): {e}") from e
+    check_tokenizer(data, tokenizer)
     return model
 
 
@@ -81,9 +84,13 @@ def load_averages(optimizers, state, machine):
     try:
         for o, saved in zip(optimizers, state["optimizers"], strict=True):
             params, averages = [p for group in o.param_groups for p in group["params"]], {}
+            adamw = isinstance(o, torch.optim.AdamW)
+            names = ["exp_avg", "exp_avg_sq", "step"] if adamw else ["momentum_buffer"]
+            if len(saved["state"]) not in (0, len(params)):  # 0: before the first step
+                raise ValueError(f"averages of {len(saved['state'])} parameters, not {len(params)}")
             for i, of in saved["state"].items():
-                if any(average.shape not in ((), params[i].shape) for average in of.values()):
-                    raise ValueError(f"its averages of parameter {i} have other shapes")
+                if sorted(of) != names or any(of[k].shape != ((), params[i].shape)[k != "step"] for k in names):
+                    raise ValueError(f"averages of parameter {i} have other names or shapes")
                 averages[i] = {k: shard(v, params[i]) for k, v in of.items()} if machine.sharded else of
             o.load_state_dict({"state": averages, "param_groups": o.state_dict()["param_groups"]})
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e:

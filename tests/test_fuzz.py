@@ -1,0 +1,230 @@
+"""Random command lines, checkpoints and data folders: they work or are refused in a sentence, and run no code.
+
+A tenth of the whole by default; FUZZ=10 pytest tests/test_fuzz.py does all of it.
+"""
+
+import contextlib
+import json
+import math
+import os
+import random
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+import configurator
+import gpt
+import resume
+
+FUZZ = int(os.environ.get("FUZZ", "1"))
+WORDS = [
+    "",
+    "0",
+    "1",
+    "-1",
+    "3",
+    "64",
+    "1e3",
+    "-1e-3",
+    "0.5",
+    "nan",
+    "inf",
+    "1" * 30,
+    "true",
+    "False",
+    "none",
+    "x",
+]
+WORDS += [
+    "float32",
+    "muon",
+    "ä=ö",
+    "--",
+    "-",
+    "=",
+    "'",
+    "a\nb",
+    "../..",
+    "/",
+    "config/debug.py",
+    "no.py",
+    "\0",
+    "💥" * 99,
+]
+VALUES = [None, True, -1, 0, 7, 10**12, 1.5, math.nan, "", "x", "💥", [], {}, [1], {"a": 1}, {1: 2}, b"x"]
+
+
+@contextlib.contextmanager
+def limit(seconds):
+    """Raise TimeoutError, which nothing here takes for an answer, if the block takes longer."""
+
+    def hung(*_):
+        raise AssertionError(f"hung for {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, hung)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def clean(action, *arguments):
+    """Run an action; return whether it worked. Only what the scripts show as a sentence may be raised."""
+    with limit(60):
+        try:
+            action(*arguments)
+        except (ValueError, OSError) as e:
+            assert str(e).strip(), repr(e)
+            return False
+        return True
+
+
+def random_line(draw, names):
+    """Return a command line of known keys, now and then misspelt, with values of all kinds."""
+    line = []
+    for _ in range(draw.randint(1, 5)):
+        name, value = draw.choice(names), draw.choice(WORDS)
+        if draw.random() < 0.5:
+            value = str(draw.choice([draw.randint(1, 300), draw.random(), draw.choice([1, 2, 4, 8, 64])]))
+        if draw.random() < 0.05:
+            name = name[:-1]
+        line += draw.choice([[f"--{name}={value}"], [f"--{name}", value], [f"--{name}"], [value]] + [[]] * 2)
+    return line
+
+
+def test_command_lines(monkeypatch):
+    """Configuration and GPTConfig alone: no model is built, nothing is read but config files."""
+    draw, names, worked = random.Random(1), gpt.SETTINGS, 0
+    defaults = {name: getattr(gpt, name) for name in names}
+
+    def configured(line):
+        script = dict(vars(gpt))
+        configurator.configure(script, line, derive=lambda: {"device_type": "cpu"})
+        vars(gpt).update({name: script[name] for name in names})
+        gpt.check_settings()
+        gpt.model_config(vocab_size=65)
+
+    for _ in range(1000 * FUZZ):
+        line = random_line(draw, names)
+        try:
+            worked += clean(configured, line)
+        finally:
+            vars(gpt).update(defaults)
+    assert 0.1 < worked / (1000 * FUZZ) < 0.9
+
+
+class Intruder:
+    """An object whose unpickling makes a folder."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def mutate_bytes(content, draw):
+    """Return content cut, lengthened, with bits flipped, zeroed or moved."""
+    content, i = bytearray(content), draw.randrange(max(1, len(content)))
+    kind = draw.randrange(6)
+    if kind == 0:
+        return bytes(content[:i])
+    if kind == 1:
+        return bytes(content[i:])
+    if kind == 2:
+        return bytes(content[:i] + draw.randbytes(draw.randint(1, 99)) + content[i:])
+    if kind == 3:
+        content[i : i + 200] = bytes(min(200, len(content) - i))
+    elif kind == 4:
+        content[i : i + 500] = content[:500]
+    elif content:
+        content[i] ^= 1 << draw.randrange(8)
+    return bytes(content)
+
+
+def mutate_value(tree, draw, values):
+    """Replace or remove something at random, in a nested structure of dicts and lists; in place."""
+    while True:
+        key = draw.choice(list(tree) if isinstance(tree, dict) else range(len(tree)))
+        inner = tree[key]
+        if isinstance(inner, dict | list) and inner and draw.random() < 0.7:
+            tree = inner
+        elif draw.random() < 0.2:
+            del tree[key]
+            return
+        else:
+            tree[key] = draw.choice(values)
+            return
+
+
+def test_checkpoints(settings, tmp_path, capsys):
+    """Bytes or values changed at random: what sample.py loads and what a run resumes from."""
+    settings(max_iters=2, eval_interval=2, keep_checkpoints=1, n_layer=1)
+    gpt.train()
+    out, draw, worked = tmp_path / "out", random.Random(2), 0
+    whole, intruder = (out / "ckpt.pt").read_bytes(), tmp_path / "intruder"
+    values = [*VALUES, Intruder(intruder), torch.zeros(2), torch.ones(3, 3), torch.tensor(math.nan)]
+    settings(init_from="resume", max_iters=3)
+    for i in range(50 * FUZZ):
+        shutil.rmtree(out)
+        out.mkdir()
+        if i % 2:
+            (out / "ckpt.pt").write_bytes(mutate_bytes(whole, draw))
+        else:
+            (out / "ckpt.pt").write_bytes(whole)
+            state = torch.load(out / "ckpt.pt", weights_only=True)
+            for _ in range(draw.randint(1, 3)):
+                mutate_value(state, draw, values)
+            torch.save(state, out / "ckpt.pt")
+        clean(gpt.load_checkpoint, out / "ckpt.pt")
+        worked += clean(gpt.train)
+        assert not intruder.exists()
+    assert 0 < worked < 50 * FUZZ
+
+
+def test_data_folders(settings, tmp_path, capsys):
+    """meta.json or token files changed at random: what a run trains on and is evaluated by."""
+    settings(max_iters=1, eval_interval=1, n_layer=1)
+    folder, draw, worked = tmp_path / "data" / "toy", random.Random(3), 0
+    whole = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for i in range(50 * FUZZ):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        for name, content in whole.items():
+            (folder / name).write_bytes(content)
+        if i % 2:
+            path = folder / draw.choice(sorted(whole))
+            path.write_bytes(mutate_bytes(path.read_bytes(), draw))
+        else:
+            meta = json.loads(whole["meta.json"])
+            for _ in range(draw.randint(1, 3)):
+                mutate_value(meta, draw, [value for value in VALUES if not isinstance(value, bytes)])
+            meta = {str(k): v for k, v in meta.items()}
+            (folder / "meta.json").write_text(json.dumps(meta, skipkeys=True), encoding="utf-8")
+        worked += clean(gpt.train)
+    assert 0 < worked < 50 * FUZZ
+
+
+def test_fuzzing_would_notice_a_traceback():
+    """What is neither ValueError nor OSError, and what hangs, is not taken for an answer."""
+
+    def fails():
+        return {}["absent"]
+
+    with pytest.raises(KeyError):
+        clean(fails)
+    with pytest.raises(AssertionError, match="hung"), limit(1):
+        while True:
+            pass
+
+
+def test_nothing_but_weights_is_unpickled():
+    """Every torch.load in the project says weights_only=True."""
+    for path in Path(resume.__file__).parent.glob("*.py"):
+        source = path.read_text(encoding="utf-8")
+        assert source.count("torch.load(") == source.count("weights_only=True"), path
+        assert "import pickle" not in source and "allow_pickle" not in source, path
