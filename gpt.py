@@ -788,10 +788,10 @@ def open_run(out, resumed):
     """Make the run's folder and return its log file; an earlier run's files there are renamed by date."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for path in (*out.glob("*.pt"), out / "log.jsonl"):
-            if not resumed and path.exists():
-                kept = path.rename(f"{path}.{time.strftime('%Y-%m-%d-%H%M%S')}")
-                print(f"the earlier run's {path.name} is now {kept}")
+        old = [] if resumed else filter(Path.exists, [*out.glob("*.pt"), out / "log.jsonl"])
+        kept = [path.rename(f"{path}.{time.strftime('%Y-%m-%d-%H%M%S')}").name for path in old]
+        if kept:
+            print(f"{out}: the earlier run's files are now {', '.join(kept)}")
         return open(out / "log.jsonl", "a", encoding="utf-8", buffering=1)  # each line at once
     except OSError as e:
         raise OSError(f"{out} cannot be written ({e.strerror}): choose another folder with --out_dir") from e
@@ -802,11 +802,11 @@ def describe(machine, data, model, out, step):
     meta, tokens = data.meta, batch_size * gradient_accumulation_steps * block_size
     origin = f", from {model.base}" * bool(model.base) + f", on from step {step:,}" * (step > 0)
     return f"""\
-machine  {machine.world_size} x {machine.name()}{way}, {torch.get_num_threads()} threads
-         torch {torch.__version__}, {str(machine.dtype)[6:]}, {'compiled' if machine.compile else 'eager'}
+machine  {machine.world_size} x {machine.name()}, {torch.get_num_threads()} threads, torch {torch.__version__}
+         {str(machine.dtype)[6:]}, {'compiled' if machine.compile else 'eager'}{way}
 data     {data.folder}: {meta['train_tokens']:,} training and {meta['val_tokens']:,} validation tokens
          {meta['tokenizer']['kind']} vocabulary of {meta['vocab_size']:,}
-model    {n / 1e6:,.2f}M parameters{f", {trained:,} trained" * (trained < n)}; \
+model    {n / 1e6:,.2f}M parameters{f", {trained:,} trained" * (trained < n)}; up to \
 {(n + 3 * trained) / 2**18:,.0f} MiB with gradients and averages, plus activations
 run      {f'{max_minutes:g} minutes' if max_minutes else f'{max_iters:,} steps'} of {tokens:,} tokens
          {len(data.starts['train']) * block_size / tokens:,.0f} steps an epoch, in {out}{origin}"""

@@ -2,14 +2,15 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
-import pytest
 import torch
-from test_training import losses
+from test_training import losses, toy_flags
 
 import gpt
 
@@ -61,32 +62,32 @@ def largest_difference(a, b):
     return max(abs(x[step] - y[step]) for x, y in zip(losses(a), losses(b)) for step in x)
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_processes_train_as_one(settings, tmp_path, world_size):
+def test_two_processes_train_as_one(settings, tmp_path):
     """50 steps by DDP and FSDP2, Muon and AdamW, tied and not, give one process's losses and weights; evaluation
     batches (7) do not share out evenly."""
-    settings(
-        batch_size=4,
-        gradient_accumulation_steps=2,
-        max_iters=50,
-        eval_interval=25,
-        eval_iters=7,
-        sample_tokens=2,
-        sample_at_eval=True,
-    )
+    compare(settings, tmp_path, 2, [("muon", False), ("muon", True), ("adamw", False), ("adamw", True)])
+
+
+def test_four_processes_train_as_one(settings, tmp_path):
+    compare(settings, tmp_path, 4, [("muon", False), ("muon", True)])
+
+
+def compare(settings, tmp_path, world_size, cases):
+    """Train in one process and in several, for pairs of optimizer and fsdp, and compare losses and weights."""
+    settings(batch_size=4, gradient_accumulation_steps=2, max_iters=50, eval_interval=25, eval_iters=7)
+    settings(sample_tokens=2, sample_at_eval=True)
     adamw = {"optimizer": "adamw", "learning_rate": 2e-3, "tie_weights": True, "gradient_checkpointing": True}
     muon = {"optimizer": "muon"} | {name: getattr(gpt, name) for name in list(adamw)[1:]}
-    for name, changes in (("muon", muon), ("adamw", adamw)):
-        settings(**changes, out_dir=str(tmp_path / name))
+    changes = {"muon": muon, "adamw": adamw}
+    for name in {name for name, _ in cases}:
+        settings(**changes[name], out_dir=str(tmp_path / name))
         gpt.train()
     runs = [
-        changes | {"fsdp": fsdp, "out_dir": str(tmp_path / f"{name}{fsdp}")}
-        for name, changes in (("muon", muon), ("adamw", adamw))
-        for fsdp in (False, True)
+        changes[name] | {"fsdp": fsdp, "out_dir": str(tmp_path / f"{name}{fsdp}")} for name, fsdp in cases
     ]
     outputs = run_processes(world_size, *runs)
     assert all(out == "" for out, _ in outputs[1:])  # only the first process prints
-    assert outputs[0][0].count("FSDP,") == outputs[0][0].count("DDP,") == 2
+    assert outputs[0][0].count(", FSDP\n") == outputs[0][0].count(", DDP\n") == len(cases) // 2
     for run in runs:
         out, name = Path(run["out_dir"]), run["optimizer"]
         assert largest_difference(out, tmp_path / name) < 1e-5, out
@@ -94,3 +95,70 @@ def test_processes_train_as_one(settings, tmp_path, world_size):
         assert a["model"].keys() == b["model"].keys()
         assert all(type(w) is torch.Tensor and w.shape == b["model"][k].shape for k, w in a["model"].items())
         assert max(float((w - b["model"][k]).abs().max()) for k, w in a["model"].items()) < 1e-4
+
+
+def test_checkpoints_interchange_in_all_directions(settings, tmp_path):
+    """One run goes through one process, DDP and FSDP2 in every order of two, and ends as in one process."""
+    settings(batch_size=4, gradient_accumulation_steps=2, lr_decay_iters=30, eval_interval=5, dropout=0.1)
+
+    def several(names, max_iters):
+        """Go on with these runs, by name and fsdp, in two processes."""
+        more = {"init_from": "auto", "max_iters": max_iters}
+        run_processes(2, *(more | {"fsdp": fsdp, "out_dir": str(tmp_path / name)} for name, fsdp in names))
+
+    def alone(name, max_iters):
+        settings(init_from="auto", max_iters=max_iters, out_dir=str(tmp_path / name))
+        gpt.train()
+
+    alone("one", 30)
+    alone("one-ddp-fsdp-one", 5)
+    alone("one-fsdp-ddp-one", 5)
+    several([("one-ddp-fsdp-one", False), ("one-fsdp-ddp-one", True)], 15)
+    several([("one-ddp-fsdp-one", True), ("one-fsdp-ddp-one", False)], 25)
+    for name in ("one-ddp-fsdp-one", "one-fsdp-ddp-one"):
+        alone(name, 30)
+        assert largest_difference(tmp_path / name, tmp_path / "one") < 1e-5
+
+
+def test_bfloat16_by_fsdp_is_near_bfloat16_by_one_process(settings, tmp_path):
+    """Weights are gathered in bfloat16; the shares, and so the checkpoint, stay float32."""
+    settings(max_iters=20, dtype="bfloat16", out_dir=str(tmp_path / "one"), gradient_accumulation_steps=2)
+    gpt.train()
+    run_processes(2, {"fsdp": True, "out_dir": str(tmp_path / "two")})
+    assert largest_difference(tmp_path / "one", tmp_path / "two") < 0.05
+    weights = gpt.read_checkpoint(tmp_path / "two" / "ckpt.pt")["model"]
+    assert {w.dtype for w in weights.values()} == {torch.float32}
+
+
+def test_torchrun_starts_a_killed_run_again(settings, tmp_path):
+    """From the newest checkpoint: also by the rendezvous of --standalone, whose store outlives the processes."""
+    settings()
+    flags = [*toy_flags(tmp_path), f"--out_dir={tmp_path / 'out'}", "--gradient_accumulation_steps=2"]
+    flags += [
+        "--init_from=auto",
+        "--max_iters=400",
+        "--eval_interval=20",
+        "--device=cpu",
+        "--sample_tokens=0",
+    ]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    process = subprocess.Popen(
+        [*torchrun, "--max-restarts=1", "--monitor-interval=0.1", str(ROOT / "gpt.py"), *flags],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    watch = threading.Timer(100, process.kill)
+    watch.start()
+    for line in process.stdout:
+        if line.startswith("step     40 | val loss"):
+            break
+    children = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
+    ).stdout
+    os.kill(int(children.split()[1]), signal.SIGKILL)
+    rest = process.communicate()[0]
+    watch.cancel()
+    assert process.returncode == 0
+    assert ", on from step " in rest and "400 steps" in rest

@@ -278,7 +278,7 @@ def test_resume_after_sigterm_is_bit_exact(settings, tmp_path, run_script):
         text=True,
     )
     for line in process.stdout:
-        if line.startswith("step    3"):
+        if line.startswith("step     3"):
             break
     process.send_signal(signal.SIGTERM)
     rest, _ = process.communicate(timeout=60)
