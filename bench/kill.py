@@ -57,11 +57,13 @@ def step_of(out):
 
 
 def trains(process):
-    """Wait until a process, or under torchrun its first one, prints that a step is evaluated."""
-    for line in process.stdout:
-        if re.match(r"step .* val loss", line):
-            return
-    raise SystemExit(f"the run ended, exit code {process.wait()}")
+    """Wait until a run, under torchrun the next one, has begun and printed its first evaluation."""
+    for begins in (r"machine ", r"step .* val loss"):
+        for line in process.stdout:
+            if re.match(begins, line):
+                break
+        else:
+            raise SystemExit(f"the run ended, exit code {process.wait()}")
 
 
 def wait(out, draw):
@@ -119,7 +121,9 @@ def main():
                 print(f"kill {kill + 1}, newest checkpoint of step {step_of(killed)}", flush=True)
     end = max(step_of(killed), 0) // 10 * 10 + 20
     for out in (killed, whole):
-        subprocess.run(command(out, end, f["processes"]), cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
+        process = start(out, end, f["processes"])
+        process.communicate()
+        assert process.returncode == 0
     a, b = (torch.load(out / "ckpt.pt", weights_only=True) for out in (killed, whole))
     different = [name for name in a["model"] if not torch.equal(a["model"][name], b["model"][name])]
     for x, y in zip(a["optimizers"], b["optimizers"], strict=True):
