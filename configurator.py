@@ -7,6 +7,7 @@ name, right type.
 """
 import ast
 import difflib
+import errno
 import functools
 import math
 import os
@@ -148,8 +149,8 @@ def help_text(script):
 def run_script(script, main, **options):
     """Configure a script by its command line and run main(); a mistake is one sentence and exit code 2.
 
-    Ctrl-C gives exit code 130, a closed output 141. With TRACEBACK=1 in the environment, mistakes show where they
-    were found.
+    Ctrl-C gives exit code 130, a closed output 141. With TRACEBACK=1 in the environment, mistakes show where
+    they were found.
     """
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character must not end a run
@@ -164,11 +165,17 @@ def run_script(script, main, **options):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         sys.exit(141)  # 128 + SIGPIPE, as other programs
     except (ValueError, OSError, RuntimeError) as e:
-        full = type(e).__name__ == "OutOfMemoryError"  # torch's, which need not be there
-        if os.environ.get("TRACEBACK") or (isinstance(e, RuntimeError) and not full):
+        full, lost = type(e).__name__ == "OutOfMemoryError", "Connection closed by peer" in str(e)
+        if os.environ.get("TRACEBACK") or (isinstance(e, RuntimeError) and not full and not lost):
             raise
-        if os.environ.get("RANK", "0") == "0":
-            print("error:", *str(e).split(), file=sys.stderr)  # on one line
+        words = "another process has ended" if lost else " ".join(str(e).split())  # on one line
+        if isinstance(e, OSError) and e.errno == errno.ENOSPC and not e.filename:
+            words += ": free some space, then go on with --init_from=resume"
+        rank, joined = os.environ.get("RANK", "0"), sys.modules.get("torch.distributed")
+        if rank == "0":
+            print("error:", words, file=sys.stderr)
+        elif joined and joined.is_initialized():  # before, the first one says the same
+            print(f"error in process {rank}:", words, file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -5,6 +5,7 @@
     python gpt.py --eval_text=FILE --init_from=gpt2 --eval_stride=512    a text, in overlapping windows
 """
 import copy
+import signal
 import tempfile
 from pathlib import Path
 
@@ -63,7 +64,7 @@ def evaluate_only(gpt, machine):
             check_tokenizer(data, tokenizer)
         loss = gpt.evaluate(model, data, machine, data.n_val_batches())
     if loss is None:
-        return {"stopped_by": machine.caught[0]}
+        return {"stopped_by": (machine.caught or [signal.SIGTERM])[0]}
     title = f"{path}, step {state.get('step', 0):,}, {gpt.eval_text or 'full validation split'}"
     return gpt.final_figures(loss, data, machine, title)
 

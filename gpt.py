@@ -40,7 +40,7 @@ log_interval = 50  # steps between progress lines
 sample_at_eval = False  # print a sample at each evaluation, not only at the end
 sample_tokens = 300  # length of these samples in tokens; 0: none
 keep_checkpoints = 2  # the newest, and those before it, from which to resume should it be damaged
-max_bad_steps = 10  # steps in a row whose gradient is not finite, and which are skipped, before the run ends
+max_bad_steps = 10  # steps in a row may have no finite gradient, and are skipped; one more ends the run
 dry_run = False  # only print the plan, with the speed of three steps, and write nothing
 # model
 block_size = 256  # context length in tokens
@@ -145,7 +145,7 @@ class GPTConfig:
     norm_eps: float = 1e-5
     def __post_init__(self):
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "mlp_hidden"):
-            if not 1 <= (value := getattr(self, name)) <= (most := 2**16 if name == "n_layer" else 2**31):
+            if not (most := 2**16 if name == "n_layer" else 2**31) >= (value := getattr(self, name)) >= 1:
                 raise ValueError(f"{name} is {value}: it must be from 1 to {most}")
         for name, part in (("n_embd", "n_head"), ("n_head", "n_kv_head")):
             if (n := getattr(self, name)) % (of := getattr(self, part)):
@@ -629,8 +629,7 @@ def read_checkpoint(path):
         raise ValueError(f"{path} is damaged or no checkpoint ({type(e).__name__}): use another") from e
 
 def load_checkpoint(path, device="cpu", **changes):
-    """Return (model, tokenizer, checkpoint), the model ready for use, of a checkpoint, Hugging Face folder or
-    id; changes: fields of GPTConfig that shape no weight. Raises as read_checkpoint does."""
+    """Return (model, tokenizer, checkpoint) of a checkpoint, Hugging Face folder or id; changes: of its config."""
     state = read_checkpoint(path) if Path(path).is_file() or Path(path).suffix == ".pt" else None
     if state is None or state.get("lora_rank"):
         from pretrained import load_lora, load_pretrained
@@ -657,7 +656,8 @@ class Machine:
     caught: list = field(default_factory=list)  # signals that ask the run to save and end
     sharded = property(lambda self: fsdp and self.world_size > 1)  # by FSDP, else DDP
     def name(self):
-        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+        kind = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+        return f"{self.world_size} x {kind}"
     def loss(self, forward, batch):
         """Return the mean loss of a batch. A GPU fetches it from pinned memory while it works."""
         on_gpu = self.device.type == "cuda"
@@ -756,7 +756,7 @@ def check_settings():
 def build(data, machine, state, out=Path()):
     """Return (model, what is called to train it, optimizers, scaler): new, init_from's, or a checkpoint's."""
     torch.manual_seed(seed)
-    if state or lora_rank or init_from not in ("scratch", "auto"):
+    if state or lora_rank or init_from not in ("scratch", "resume", "auto"):
         from resume import trained_model
         model = trained_model(sys.modules[__name__], data, state, out)
     else:
@@ -798,11 +798,11 @@ def open_run(out, resumed):
 
 def describe(machine, data, model, out, step):
     n, trained = model.n_params(), sum(p.numel() for p in model.parameters() if p.requires_grad)
-    way = ", FSDP" if machine.sharded else ", DDP" if machine.world_size > 1 else ""
+    way = ", FSDP" if machine.sharded else ", DDP" if machine.world_size > 1 else ", fsdp: alone" * fsdp
     meta, tokens = data.meta, batch_size * gradient_accumulation_steps * block_size
     origin = f", from {model.base}" * bool(model.base) + f", on from step {step:,}" * (step > 0)
     return f"""\
-machine  {machine.world_size} x {machine.name()}, {torch.get_num_threads()} threads, torch {torch.__version__}
+machine  {machine.name()}, {torch.get_num_threads()} threads, torch {torch.__version__}
          {str(machine.dtype)[6:]}, {'compiled' if machine.compile else 'eager'}{way}
 data     {data.folder}: {meta['train_tokens']:,} training and {meta['val_tokens']:,} validation tokens
          {meta['tokenizer']['kind']} vocabulary of {meta['vocab_size']:,}
@@ -901,12 +901,11 @@ def training_run(started, machine):
         if machine.rank == 0:
             save_checkpoint(out / name, state, keep)
     log(config={name: globals()[name] for name in SETTINGS} | {"dataset": data.folder.name},
-        dataset_sha256=data.meta["sha256"], torch=torch.__version__,
-        machine=f"{machine.world_size} x {machine.name()}")
+        dataset_sha256=data.meta["sha256"], torch=torch.__version__, machine=machine.name())
     say(describe(machine, data, model, out, step))
     remedy = f": {out} holds what was before, --init_from=resume with lower learning_rate and muon_lr"
     tokens_per_step, n_val = batch_size * gradient_accumulation_steps * block_size, data.n_val_batches()
-    bad_steps = skipped = torch.zeros((), device=machine.device)  # of no finite gradient, in a row and in all
+    bad_steps = worst = skipped = torch.zeros((), device=machine.device)  # not finite: in a row, most, all
     paused += time.time() - started
     mark, mark_step, to_compile = time.time() - paused, step, machine.compile  # since when speed is measured
     while True:
@@ -919,8 +918,8 @@ def training_run(started, machine):
         # save, evaluate
         if step % eval_interval == 0 or last or stop:
             pause = time.time()
-            if not math.isfinite(norm := whole(nn.utils.get_total_norm(model.parameters()))):
-                raise ValueError(f"at step {step} the weights' norm is {norm}" + remedy)
+            if worst > max_bad_steps or not whole(nn.utils.get_total_norm(model.parameters())).isfinite():
+                raise ValueError(f"step {step}: weights or {int(worst)} gradients in a row not finite" + remedy)
             save("ckpt.pt", keep_checkpoints, elapsed_s=elapsed, paused=paused, reserve=reserve, stale=stale,
                  scaler=scaler.state_dict(), optimizers=[o.state_dict() for o in optimizers])
             saved, val_loss = time.time(), None if stop else evaluate(model, data, machine, eval_iters)
@@ -959,6 +958,7 @@ def training_run(started, machine):
         grad_norm = whole(nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf))
         bad = ~grad_norm.isfinite()
         bad_steps, skipped = (bad_steps + 1) * bad, skipped + bad
+        worst = worst.maximum(bad_steps)
         for o in optimizers:
             o.found_inf = bad.float()  # where 1, step() changes nothing, and nobody waits for the GPU to know
             o.step()
@@ -976,8 +976,8 @@ def training_run(started, machine):
             say(f"step {step:6,} | loss {mean_loss:.4f} | lr {lr:.1e} | {speed:,.0f} tokens/s | "
                 f"mfu {'n/a' if mfu is None else f'{mfu:.0%}'} | {timedelta(seconds=int(left))} left"
                 + f" | {int(skipped)} skipped: gradient not finite" * (skipped > 0))
-            if bad_steps > max_bad_steps:
-                raise ValueError(f"the gradients of the last {int(bad_steps)} steps are not finite" + remedy)
+            if worst > max_bad_steps:
+                raise ValueError(f"the gradients of {int(worst)} steps in a row are not finite" + remedy)
             mark, mark_step = now, step
     result = {"step": step, "best_val_loss": best_val_loss, "out_dir": str(out), "stopped_by": None}
     loss = None if stop else evaluate(model, data, machine, n_val)

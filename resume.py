@@ -4,6 +4,8 @@
     python gpt.py --init_from=auto              the same if there is one, else begin: for jobs that restart
     python gpt.py config/finetune_chat.py       another model, further; see pretrained.py
 """
+import errno
+import re
 from dataclasses import asdict
 
 import torch
@@ -16,16 +18,18 @@ def newest_checkpoint(gpt, out):
 
     Raises FileNotFoundError if there is none, ValueError if all are damaged.
     """
-    paths = sorted(out.glob("ckpt*.pt"), key=lambda path: (len(path.name), path.name)) or [out / "ckpt.pt"]
+    paths = [path for path in out.glob("ckpt*.pt") if re.fullmatch(r"ckpt(-\d+)?", path.stem)]
+    paths = sorted(paths, key=lambda path: (len(path.name), path.name)) or [out / "ckpt.pt"]
     for path, before in zip(paths, [*paths[1:], None]):
         try:
             gpt.read_checkpoint(path)
             return path
         except ValueError as e:
-            if before is None:
+            unread = getattr(e.__cause__, "errno", None) in (errno.EIO, errno.EACCES, errno.ESTALE)
+            if before is None or unread or isinstance(e.__cause__, MemoryError):  # not the file's fault
                 raise
             kept = path.rename(f"{path}.damaged")
-            print(f"{path} is damaged ({e.__cause__}): {before.name} is taken, it is now {kept.name}")
+            print(f"{path} is damaged ({e.__cause__!r}): {before.name} is taken, it is now {kept.name}")
 
 
 def read_run(gpt, out, machine, new):
@@ -60,7 +64,8 @@ def check_settings(gpt, model, state):
 
 def trained_model(gpt, data, state, out):
     """Return the model to go on with: a checkpoint's, by its state, or, with none, that of init_from."""
-    base = state.get("base", "") if state else gpt.init_from.replace("scratch", "")
+    named = "" if gpt.init_from in ("scratch", "resume", "auto") else gpt.init_from
+    base = state["base"] if state else named
     if base or gpt.lora_rank:
         from pretrained import start_finetuning
 
@@ -89,7 +94,8 @@ def load_averages(optimizers, state, machine):
             if len(saved["state"]) not in (0, len(params)):  # 0: before the first step
                 raise ValueError(f"averages of {len(saved['state'])} parameters, not {len(params)}")
             for i, of in saved["state"].items():
-                if sorted(of) != names or any(of[k].shape != ((), params[i].shape)[k != "step"] for k in names):
+                shapes = {k: () if k == "step" else params[i].shape for k in names}
+                if {k: v.shape for k, v in of.items()} != shapes:
                     raise ValueError(f"averages of parameter {i} have other names or shapes")
                 averages[i] = {k: shard(v, params[i]) for k, v in of.items()} if machine.sharded else of
             o.load_state_dict({"state": averages, "param_groups": o.state_dict()["param_groups"]})

@@ -61,14 +61,15 @@ def gather(state):
 
 
 # ---- Memory ------------------------------------------------------------------------------------------------
-def memory(model, rows, machine, optimizer, **changes):
+def memory(model, rows, machine, optimizer, n_micro=1, **changes):
     """Return the bytes that a process takes: for weights, gradients, averages; and, about, for activations.
 
     Weights and gradients are float32, 4 bytes a parameter each, so are AdamW's two averages, and Muon's one,
     of the blocks' matrices. The activations are what the backward pass of `rows` sequences needs, 2 bytes a
     number, 4 in float32: the residual stream, what goes into and comes out of each matrix, and the logits,
     always float32; compiled it is less. With gradient_checkpointing only the stream stays, and what one block
-    adds. changes: of model.config.
+    adds. FSDP divides all but the activations by the processes, gradients only if a step is one micro-batch.
+    Not counted: Muon under FSDP gathers the matrices of one kind of all blocks. changes: of model.config.
     """
     c, size = replace(model.config, **changes), 4 if machine.dtype == torch.float32 else 2
     state = sum(p.numel() * (16 if p.requires_grad else 4) for p in model.parameters())
@@ -76,8 +77,10 @@ def memory(model, rows, machine, optimizer, **changes):
         state -= 4 * sum(p.numel() for p in model.h.parameters() if p.ndim == 2)
     block = 12 * c.n_embd + 4 * c.n_kv_head * c.head_dim + (4 if c.use_swiglu else 2) * c.mlp_hidden
     blocks = c.n_layer * c.n_embd + block if c.gradient_checkpointing else c.n_layer * block
-    shards = machine.world_size if machine.sharded else 1
-    return state / shards, rows * c.block_size * (size * blocks + 4 * c.vocab_size)
+    if machine.sharded:
+        whole = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad) if n_micro > 1 else 0
+        state = (state - whole) / machine.world_size + whole
+    return state, rows * c.block_size * (size * blocks + 4 * c.vocab_size)
 
 
 def spelled(size):
@@ -95,16 +98,16 @@ def cut(batches, model, forward, machine, optimizer):
     rows = len(batches[0][0])
     waiting = machine.world_size > 1 and (machine.sharded or forward.require_backward_grad_sync)
     if rows == 1 or waiting:
-        raise ValueError(out_of_memory(model, machine, rows, optimizer))
+        raise ValueError(out_of_memory(model, machine, rows, optimizer, len(batches)))
     parts = next(n for n in range(2, rows + 1) if rows % n == 0)
     print(f"memory is full: from here on a step has {len(batches) * parts} micro-batches of {rows // parts}")
     return [part for batch in batches for part in zip(*(tensor.chunk(parts) for tensor in batch))]
 
 
-def out_of_memory(model, machine, rows, optimizer):
+def out_of_memory(model, machine, rows, optimizer, n_micro=1):
     """Return the sentence for a user whose memory is full with micro-batches of `rows` sequences."""
     config, n = model.config, max(machine.world_size, 2)
-    state, activations = memory(model, rows, machine, optimizer)
+    state, activations = memory(model, rows, machine, optimizer, n_micro)
 
     def spared(**changes):
         return activations - memory(model, rows, machine, optimizer, **changes)[1]
@@ -132,6 +135,8 @@ def timed_steps(gpt, data, machine, model, forward, optimizers, scaler):
     n_micro, rows = gpt.split_batch(machine.world_size)
     seconds = []
     for step in range(5):
+        if machine.stopping():
+            raise KeyboardInterrupt
         began = time.time()
         first = (step * machine.world_size + machine.rank) * n_micro
         batches = [data.get_batch("train", i, rows) for i in range(first, first + n_micro)]
@@ -153,8 +158,9 @@ def dry_run(gpt, machine):
     """Print what a run would be, its time by three steps; write nothing; return the figures."""
     with tempfile.TemporaryDirectory() as made:
         known = gpt.data_dir
-        if not (Path(known or gpt.HERE / "data") / gpt.dataset / "meta.json").exists():
-            gpt.data_dir = made  # for what gpt.py prepares by itself
+        missing = not (Path(known or gpt.HERE / "data") / gpt.dataset / "meta.json").exists()
+        if missing and gpt.dataset in ("shakespeare", "pydoc"):  # what gpt.py prepares by itself
+            gpt.data_dir = made
         try:
             data = gpt.Data(machine.first(gpt.prepare_if_missing, gpt.dataset), gpt.block_size)
         finally:
@@ -169,7 +175,7 @@ def dry_run(gpt, machine):
     steps = int(60 * gpt.max_minutes / seconds) if gpt.max_minutes else gpt.max_iters
     epochs = steps * tokens / (len(data.starts["train"]) * gpt.block_size)
     flops = steps * tokens * model.flops_per_token()
-    state, activations = memory(model, rows, machine, gpt.optimizer)
+    state, activations = memory(model, rows, machine, gpt.optimizer, n_micro)
     if machine.rank == 0:
         print(f"""\
 memory   {spelled(state)} for weights, gradients and averages, about {spelled(activations)} for activations

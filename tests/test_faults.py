@@ -81,11 +81,25 @@ def test_max_bad_steps_in_a_row_end_the_run(settings, monkeypatch, tmp_path):
     """Two good steps between bad ones begin the count anew; the checkpoint before stays as it was."""
     settings(max_iters=40, eval_interval=5, max_bad_steps=3)
     seen = spoil_gradients(monkeypatch, steps={6, 7, 8, *range(11, 40)})
-    with pytest.raises(ValueError, match=r"last 4 steps are not finite: .*out holds .*--init_from=resume"):
+    with pytest.raises(
+        ValueError, match=r"of 4 steps in a row are not finite: .*out holds .*--init_from=resume"
+    ):
         gpt.train()
     assert len(seen) == 15
     state = gpt.read_checkpoint(tmp_path / "out" / "ckpt.pt")
     assert state["step"] == 10 and all(torch.isfinite(w).all() for w in state["model"].values())
+
+
+def test_bad_steps_between_two_progress_lines_are_noticed(settings, monkeypatch):
+    """Also where the steps that are shown, and the last one, are good."""
+    settings(max_iters=40, log_interval=10, max_bad_steps=3, eval_interval=40)
+    spoil_gradients(monkeypatch, steps={12, 13, 14, 15})
+    with pytest.raises(ValueError, match="of 4 steps in a row are not finite"):
+        gpt.train()
+    settings(log_interval=1000)
+    spoil_gradients(monkeypatch, steps={12, 13, 14, 15})
+    with pytest.raises(ValueError, match="step 40: weights or 4 gradients in a row not finite"):
+        gpt.train()
 
 
 def test_weights_that_are_not_finite_are_never_saved(settings, monkeypatch, tmp_path):
@@ -101,7 +115,9 @@ def test_weights_that_are_not_finite_are_never_saved(settings, monkeypatch, tmp_
 
     poisoning.calls = 0
     monkeypatch.setattr(torch.optim.AdamW, "step", poisoning)
-    with pytest.raises(ValueError, match=r"step 10 the weights' norm is nan: .* holds what was before"):
+    with pytest.raises(
+        ValueError, match=r"step 10: weights or 3 gradients in a row not finite: .* holds what was before"
+    ):
         gpt.train()
     for name, saved in (("ckpt.pt", 5), ("ckpt-1.pt", 0), ("best.pt", 5)):
         state = gpt.read_checkpoint(tmp_path / "out" / name)
@@ -515,3 +531,29 @@ def test_a_folder_that_cannot_be_written_when_saving(settings, monkeypatch, tmp_
         gpt.train()
     assert gpt.read_checkpoint(tmp_path / "out" / "ckpt.pt")["step"] == 0
     assert np.isfinite(gpt.read_checkpoint(tmp_path / "out" / "ckpt.pt")["elapsed_s"])
+
+
+def test_a_checkpoint_that_cannot_be_read_is_not_called_damaged(two_checkpoints, settings, monkeypatch):
+    """Short memory or a failing disk are no reason to go back; nothing is renamed."""
+    settings(init_from="resume")
+    for error in (MemoryError(), OSError(5, "Input/output error")):
+        monkeypatch.setattr(torch, "load", lambda *_, error=error, **__: (_ for _ in ()).throw(error))
+        with pytest.raises(ValueError, match=type(error).__name__):
+            gpt.train()
+    assert sorted(p.name for p in two_checkpoints.glob("ckpt*")) == ["ckpt-1.pt", "ckpt.pt"]
+
+
+def test_files_of_other_names_are_no_checkpoints(two_checkpoints):
+    (two_checkpoints / "ckpt.pt").rename(two_checkpoints / "ckpt2.pt")
+    (two_checkpoints / "ckpt-best.pt").write_bytes(b"")
+    assert resume.newest_checkpoint(gpt, two_checkpoints).name == "ckpt-1.pt"
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_takes_the_others_place(monkeypatch, tmp_path):
+    """The order of what is done: written, flushed to the disk, and only then renamed."""
+    done, fsync, replace = [], os.fsync, Path.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (done.append("fsync"), fsync(fd)))
+    monkeypatch.setattr(Path, "replace", lambda self, new: (done.append(new.name), replace(self, new))[1])
+    for value in (1, 2):
+        gpt.save_checkpoint(tmp_path / "ckpt.pt", {"value": value}, keep=2)
+    assert done == ["fsync", "ckpt.pt", "fsync", "ckpt-1.pt", "ckpt.pt"]
