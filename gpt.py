@@ -629,7 +629,7 @@ def read_checkpoint(path):
         raise ValueError(f"{path} is damaged or no checkpoint ({type(e).__name__}): use another") from e
 
 def load_checkpoint(path, device="cpu", **changes):
-    """Return (model, tokenizer, checkpoint) of a checkpoint, Hugging Face folder or id; changes: of its config."""
+    """Return (model, tokenizer, checkpoint) of a path or Hugging Face id; changes: of the model's config."""
     state = read_checkpoint(path) if Path(path).is_file() or Path(path).suffix == ".pt" else None
     if state is None or state.get("lora_rank"):
         from pretrained import load_lora, load_pretrained
@@ -919,7 +919,7 @@ def training_run(started, machine):
         if step % eval_interval == 0 or last or stop:
             pause = time.time()
             if worst > max_bad_steps or not whole(nn.utils.get_total_norm(model.parameters())).isfinite():
-                raise ValueError(f"step {step}: weights or {int(worst)} gradients in a row not finite" + remedy)
+                raise ValueError(f"step {step}: weights or {int(worst)} gradients in a row not finite{remedy}")
             save("ckpt.pt", keep_checkpoints, elapsed_s=elapsed, paused=paused, reserve=reserve, stale=stale,
                  scaler=scaler.state_dict(), optimizers=[o.state_dict() for o in optimizers])
             saved, val_loss = time.time(), None if stop else evaluate(model, data, machine, eval_iters)

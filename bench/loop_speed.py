@@ -2,48 +2,68 @@
 
     python bench/loop_speed.py --other=PATH
 
-Both train the same model on pydoc, in turn, each run a process of its own. The figure of a run is the median of the
-speeds of its progress lines, without the first two; evaluations, checkpoints and the start do not count.
+Both versions are imported into one process and train the same model on pydoc for a few seconds, in turn, so that
+both meet the same moods of the machine. A run's figure is the median of its progress lines' speeds, without the
+first two; evaluations, checkpoints and the start do not count.
 """
 
+import contextlib
+import importlib.util
 import json
+import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
-from common import ROOT, flags, in_turn, ratios, record
+from common import ROOT, flags, ratios, record
+
+SIZES = {
+    "n_embd": 128,
+    "block_size": 128,
+    "batch_size": 8,
+    "dataset": "pydoc",
+    "compile": False,
+    "device": "cpu",
+}
 
 
-def measure(case):
-    """Return the tokens per second of one run of gpt.py in the folder case["path"]."""
-    with tempfile.TemporaryDirectory() as made:
-        words = ["--dataset=pydoc", f"--out_dir={made}", f"--max_iters={case['steps']}", "--log_interval=10"]
-        words += ["--sample_tokens=0", "--compile=False", "--eval_interval=100000", "--eval_iters=1"]
-        subprocess.run(
-            [sys.executable, Path(case["path"]) / "gpt.py", *words], stdout=subprocess.DEVNULL, check=True
-        )
+def load(path, name):
+    """Return the gpt.py of a checkout, imported under a name of its own, with the settings of a short run."""
+    spec = importlib.util.spec_from_file_location(name, Path(path) / "gpt.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for key, value in SIZES.items():
+        setattr(module, key, value)
+    module.eval_interval, module.eval_iters, module.sample_tokens, module.log_interval = 10**6, 1, 0, 2
+    return module
+
+
+def speed(gpt, steps):
+    """Return the tokens per second of one run."""
+    with tempfile.TemporaryDirectory() as made, contextlib.redirect_stdout(open(os.devnull, "w")):
+        gpt.out_dir, gpt.max_iters = made, steps
+        gpt.train()
         lines = (Path(made) / "log.jsonl").read_text(encoding="utf-8").splitlines()
     speeds = [line["tokens_per_s"] for line in map(json.loads, lines) if "tokens_per_s" in line]
     return statistics.median(speeds[2:])
 
 
 def main():
-    if len(sys.argv) == 2 and sys.argv[1].startswith("{"):
-        print(measure(json.loads(sys.argv[1])))
-        return
-    f = flags(other="", steps=100, runs=9)
-    cases = {
-        name: {"path": str(path), "steps": f["steps"]}
-        for name, path in (("this", ROOT), ("other", f["other"]))
-    }
-    found = in_turn(__file__, cases, f["runs"])
+    f = flags(other="", steps=40, runs=20)
+    versions = {"this": load(ROOT, "this_gpt"), "other": load(f["other"], "other_gpt")}
+    found = {name: [] for name in versions}
+    for run in range(f["runs"] + 1):
+        for name in sorted(versions, reverse=run % 2 == 0):
+            found[name].append(speed(versions[name], f["steps"]))
+        print(f"pair {run}: this is {found['this'][-1] / found['other'][-1]:.3f} of the other", flush=True)
+    found = {name: speeds[1:] for name, speeds in found.items()}  # the first pair warms up
     record(
         "loop_speed",
         steps=f["steps"],
+        runs=f["runs"],
         tokens_per_s={name: round(statistics.median(speeds)) for name, speeds in found.items()},
         ratios=ratios(found["this"], found["other"]),
+        ratio=round(statistics.median(a / b for a, b in zip(*found.values(), strict=True)), 4),
     )
 
 
