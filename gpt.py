@@ -919,7 +919,7 @@ def training_run(started, machine):
         if step % eval_interval == 0 or last or stop:
             pause = time.time()
             if worst > max_bad_steps or not whole(nn.utils.get_total_norm(model.parameters())).isfinite():
-                raise ValueError(f"step {step}: weights or {int(worst)} gradients in a row not finite{remedy}")
+                raise ValueError(f"step {step}: weights or {worst:.0f} gradients in a row not finite{remedy}")
             save("ckpt.pt", keep_checkpoints, elapsed_s=elapsed, paused=paused, reserve=reserve, stale=stale,
                  scaler=scaler.state_dict(), optimizers=[o.state_dict() for o in optimizers])
             saved, val_loss = time.time(), None if stop else evaluate(model, data, machine, eval_iters)
