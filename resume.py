@@ -73,14 +73,14 @@ def trained_model(gpt, data, state, out):
         model, tokenizer = start_finetuning(base, state, out, gpt.lora_rank, gpt.optimizer, **changes)
     else:
         model, tokenizer = gpt.GPT(gpt.model_config(data.vocab_size)), None
-    if state:
-        try:
-            tokenizer = gpt.Tokenizer(**state["tokenizer"])
+    try:
+        tokenizer = gpt.Tokenizer(**state["tokenizer"]) if state else tokenizer
+        check_tokenizer(data, tokenizer)
+        if state:
             check_settings(gpt, model, state)
             model.load_state_dict(state["model"], strict=not gpt.lora_rank)  # or else the adapters alone
-        except (AttributeError, KeyError, RuntimeError, TypeError) as e:  # as many as ways to be damaged
-            raise ValueError(f"the checkpoint does not fit this model ({type(e).__name__}): {e}") from e
-    check_tokenizer(data, tokenizer)
+    except (AttributeError, KeyError, RuntimeError, TypeError) as e:  # as many as ways to be damaged
+        raise ValueError(f"the checkpoint does not fit this model ({type(e).__name__}): {e}") from e
     return model
 
 
