@@ -399,8 +399,8 @@ def test_the_same_command_twice_is_the_same_run(settings, tmp_path, run_script):
     settings()
     flags = [
         *toy_flags(tmp_path),
-        "--max_iters=20",
-        "--eval_interval=5",
+        "--max_iters=8",
+        "--eval_interval=4",
         "--log_interval=1",
         "--sample_tokens=5",
     ]
@@ -412,7 +412,7 @@ def test_the_same_command_twice_is_the_same_run(settings, tmp_path, run_script):
         lines = read_log(tmp_path / name)
         lines[0]["config"].pop("out_dir")
         logs.append([{k: v for k, v in r.items() if k not in ("elapsed_s", "tokens_per_s")} for r in lines])
-    assert logs[0] == logs[1] and len(logs[0]) > 25
+    assert logs[0] == logs[1] and len(logs[0]) > 10
     assert_same_state(tmp_path / "a" / "ckpt.pt", tmp_path / "b" / "ckpt.pt")
     assert_same(*(gpt.read_checkpoint(tmp_path / name / "best.pt")["model"] for name in "ab"))
 
