@@ -88,6 +88,8 @@ def read_flags(settings, argv):
                 text = rest.pop(0)
             elif is_bool:
                 text = "True"
+            elif settings[name].type is str and settings[name].optional:
+                text = ""  # what else than None a bare flag can mean
             else:
                 raise ValueError(f"--{name} needs a value, as in --{name}=VALUE")
         flags[name] = parsed(settings, name, text)
@@ -119,7 +121,7 @@ def find_config(word, script):
     raise FileNotFoundError(f"config file {word} does not exist (settings are given as --key=value)")
 
 
-def configure(script, argv, word_setting=None, derive=dict):
+def configure(script, argv, derive=dict, word_setting=None):
     """Override the settings in `script`, the globals of a script, by argv.
 
     A word that is no flag names a config file, or, with word_setting, is that setting's value. derive()
@@ -146,11 +148,11 @@ def help_text(script):
     return "\n".join(lines)
 
 
-def run_script(script, main, **options):
+def run_script(script, main, derive=dict, word_setting=None):
     """Configure a script by its command line and run main(); a mistake is one sentence and exit code 2.
 
-    Ctrl-C gives exit code 130, a closed output 141. With TRACEBACK=1 in the environment, mistakes show where
-    they were found.
+    Ctrl-C gives exit code 130, a closed output 141, and 128 + a signal that main returns as {"stopped_by":
+    signal}. With TRACEBACK=1 in the environment, mistakes show where they were found.
     """
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character must not end a run
@@ -158,9 +160,11 @@ def run_script(script, main, **options):
         if {"-h", "--help"} & set(sys.argv[1:]):
             print(help_text(script), flush=True)
             return
-        configure(script, sys.argv[1:], **options)
-        main()
+        configure(script, sys.argv[1:], derive, word_setting)
+        figures = main() or {}
         sys.stdout.flush()
+        if figures.get("stopped_by"):
+            sys.exit(128 + figures["stopped_by"])
     except BrokenPipeError:  # piped into head, say: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         sys.exit(141)  # 128 + SIGPIPE, as other programs

@@ -37,6 +37,8 @@ eval_interval = 250  # steps between evaluations, each preceded by a checkpoint
 early_stop = 0  # end after so many evaluations in a row without a new best; 0: never
 eval_iters = 20  # batches per evaluation; the run ends with one over the full validation split
 log_interval = 50  # steps between progress lines
+tensorboard = False  # log to TensorBoard, too, in out_dir/tensorboard
+wandb_log = False  # log to Weights & Biases, too; WANDB_PROJECT, WANDB_MODE=offline and so on are its own
 sample_at_eval = False  # print a sample at each evaluation, not only at the end
 sample_tokens = 300  # length of these samples in tokens; 0: none
 keep_checkpoints = 2  # the newest, and those before it, from which to resume should it be damaged
@@ -145,7 +147,8 @@ class GPTConfig:
     norm_eps: float = 1e-5
     def __post_init__(self):
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "mlp_hidden"):
-            if not (most := 2**16 if name == "n_layer" else 2**31) >= (value := getattr(self, name)) >= 1:
+            value, most = getattr(self, name), 2**16 if name == "n_layer" else 2**31
+            if not 1 <= value <= most:
                 raise ValueError(f"{name} is {value}: it must be from 1 to {most}")
         for name, part in (("n_embd", "n_head"), ("n_head", "n_kv_head")):
             if (n := getattr(self, name)) % (of := getattr(self, part)):
@@ -518,10 +521,10 @@ class Data:
                                     f"--name={folder.name} makes one; prepare.py --help tells of others")
         try:
             self.meta = json.loads((folder / "meta.json").read_bytes())
-            numbers = [self.meta[key] for key in ("vocab_size", "train_tokens", "val_tokens", "val_bytes")]
-            dtype, self.vocab_size, sha256 = self.meta["dtype"], numbers[0], self.meta["sha256"]
+            keys = "sha256", "dtype", "vocab_size", "train_tokens", "val_tokens", "val_bytes"
+            _, dtype, *numbers = (self.meta[key] for key in keys)
             if {*map(type, numbers)} != {int} or min(numbers) < 0 or dtype not in ("uint16", "uint32"):
-                raise TypeError(f"{dtype}, {numbers} of {sha256}")
+                raise TypeError(f"{dtype}, {numbers}")
             dtype, self.tokenizer = np.dtype(dtype).newbyteorder("<"), Tokenizer(**self.meta["tokenizer"])
         except Exception as e:  # tiktoken documents none
             raise ValueError(f"{folder / 'meta.json'} is damaged ({e!r}): prepare the data set again") from e
@@ -531,13 +534,11 @@ class Data:
             weights = Tokens(folder, f"{split}.weight", np.dtype("uint8"))
             if len(tokens) != n or len(weights) != n * self.weighted:
                 raise ValueError(f"{folder} holds {len(tokens)} of {n} tokens for {split}: prepare it again")
+            last = n - 1 if split == "val" else max(n > block_size, n - 2 * block_size)
+            starts = range(0, last, block_size)
             if self.weighted:
                 ends = np.flatnonzero(tokens[np.arange(n)] == self.tokenizer.end) + 1
                 starts = [i for a, b in zip([0, *ends], ends) for i in range(a, b - 1, block_size)]
-            elif split == "val":
-                starts = range(0, n - 1, block_size)
-            else:
-                starts = range(0, max(n > block_size, n - 2 * block_size), block_size)
             if not starts:
                 raise ValueError(f"{split} holds {n} tokens: lower block_size {block_size} or add text")
             self.tokens[split], self.weights[split], self.starts[split] = tokens, weights, starts
@@ -555,8 +556,8 @@ class Data:
         positions = np.array([[self.start(split, row)] for row in rows]) + np.arange(self.block_size + 1)
         inside, positions = positions < len(tokens), np.minimum(positions, len(tokens) - 1)
         ids = np.where(inside, tokens[positions], np.int64(-1))
-        if ids.max() >= self.vocab_size:
-            raise ValueError(f"{self.folder} holds id {ids.max()} of {self.vocab_size}: prepare it again")
+        if ids.max() >= (n := self.meta["vocab_size"]):
+            raise ValueError(f"{self.folder} holds id {ids.max()} of {n}: prepare the data set again")
         x, y, w = ids[:, :-1].clip(min=0), ids[:, 1:].copy(), inside[:, 1:].astype(np.float32)
         if self.weighted:
             ended = (x == self.tokenizer.end).cumsum(1) > 0  # another example follows
@@ -594,8 +595,7 @@ def final_figures(loss, data, machine, title):
     n_tokens, figures = data.meta["val_tokens"], {"val_loss": loss, "perplexity": math.exp(min(loss, 700))}
     if not data.weighted:  # else bytes count that are no targets
         figures["bits_per_byte"] = loss / math.log(2) * n_tokens / max(1, data.meta["val_bytes"])
-    if machine.rank == 0:
-        print(f"{title}, {n_tokens:,} tokens: " + ", ".join(f"{k} {v:.4f}" for k, v in figures.items()))
+    machine.say(f"{title}, {n_tokens:,} tokens: " + ", ".join(f"{k} {v:.4f}" for k, v in figures.items()))
     return figures | {"tokens": n_tokens}
 
 # ---- Checkpoints: ckpt.pt resumes, best.pt is weights for use ----------------------------------------------
@@ -631,7 +631,7 @@ def read_checkpoint(path):
 def load_checkpoint(path, device="cpu", **changes):
     """Return (model, tokenizer, checkpoint) of a path or Hugging Face id; changes: of the model's config."""
     state = read_checkpoint(path) if Path(path).is_file() or Path(path).suffix == ".pt" else None
-    if state is None or state.get("lora_rank"):
+    if state is None or state["lora_rank"]:
         from pretrained import load_lora, load_pretrained
         model, state = load_lora(state, **changes) if state else load_pretrained(path, **changes)
         return model.to(device), Tokenizer(**state["tokenizer"]), state
@@ -669,6 +669,7 @@ class Machine:
         if self.world_size > 1:
             dist.all_reduce(values, getattr(dist.ReduceOp, op))
         return values.tolist()
+    def say(self, text): print(text, flush=True) if self.rank == 0 else None
     def stopping(self): return self.reduce([bool(self.caught)], "MAX")[0] > 0  # a signal, to any process?
     def first(self, function, *arguments):  # what it returns in the first process, to all
         found = [function(*arguments) if self.rank == 0 else None]
@@ -732,8 +733,7 @@ def compile_model(model, machine, batch):
         for part in parts:
             part._compiled_call_impl = None
     model.zero_grad(set_to_none=True)
-    if machine.rank == 0:
-        print(f"{outcome} in {time.time() - began:.0f} s")
+    machine.say(f"{outcome} in {time.time() - began:.0f} s")
     return time.time() - began
 
 # ---- Training ----------------------------------------------------------------------------------------------
@@ -760,7 +760,7 @@ def build(data, machine, state, out=Path()):
         from resume import trained_model
         model = trained_model(sys.modules[__name__], data, state, out)
     else:
-        model = GPT(model_config(data.vocab_size))
+        model = GPT(model_config(data.meta["vocab_size"]))
     if machine.sharded:
         from scaling import fully_sharded
         forward = fully_sharded(model, machine)
@@ -770,10 +770,8 @@ def build(data, machine, state, out=Path()):
     optimizers = make_optimizers(model, machine)
     scaler = torch.amp.GradScaler("cuda", enabled=machine.dtype == torch.float16)
     if state:
-        from resume import load_averages
-        load_averages(optimizers, state, machine)
-        scaler.load_state_dict(state["scaler"] or scaler.state_dict())
-        state.clear()  # as it takes memory
+        from resume import go_on
+        go_on(optimizers, scaler, state, machine)
     return model, forward, optimizers, scaler
 
 def split_batch(world_size):
@@ -785,16 +783,21 @@ def split_batch(world_size):
     return n_micro, rows
 
 def open_run(out, resumed):
-    """Make the run's folder and return its log file; an earlier run's files there are renamed by date."""
+    """Make the run's folder, renaming an earlier run's files; return the functions that log a dict there."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         old = [] if resumed else filter(Path.exists, [*out.glob("*.pt"), out / "log.jsonl"])
         kept = [path.rename(f"{path}.{time.strftime('%Y-%m-%d-%H%M%S')}").name for path in old]
         if kept:
             print(f"{out}: the earlier run's files are now {', '.join(kept)}")
-        return open(out / "log.jsonl", "a", encoding="utf-8", buffering=1)  # each line at once
+        log_file = open(out / "log.jsonl", "a", encoding="utf-8", buffering=1)  # noqa: SIM115  # by lines
     except OSError as e:
         raise OSError(f"{out} cannot be written ({e.strerror}): choose another folder with --out_dir") from e
+    others = []
+    if tensorboard or wandb_log or (HERE / "plots.py").exists():  # a pasted cell stands alone
+        from plots import writers
+        others = writers(sys.modules[__name__], out)
+    return [lambda values: print(json.dumps(values), file=log_file), *others]
 
 def describe(machine, data, model, out, step):
     n, trained = model.n_params(), sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -883,7 +886,6 @@ def training_run(started, machine):
     n_micro, rows = split_batch(machine.world_size)
     data = Data(machine.first(prepare_if_missing, dataset), block_size)
     out = Path(out_dir or HERE / "out" / data.folder.name)
-    say = partial(print, flush=True) if machine.rank == 0 else lambda *_, **__: None
     # stale: evaluations since the best; paused: seconds not spent on steps; reserve: those that the end takes
     new = {"step": 0, "best_val_loss": math.inf, "stale": 0, "reserve": 0.0, "paused": 0.0, "elapsed_s": 0.0}
     state = None
@@ -893,19 +895,21 @@ def training_run(started, machine):
     step, best_val_loss, stale, reserve, paused, elapsed = ((state or new)[name] for name in new)
     started, paused, progress = started - elapsed, paused - elapsed, 0.0
     model, forward, optimizers, scaler = build(data, machine, state, out)
-    log_file = open_run(out, resumed=state is not None) if machine.rank == 0 else None
+    writers = open_run(out, resumed=state is not None) if machine.rank == 0 else []
     def log(**values):
-        say(json.dumps({"step": step, "elapsed_s": round(time.time() - started, 3)} | values), file=log_file)
+        values = {"step": step, "elapsed_s": round(time.time() - started, 3)} | values
+        for write in writers:
+            write(values)
     def save(name, keep=1, **more):
         state = snapshot(model, data, step, best_val_loss, **more)
         if machine.rank == 0:
             save_checkpoint(out / name, state, keep)
     log(config={name: globals()[name] for name in SETTINGS} | {"dataset": data.folder.name},
         dataset_sha256=data.meta["sha256"], torch=torch.__version__, machine=machine.name())
-    say(describe(machine, data, model, out, step))
-    remedy = f": {out} holds what was before, --init_from=resume with lower learning_rate and muon_lr"
+    machine.say(describe(machine, data, model, out, step))
+    remedy = f"are not finite: {out} holds what was before: --init_from=resume with lower learning_rate"
     tokens_per_step, n_val = batch_size * gradient_accumulation_steps * block_size, data.n_val_batches()
-    bad_steps = worst = skipped = torch.zeros((), device=machine.device)  # not finite: in a row, most, all
+    bad_steps = skipped = torch.zeros((), device=machine.device)  # gradients not finite: in a row, all
     paused += time.time() - started
     mark, mark_step, to_compile = time.time() - paused, step, machine.compile  # since when speed is measured
     while True:
@@ -918,15 +922,16 @@ def training_run(started, machine):
         # save, evaluate
         if step % eval_interval == 0 or last or stop:
             pause = time.time()
-            if worst > max_bad_steps or not whole(nn.utils.get_total_norm(model.parameters())).isfinite():
-                raise ValueError(f"step {step}: weights or {worst:.0f} gradients in a row not finite{remedy}")
+            if bad_steps > max_bad_steps or not whole(nn.utils.get_total_norm(model.parameters())).isfinite():
+                raise ValueError(f"step {step}: weights or {max_bad_steps + 1} gradients in a row {remedy}")
             save("ckpt.pt", keep_checkpoints, elapsed_s=elapsed, paused=paused, reserve=reserve, stale=stale,
                  scaler=scaler.state_dict(), optimizers=[o.state_dict() for o in optimizers])
             saved, val_loss = time.time(), None if stop else evaluate(model, data, machine, eval_iters)
             if not (stop := val_loss is None):
-                reserve = 2 * (saved - pause) + (time.time() - saved) * (1 + max(1, n_val / eval_iters))
+                took = time.time() - saved
                 log(val_loss=val_loss)
-                say(f"step {step:6,} | val loss {val_loss:.4f}")
+                machine.say(f"step {step:6,} | val loss {val_loss:.4f}")
+                reserve = 2 * (time.time() - pause) + took * (max(1, n_val / eval_iters) - 1)
                 stale += step > 0
                 if val_loss < best_val_loss and (step or last):
                     best_val_loss, stale = val_loss, 0
@@ -955,10 +960,9 @@ def training_run(started, machine):
         # update
         for o in optimizers:
             scaler.unscale_(o)
-        grad_norm = whole(nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf))
-        bad = ~grad_norm.isfinite()
-        bad_steps, skipped = (bad_steps + 1) * bad, skipped + bad
-        worst = worst.maximum(bad_steps)
+        norm = whole(nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf))
+        bad = ~norm.isfinite()
+        bad_steps, skipped = (bad_steps + 1) * (bad | (bad_steps > max_bad_steps)), skipped + bad
         for o in optimizers:
             o.found_inf = bad.float()  # where 1, step() changes nothing, and nobody waits for the GPU to know
             o.step()
@@ -967,34 +971,29 @@ def training_run(started, machine):
         step += 1
         # log
         if step % log_interval == 0 or step == 1:
-            mean_loss, now = machine.reduce([loss], "SUM")[0] / machine.world_size, time.time() - paused
+            mean, now = machine.reduce([loss], "SUM")[0] / machine.world_size, time.time() - paused
             speed = (step - mark_step) * tokens_per_step / (now - mark)
             mfu, lr = machine.mfu(speed * model.flops_per_token()), learning_rate * scale
-            log(loss=mean_loss, lr=lr, grad_norm=float(grad_norm), tokens_per_s=speed, mfu=mfu,
-                skipped=int(skipped))
+            log(loss=mean, lr=lr, grad_norm=float(norm), tokens_per_s=speed, mfu=mfu, skipped=int(skipped))
             left = 60 * max_minutes - elapsed if max_minutes else (max_iters - step) * tokens_per_step / speed
-            say(f"step {step:6,} | loss {mean_loss:.4f} | lr {lr:.1e} | {speed:,.0f} tokens/s | "
+            machine.say(f"step {step:6,} | loss {mean:.4f} | lr {lr:.1e} | {speed:,.0f} tokens/s | "
                 f"mfu {'n/a' if mfu is None else f'{mfu:.0%}'} | {timedelta(seconds=int(left))} left"
                 + f" | {int(skipped)} skipped: gradient not finite" * (skipped > 0))
-            if worst > max_bad_steps:
-                raise ValueError(f"the gradients of {int(worst)} steps in a row are not finite" + remedy)
+            if bad_steps > max_bad_steps:
+                raise ValueError(f"step {step}: {max_bad_steps + 1} gradients in a row {remedy}")
             mark, mark_step = now, step
     result = {"step": step, "best_val_loss": best_val_loss, "out_dir": str(out), "stopped_by": None}
     loss = None if stop else evaluate(model, data, machine, n_val)
     if loss is None:
-        say(f"stopped at step {step:,}: {out / 'ckpt.pt'} is saved, --init_from=resume goes on from there")
+        machine.say(f"stopped at step {step:,}: {out / 'ckpt.pt'} is saved: --init_from=resume goes on")
         return result | {"stopped_by": (machine.caught or [signal.SIGTERM])[0]}
     figures = final_figures(loss, data, machine, f"{step:,} steps, {elapsed:.0f} s, full validation split")
     log(**figures)
     print_sample(model, data, machine)
     return result | figures
 
-def main():
-    if stopped_by := train(__started__).get("stopped_by"):
-        raise SystemExit(128 + stopped_by)
-
 if __name__ == "__main__" and "__file__" in globals():  # a script
     from configurator import run_script
-    run_script(globals(), main, derive=lambda: {"device_type": pick_device(device).type})
+    run_script(globals(), lambda: train(__started__), lambda: {"device_type": pick_device(device).type})
 elif __name__ == "__main__":  # pasted into a notebook cell
     train(__started__)

@@ -14,7 +14,7 @@ from scaling import shard
 
 
 def newest_checkpoint(gpt, out):
-    """Return the path of the newest sound checkpoint in out; those that are not are named and set aside.
+    """Return (path, state) of the newest sound checkpoint in out; those that are not are named and set aside.
 
     Raises FileNotFoundError if there is none, ValueError if all are damaged.
     """
@@ -22,8 +22,7 @@ def newest_checkpoint(gpt, out):
     paths = sorted(paths, key=lambda path: (len(path.name), path.name)) or [out / "ckpt.pt"]
     for path, before in zip(paths, [*paths[1:], None]):
         try:
-            gpt.read_checkpoint(path)
-            return path
+            return path, gpt.read_checkpoint(path)
         except ValueError as e:
             unread = getattr(e.__cause__, "errno", None) in (errno.EIO, errno.EACCES, errno.ESTALE)
             if before is None or unread or isinstance(e.__cause__, MemoryError):  # not the file's fault
@@ -39,8 +38,14 @@ def read_run(gpt, out, machine, new):
     """
     if gpt.init_from == "auto" and not machine.first(lambda: any(out.glob("ckpt*.pt"))):
         return None
-    path = machine.first(newest_checkpoint, gpt, out)
-    state = gpt.read_checkpoint(path)
+    found = {}
+
+    def find():  # in the first process, which alone sets damaged ones aside
+        path, found["state"] = newest_checkpoint(gpt, out)
+        return path
+
+    path = machine.first(find)
+    state = found.get("state") or gpt.read_checkpoint(path)
     for name, value in ({"optimizers": [], "scaler": {}, "config": {}} | new).items():
         if type(state.get(name)) is not type(value) or (name in new and not state[name] >= 0):
             raise ValueError(f"{path} does not hold a run to resume ({name}): best.pt, say, is for use only")
@@ -56,7 +61,7 @@ def check_settings(gpt, model, state):
     """Raise ValueError if a setting that shapes weights or averages is not as in the checkpoint's state."""
     now = {name: getattr(gpt, name) for name in ("block_size", "optimizer", "lora_rank")}
     now = asdict(model.config) | now
-    then = {"lora_rank": 0} | state | state["model_args"] | {"block_size": state["config"].get("block_size")}
+    then = state | state["model_args"] | {"block_size": state["config"].get("block_size")}
     for name in now.keys() & then.keys() - {"dropout", "gradient_checkpointing"}:  # these shape neither
         if now[name] != then[name]:
             raise ValueError(f"{name} is {now[name]}, in the checkpoint {then[name]}: go on with that")
@@ -72,7 +77,7 @@ def trained_model(gpt, data, state, out):
         changes = {name: getattr(gpt, name) for name in ("block_size", "dropout", "gradient_checkpointing")}
         model, tokenizer = start_finetuning(base, state, out, gpt.lora_rank, gpt.optimizer, **changes)
     else:
-        model, tokenizer = gpt.GPT(gpt.model_config(data.vocab_size)), None
+        model, tokenizer = gpt.GPT(gpt.model_config(data.meta["vocab_size"])), None
     try:
         tokenizer = gpt.Tokenizer(**state["tokenizer"]) if state else tokenizer
         check_tokenizer(data, tokenizer)
@@ -84,8 +89,11 @@ def trained_model(gpt, data, state, out):
     return model
 
 
-def load_averages(optimizers, state, machine):
-    """Give the optimizers the averages in a checkpoint's state; rates and decay stay as they are set."""
+def go_on(optimizers, scaler, state, machine):
+    """Give optimizers and scaler what a checkpoint's state holds of them, then empty it, as it takes memory.
+
+    Rates and decay stay as they are set.
+    """
     try:
         for o, saved in zip(optimizers, state["optimizers"], strict=True):
             params, averages = [p for group in o.param_groups for p in group["params"]], {}
@@ -101,3 +109,5 @@ def load_averages(optimizers, state, machine):
             o.load_state_dict({"state": averages, "param_groups": o.state_dict()["param_groups"]})
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e:
         raise ValueError(f"the checkpoint's optimizers do not fit ({type(e).__name__}: {e})") from e
+    scaler.load_state_dict(state["scaler"] or scaler.state_dict())
+    state.clear()

@@ -3,6 +3,7 @@
     python sample.py --prompt "ROMEO:"                 the newest run under out/; --prompt may be left out
     python sample.py --out_dir=out/pydoc --interactive
     python sample.py --out_dir=out/mine --chat         talk with a model trained on messages
+    python sample.py --show --prompt "ROMEO:"          the likeliest next tokens; --show=attention draws a map
     python sample.py --prompt=FILE:start.txt --max_tokens=60000 --output=long.txt
     python sample.py --init_from=gpt2                  a Hugging Face folder or hub id; see pretrained.py
     python sample.py --export=FOLDER                   write the newest run as such a folder
@@ -42,8 +43,9 @@ checkpoint = ""  # checkpoint file; empty: that of out_dir
 out_dir = ""  # a run's folder; empty: the newest under out/ beside this script
 init_from = ""  # instead: a Hugging Face folder or hub id, as gpt2, or a checkpoint
 block_size = 2048  # context length, at most, of a model from a Hugging Face folder or id, in tokens
+show: str | None = None  # --show: the likeliest next tokens instead of a sample; --show=attention: a picture
 export = ""  # only write the model to this new folder, in Hugging Face's format, in float32 or as dtype says
-output = ""  # write the samples to this file; empty: to the screen, as they come
+output = ""  # write the samples, or attention.png, to this file; empty: to the screen, as they come
 device = "auto"  # auto: cuda, else mps, else cpu | or any torch device
 dtype = "auto"  # auto: bfloat16 on GPUs that have it, and for int8 on CPUs, else float32 | float32 | bfloat16
 quantize = ""  # int8: weights as one byte each, which halves their memory; empty: as dtype says
@@ -164,6 +166,8 @@ def find_checkpoint():
         return checkpoint or init_from
     folders = [Path(out_dir)] if out_dir else (HERE / "out").glob("*/")
     found = [path for folder in folders for path in folder.glob("*.pt") if path.stem in ("best", "ckpt")]
+    if not out_dir:
+        found = found or [*(HERE / "models").glob("*/best.pt")]  # one comes with the files
     if not found:
         raise FileNotFoundError(f"{out_dir or HERE / 'out'} holds no checkpoint: train a model first, as by "
                                 "python gpt.py config/train_shakespeare.py")
@@ -359,7 +363,10 @@ def main():
     if interactive:
         return interact("Type how a text begins.", partial(write_sample, *run, sys.stdout), change_setting)
     text, began = read_prompt(), time.time()
-    encode_prompt(tokenizer, text)  # before anything is written
+    ids = encode_prompt(tokenizer, text)  # before anything is written
+    if show is not None:
+        import plots
+        return plots.show(model, tokenizer, ids, show, output or "attention.png")
     with open(output, "w", encoding="utf-8") if output else contextlib.nullcontext(sys.stdout) as file:
         for i in range(num_samples):
             if i:

@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import gpt
+import plots
 
 TEXT = "".join(
     f"{i} times {j} is {i * j}, said the {'cat' if i % 2 else 'dog'}.\n" for i in range(40) for j in range(30)
@@ -25,6 +26,12 @@ def small_machine():
     """One thread: the tests' models are small, and two processes may run at once."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    """Runs draw no loss.png, to save time; test_plots.py has them draw."""
+    monkeypatch.setattr(plots, "Picture", lambda out: lambda values: None)
 
 
 @pytest.fixture
