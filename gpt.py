@@ -784,6 +784,10 @@ def split_batch(world_size):
 
 def open_run(out, resumed):
     """Make the run's folder, renaming an earlier run's files; return the functions that log a dict there."""
+    others = []
+    if tensorboard or wandb_log or (HERE / "plots.py").exists():  # a pasted cell stands alone
+        from plots import writers
+        others = writers(sys.modules[__name__], out)
     try:
         out.mkdir(parents=True, exist_ok=True)
         old = [] if resumed else filter(Path.exists, [*out.glob("*.pt"), out / "log.jsonl"])
@@ -793,10 +797,6 @@ def open_run(out, resumed):
         log_file = open(out / "log.jsonl", "a", encoding="utf-8", buffering=1)  # noqa: SIM115  # by lines
     except OSError as e:
         raise OSError(f"{out} cannot be written ({e.strerror}): choose another folder with --out_dir") from e
-    others = []
-    if tensorboard or wandb_log or (HERE / "plots.py").exists():  # a pasted cell stands alone
-        from plots import writers
-        others = writers(sys.modules[__name__], out)
     return [lambda values: print(json.dumps(values), file=log_file), *others]
 
 def describe(machine, data, model, out, step):

@@ -37,7 +37,8 @@ def needed(library, purpose):
 def read_log(path):
     """Return {name: ([step, ...], [value, ...])} of the numbers in a log.jsonl, each step once.
 
-    A line that a killed process left unfinished is passed over.
+    The loss over the full validation split, in the last line, is "full_val_loss". A line that a killed process
+    left unfinished is passed over.
     """
     found = {}
     for line in Path(path).read_text(encoding="utf-8").splitlines():
@@ -45,6 +46,8 @@ def read_log(path):
             values = json.loads(line)
         except ValueError:
             continue
+        if "perplexity" in values:
+            values["full_val_loss"] = values.pop("val_loss")
         for name, value in values.items():
             if isinstance(value, int | float):
                 found.setdefault(name, {})[values["step"]] = value  # a resumed run repeats steps
@@ -61,9 +64,12 @@ def loss_figure(log, title=""):
     for name, label, style in (("loss", "training, by batch", "-"), ("val_loss", "validation", "o-")):
         steps, values = log.get(name, ([], []))
         top.plot(steps, values, style, label=label, linewidth=1.5, markersize=4)
-    if log.get("val_loss", ([], []))[1]:
+    if "val_loss" in log:
         best = min(log["val_loss"][1])
         top.axhline(best, color="gray", linewidth=0.8, linestyle=":", label=f"lowest validation {best:.4f}")
+    if "full_val_loss" in log:
+        steps, (loss,) = log["full_val_loss"][0][-1:], log["full_val_loss"][1][-1:]
+        top.plot(steps, [loss], "k*", label=f"full validation split {loss:.4f}")
     later = sorted(v for name in ("loss", "val_loss") for v in log.get(name, ([], []))[1])
     if len(later) >= 20:  # the first steps' losses would flatten the rest
         top.set_ylim(later[0] - 0.05, later[int(0.95 * len(later))] + 0.1)
@@ -130,6 +136,7 @@ def tensorboard_writer(out, config):
 def wandb_writer(out, config):
     """Return a function that writes the numbers of a dict to a new run of Weights & Biases."""
     wandb = needed("wandb", "wandb_log=True")
+    out.mkdir(parents=True, exist_ok=True)  # or else wandb writes elsewhere
     try:
         settings = wandb.Settings(console="off")
         run = wandb.init(dir=out, config=config, settings=settings, reinit="finish_previous")
@@ -236,6 +243,7 @@ def attention_figure(weights, tokens, most=8):
             image = axes.imshow(weights[layer, head].numpy(), cmap="Blues", vmin=0, vmax=1)
             axes.set_title(f"layer {layer + 1}, head {head + 1}", fontsize=8)
             axes.tick_params(length=0)
+            axes.grid(visible=False)
             if len(tokens) <= 40:
                 axes.set_xticks(range(len(tokens)), labels, fontsize=6, family="monospace")
                 axes.set_yticks(range(len(tokens)), labels, fontsize=6, family="monospace")

@@ -1,4 +1,4 @@
-"""Write README's table of speed from the last line of each measurement in bench/results.jsonl.
+"""Write README's tables of speed from the last line of each measurement in bench/results.jsonl.
 
 python bench/table.py
 """
@@ -8,6 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- begin: python bench/table.py -->\n", "<!-- end -->\n"
+BEGIN_FRONT = "<!-- begin: front, python bench/table.py -->\n"
 
 
 def latest(bench, isa="", **wanted):
@@ -118,11 +119,32 @@ def tables():
     return "\n".join([*speeds(), "", *curve(), "", *ablation(), "", *sweep()]).rstrip() + "\n"
 
 
+def front():
+    """Return the short table as Markdown: whole commands, and single parts beside the other's defaults or best."""
+    chosen = [
+        row
+        for row in rows()
+        if row[0].startswith(("whole", "memory"))
+        or row[0].endswith(("beside nanoGPT", "beside nanoGPT, autocast"))
+        or ("compiled, tokens/s" in row[0] and "generating, bfloat16" in row[0])
+    ]
+    lines = ["| | gpt.py | the other | ratio |", "|---|---|---|---|"]
+    lines += [
+        f"| {what} | {ours} | {theirs} | {ratio.split()[0]} |" for what, ours, theirs, ratio, _ in chosen
+    ]
+    return "\n".join([*lines, "", measured([row[4] for row in chosen])]) + "\n"
+
+
+def fill(text, begin, content):
+    """Return text with content between a marker and the next END."""
+    before, rest = text.split(begin)
+    return before + begin + "\n" + content + "\n" + END + rest.split(END, 1)[1]
+
+
 def main():
     readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    readme.write_text(before + BEGIN + "\n" + tables() + "\n" + END + rest.split(END)[1], encoding="utf-8")
+    text = fill(readme.read_text(encoding="utf-8"), BEGIN_FRONT, front())
+    readme.write_text(fill(text, BEGIN, tables()), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -56,6 +56,7 @@ def test_readmes_tables_are_those_of_the_results():
     spec.loader.exec_module(table)
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert table.BEGIN + "\n" + table.tables() + "\n" + table.END in readme
+    assert table.BEGIN_FRONT + "\n" + table.front() + "\n" + table.END in readme
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,10 @@ def test_a_run_draws_its_losses_at_every_evaluation(settings, pictures, tmp_path
     losses = [(line["step"], line["val_loss"]) for line in log if "val_loss" in line]
     assert [step for step, _ in losses] == [0, 10, 20, 30, 30]  # the last one is over the full split
     seen = [list(zip(*picture["validation"])) for picture in pictures]
-    assert seen == [losses[:2], losses[:3], losses[:4], [*losses[:3], losses[4]]]
+    assert seen == [losses[:2], losses[:3], losses[:4], losses[:4]]
+    ((label, point),) = ((k, v) for k, v in pictures[-1].items() if k.startswith("full"))
+    assert label == f"full validation split {losses[4][1]:.4f}"
+    assert list(zip(*point)) == losses[4:]
     png = (tmp_path / "out" / "loss.png").read_bytes()
     assert png[:8] == b"\x89PNG\r\n\x1a\n"
     width, height = (int.from_bytes(png[i : i + 4], "big") for i in (16, 20))
@@ -197,11 +200,14 @@ def test_wandb_offline_holds_the_numbers_of_the_log(settings, monkeypatch, tmp_p
         ("wandb_log", "wandb", "wandb_log=True needs wandb, .* pip install wandb"),
     ],
 )
-def test_a_missing_library_is_named_with_its_remedy(settings, monkeypatch, setting, library, message):
+def test_a_missing_library_is_named_with_its_remedy(
+    settings, monkeypatch, tmp_path, setting, library, message
+):
     monkeypatch.setitem(sys.modules, library, None)
     settings(**{setting: True})
     with pytest.raises(ValueError, match=message):
         gpt.train()
+    assert not (tmp_path / "out").exists(), "an earlier run's files would have been renamed"
 
 
 # ---- The model ---------------------------------------------------------------------------------------------

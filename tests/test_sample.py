@@ -312,6 +312,18 @@ def test_the_options_reach_the_model(say, trained, monkeypatch):
     assert seen[0]["generator"].initial_seed() == sample.seed
 
 
+def test_without_a_run_the_model_that_comes_along_is_taken(say, monkeypatch, tmp_path):
+    """It stands in models/ beside the script; a run of one's own, older or not, goes before it."""
+    monkeypatch.setattr(sample, "HERE", tmp_path / "here")
+    save_alphabet(tmp_path / "here" / "out" / "mine" / "best.pt", shift=2)
+    save_alphabet(tmp_path / "here" / "models" / "one" / "best.pt", shift=1)
+    assert say(checkpoint="", prompt="a", max_tokens=1).out == "ac\n"
+    (tmp_path / "here" / "out" / "mine" / "best.pt").unlink()
+    assert say(checkpoint="", prompt="a", max_tokens=1).out == "ab\n"
+    with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
+        say(checkpoint="", out_dir=str(tmp_path / "here" / "out" / "mine"))
+
+
 def test_the_newest_run_is_taken(say, monkeypatch, tmp_path):
     """Of several folders under out/, the one whose checkpoint is newest; other files do not count."""
     for name, shift, age in (("old", 2, 300), ("new", 3, 100), ("older", 4, 900)):

@@ -1,0 +1,364 @@
+"""What the pages say works: each command of README and of config/'s headers runs, small; links lead somewhere."""
+
+import base64
+import hashlib
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import urllib.parse
+from pathlib import Path
+
+import pytest
+
+import configurator
+import gpt
+import pretrained
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = ["README.md", "data/README.md", "out/README.md", "models/shakespeare/README.md"]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+TEXT = "".join(
+    f"ROMEO: {i} times JULIET is O, KING {i * i}! A quick brown fox jumps over lazy dogs.\n"
+    for i in range(200)
+)
+
+# What needs a network, an installation or minutes: pip and pytest are what runs these tests, the rest is others'
+# programs, or a measurement with tests of its own.
+NOT_RUN = (
+    "pip ",
+    "pytest",
+    "vllm ",
+    "uv run ",
+    "python llama.cpp/",
+    "python bench/",
+    "TRACEBACK=1 python gpt.py ...",
+)
+SHAPE = "--n_layer=1 --n_head=4 --n_kv_head=4 --n_embd=32 --block_size=16 --batch_size=2 --gradient_accumulation_steps=2"
+SMALL = {  # flags before a command's own, and after
+    "gpt.py": (
+        SHAPE,
+        "--max_iters=2 --max_minutes=0 --eval_iters=1 --sample_tokens=3 --device=cpu --dtype=float32",
+    ),
+    "sample.py": ("", "--max_tokens=3 --device=cpu"),
+    "prepare.py": ("", ""),
+    "plots.py": ("", ""),
+    "scaling.py": ("", ""),
+}
+# One process imports torch and forks for each command: to start Python anew for each would take minutes.
+# Inside, the data sets library and the download of Shakespeare are stand-ins.
+RUNNER = """
+import contextlib, json, os, runpy, sys, traceback, types
+import torch._dynamo, numpy, tiktoken, matplotlib.figure, matplotlib.backends.backend_agg
+for line in sys.stdin:
+    job = json.loads(line)
+    child = os.fork()
+    if child:
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        continue
+    code = 1
+    try:
+        os.chdir(job["cwd"])
+        os.dup2(os.open(job["out"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
+        os.dup2(1, 2)
+        sys.stdin = open(job["stdin"])
+        sys.argv, sys.path[0] = job["argv"], job["cwd"]
+        torch.set_num_threads(1)
+        rows = [{"text": text, "content": text} for text in (" = A title = \\n", " Some words .\\n")] * 50
+        sys.modules["datasets"] = types.SimpleNamespace(disable_progress_bars=lambda: None, load_dataset=lambda
+            *args, **options: rows, get_dataset_split_names=lambda *args: ["train"])
+        import gpt, plots
+        if not job["pictures"]:
+            plots.Picture = lambda out: lambda values: None
+        gpt.SHAKESPEARE_URLS, gpt.SHAKESPEARE_SHA256 = [job["shakespeare"]], job["sha256"]
+        if sys.argv[0].endswith(".py"):
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        else:  # Python code
+            for name, value in job["settings"].items():
+                setattr(gpt, name, value)
+            exec(sys.argv[0], {"__name__": "__main__"})
+        code = 0
+    except SystemExit as e:
+        code = e.code or 0
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(code)
+"""
+
+
+def readme_commands():
+    """Return the commands of README, in its order: lines of code blocks and inline ones."""
+    found = []
+    for line in README.splitlines():
+        if re.match(r"    (python|torchrun|pip|uv|vllm|pytest)\b", line):
+            found.append(re.sub(r"\s+#.*", "", line.strip()))
+        elif not line.startswith("    "):
+            found += re.findall(r"`((?:python|torchrun|uv run|TRACEBACK=1) [^`]*\.py[^`]*)`", line)
+    return found
+
+
+def config_commands():
+    """Return the commands in the first comments of config/*.py, for each file those before its own last."""
+    found = []
+    for path in sorted((ROOT / "config").glob("*.py")):
+        own = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if not line.startswith("#"):
+                break
+            own += [part.strip(" .)") for part in re.findall(r"(?:python|torchrun|pip) [^&]*", line)]
+        own = [command.partition("  ")[0] for command in own if command.startswith(("python", "torchrun"))]
+        assert own, f"{path.name} says no command"
+        first = [command for command in own if " prepare.py " in command]
+        found += first + [command for command in own if command not in first and "sample.py" not in command]
+        found += [command for command in own if "sample.py" in command]
+    return found
+
+
+def python_blocks():
+    """Return README's blocks of Python code, fenced or indented."""
+    indented = re.findall(r"\n\n((?:    .*\n)+)", README)
+    blocks = [
+        re.sub("^    ", "", block, flags=re.MULTILINE) for block in indented if "    import gpt" in block
+    ]
+    return blocks + re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """Return a folder with the project's files, data sets of all names in use, and a model of Hugging Face's."""
+    folder = tmp_path_factory.mktemp("a project")
+    for path in ROOT.iterdir():
+        if path.suffix == ".py":
+            shutil.copy(path, folder)
+        elif path.name in ("config", "models"):
+            (folder / path.name).symlink_to(path)
+    (folder / "texts").mkdir()
+    for name in ("my_novel.txt", "book.txt", "texts/a.txt", "texts/b.txt", "kaggle.txt"):
+        (folder / name).write_text(TEXT, encoding="utf-8")
+    (folder / "start.txt").write_text("KING:", encoding="utf-8")
+    rows = ["prompt,response,rating", '"a\nb","c",5', *(f"{i}+{i}=,{2 * i},{5 - i % 3}" for i in range(40))]
+    for name in ("examples.csv", "rated.csv"):
+        (folder / name).write_text("\n".join(rows), encoding="utf-8")
+    turns = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
+    (folder / "chat.jsonl").write_text("\n".join([json.dumps({"messages": turns})] * 40), encoding="utf-8")
+    chars = gpt.Tokenizer("char", "".join(sorted(set(TEXT))))
+    for name in ("shakespeare", "pydoc", "NAME"):
+        gpt.write_dataset(folder / "data" / name, TEXT, chars, "tests")
+    ranks = " ".join(base64.b64encode(bytes([i])).decode() for i in range(256))
+    tokenizer = gpt.Tokenizer("bpe", ranks=ranks, pattern=r"\S+|\s+", special="<|endoftext|>")
+    model = gpt.GPT(gpt.GPTConfig(64, tokenizer.vocab_size, 1, 4, 2, 32))
+    pretrained.export(model, tokenizer, {"config": {"dataset": "tests"}}, folder / "standin")
+    for name in (
+        "mytext",
+        "shakespeare_bpe",
+        "stdlib",
+        "tinystories",
+        "wikitext-103",
+        "wikitext-2",
+        "fineweb-edu",
+    ):
+        gpt.write_dataset(folder / "data" / name, TEXT, tokenizer, "tests")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(project):
+    """Return a function that runs a script's words, or Python code, in the project: (exit code, output)."""
+    runner = subprocess.Popen(
+        [sys.executable, "-c", RUNNER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "WANDB_SILENT": "true"},
+        cwd=project,
+        text=True,
+    )
+    source = project / "kaggle.txt"
+    typed = project / "typed.txt"
+    typed.write_text("2+2?\nq\n", encoding="utf-8")
+    output = project / "output.txt"
+
+    def run(argv, pictures=False, **settings):
+        job = {
+            "argv": argv,
+            "cwd": str(project),
+            "out": str(output),
+            "stdin": str(typed),
+            "settings": settings,
+        }
+        job |= {"pictures": pictures, "settings": settings}
+        job |= {"shakespeare": source.as_uri(), "sha256": hashlib.sha256(source.read_bytes()).hexdigest()}
+        runner.stdin.write(json.dumps(job) + "\n")
+        runner.stdin.flush()
+        return int(runner.stdout.readline()), output.read_text(encoding="utf-8", errors="replace")
+
+    yield run
+    runner.stdin.close()
+    runner.wait(10)
+
+
+def small(command):
+    """Return a command's words as they run here: the script, small flags, its own, last ones."""
+    command = command.replace("/kaggle/input/NAME/FILE.txt", "kaggle.txt").replace(
+        "/kaggle/working/", "working/"
+    )
+    command = re.sub(r"\[[^]]*\] ?", "", command)  # [config files]
+    command = command.replace("ID_OR_FOLDER", "rows").replace("--input=FOLDER", "--input=texts")
+    for name in ("HuggingFaceTB/SmolLM2-135M", "FOLDER_OR_ID", "gpt2"):
+        command = re.sub(rf"(--(?:init_from|tokenizer)=){name}(?= |$)", r"\1standin", command)
+    words = shlex.split(command)
+    if words[0] == "torchrun":
+        from torch.distributed.run import parse_args
+
+        arguments = parse_args(words[1:])  # ends the test if an option is unknown
+        words = ["python", arguments.training_script, *arguments.training_script_args]
+    script, own = words[1], words[2:]
+    before, after = (flags.split() for flags in SMALL[script])
+    if "init_from=" not in command and any("finetune" in word or "eval_gpt2" in word for word in own):
+        before = [*before, "--init_from=standin"]
+    if any("finetune" in word for word in own):
+        before = [flag for flag in before if not flag.startswith("--n_")]
+    if "stdlib" in own:
+        after = ["--max_tokens=2000", "--vocab_size=300"]
+    elif script == "prepare.py" and not re.search(
+        "tokenizer=|csv|shakespeare|novel|kaggle|info|stdlib|texts", command
+    ):
+        after = ["--tokenizer=standin"]  # instead of GPT-2's, which would be downloaded
+    return [script, *before, *own, *after]
+
+
+def check(run, commands):
+    """Run commands in turn; the assertion tells of all that failed."""
+    failed = []
+    for command in commands:
+        if command.startswith(NOT_RUN):
+            continue
+        words = small(command)
+        if "--init_from=resume" in words:  # there must be a run of that shape
+            run([word for word in words if word != "--init_from=resume"])
+        code, output = run(words, pictures="--tensorboard=True" in words)
+        if code:
+            failed.append(f"{command}\n  as {shlex.join(words)}\n  exit code {code}: {output[-600:]}")
+    assert not failed, "\n\n".join(failed)
+
+
+def test_readmes_commands_run(run, project):
+    commands = readme_commands()
+    assert len(commands) > 60 and commands[:3] == [
+        "pip install -r requirements.txt",
+        'python sample.py --prompt "ROMEO:"',
+        "python gpt.py config/train_shakespeare.py",
+    ]
+    check(run, dict.fromkeys(commands))
+    for made in (
+        "FOLDER/config.json",
+        "long.txt",
+        "attention.png",
+        "out/shakespeare/loss.png",
+        "working/out/mine/best.pt",
+    ):
+        assert (project / made).exists(), made
+
+
+def test_configs_commands_run(run):
+    commands = config_commands()
+    assert {path.name for path in (ROOT / "config").glob("*.py")} <= {
+        Path(word).name for command in commands for word in command.split()
+    }
+    check(run, dict.fromkeys(commands))
+
+
+def test_readmes_python_runs(run, project):
+    blocks = python_blocks()
+    assert len(blocks) == 3
+    shape = {k: int(v) for k, v in re.findall(r"--(\w+)=(\d+)", SHAPE)}
+    for block in blocks:
+        code, output = run(
+            [block.replace("max_iters = 200", "max_iters = 2")], **shape, eval_iters=1, sample_tokens=3
+        )
+        assert code == 0, f"{block}\n{output[-1000:]}"
+    assert (project / "data" / "squares" / "meta.json").exists()
+
+
+def test_readmes_changes_work(run, project):
+    """Each diff fits gpt.py and what it makes trains; the schedule by its new name."""
+    original = (ROOT / "gpt.py").read_text(encoding="utf-8")
+    changes = re.findall(r"```diff\n(.*?)```", README, flags=re.DOTALL)
+    assert len(changes) == 3
+    changed = original
+    for change in changes:
+        old, new = (
+            "".join(line[1:] + "\n" for line in change.splitlines() if line[0] == sign) for sign in "-+"
+        )
+        assert original.count(old) == 1, old
+        changed = changed.replace(old, new)
+    (project / "gpt.py").write_text(changed, encoding="utf-8")
+    try:
+        code, output = run(
+            ["gpt.py", "config/debug.py", "--dataset=shakespeare", "--device=cpu", "--lr_schedule=root"]
+        )
+    finally:
+        (project / "gpt.py").write_text(original, encoding="utf-8")
+    assert code == 0, output[-1000:]
+    rates = [float(rate) for rate in re.findall(r"lr (\S+)", output)]
+    assert rates and rates[-1] < rates[len(rates) // 2]
+
+
+# ---- Links -------------------------------------------------------------------------------------------------
+def anchors(page):
+    """Return the anchors that GitHub gives a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", page, flags=re.DOTALL), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", [*PAGES, "notebooks/tour.ipynb", "notebooks/colab.ipynb"])
+def test_links_lead_somewhere(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)\s]+)\)", text)
+    assert len(links) > 10 or name != "README.md"
+    for link in links:
+        if link.startswith("https://"):
+            assert urllib.parse.urlparse(link).netloc, link
+            continue
+        target, _, anchor = link.partition("#")
+        path = (ROOT / name).parent / target if target else ROOT / name
+        assert path.exists(), link
+        assert not anchor or anchor in anchors(path.read_text(encoding="utf-8")), link
+
+
+def test_files_that_readme_names_exist():
+    """Names in backticks that look like the project's files are files."""
+    for name in re.findall(r"`([\w/]+\.(?:py|ipynb|md))`", README):
+        places = [ROOT / name, *(ROOT / folder / name for folder in ("config", "notebooks"))]
+        assert any(place.exists() for place in places) or name == "model.py" or name == "train.py", name
+
+
+# ---- The model that comes along ----------------------------------------------------------------------------
+def test_the_model_that_comes_along_is_what_its_page_says():
+    folder = ROOT / "models" / "shakespeare"
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 8 * 2**20
+    model, tokenizer, state = gpt.load_checkpoint(folder / "best.pt")
+    page = (folder / "README.md").read_text(encoding="utf-8")
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    for value in (f"{log[-1]['val_loss']:.4f}", f"{model.n_params() / 1e6:.2f}M", f"{state['step']:,} steps"):
+        assert value in page, value
+    assert f"{log[-1]['val_loss']:.4f}" in README
+    assert log[-1]["tokens"] == 111_540, "of the full validation split of tiny Shakespeare"
+    assert state["dataset_sha256"] == log[0]["dataset_sha256"] == gpt.SHAKESPEARE_SHA256
+    (command,) = re.findall(r"^    python (gpt\.py .*)$", page, flags=re.MULTILINE)
+    script = {name: getattr(gpt, name) for name in gpt.SETTINGS} | {"__file__": str(ROOT / "gpt.py")}
+    configurator.configure(script, shlex.split(command)[1:], derive=lambda: {"device_type": "cpu"})
+    for name, value in state["config"].items():
+        assert script[name] == value or name == "init_from", (
+            f"{name}: the command on the page makes another model"
+        )
+    assert tokenizer.vocab_size == 65
+
+
+def test_the_long_sample_has_ten_thousand_words_of_the_models_own():
+    words = (ROOT / "models" / "shakespeare" / "sample_10k.txt").read_text(encoding="utf-8").split()
+    assert len(words) >= 10_000
+    assert len(set(words)) > 1500, "it repeats itself"
