@@ -1,14 +1,13 @@
 """Shared fixtures. Every test runs on the CPU, offline, in folders of its own."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from forks import run_jobs
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -99,16 +98,7 @@ def run_script():
 
     def run(*arguments, cwd=ROOT, timeout=120, stdin=None, **env):
         script, *rest = arguments
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | env
-        return subprocess.run(
-            [sys.executable, str(ROOT / script), *map(str, rest)],
-            cwd=cwd,
-            env=environment,
-            input=stdin,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
-        )
+        job = {"argv": [ROOT / script, *rest], "cwd": cwd, "stdin": stdin, "env": env}
+        return run_jobs(job, timeout=timeout)[0]
 
     return run

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forks import run_jobs
 from test_training import losses, toy_flags
 
 import gpt
@@ -40,21 +41,13 @@ def run_processes(world_size, *runs):
     """Train in world_size processes once for each of `runs`, dicts of settings that add to the current ones."""
     base = {name: getattr(gpt, name) for name in gpt.SETTINGS}
     jobs = json.dumps([(free_port(), base | run) for run in runs])
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(ROOT), jobs],
-            env=os.environ
-            | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
-            | {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world_size)
-    ]
-    outputs = [process.communicate(timeout=200) for process in processes]
-    assert [process.returncode for process in processes] == [0] * world_size, outputs
-    return outputs
+    env = {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": str(world_size)}
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
+    done = run_jobs(
+        *({"argv": ["-c", ROOT, jobs], "code": WORKER, "env": env | rank} for rank in ranks), timeout=200
+    )
+    assert [process.returncode for process in done] == [0] * world_size, done
+    return [(process.stdout, process.stderr) for process in done]
 
 
 def largest_difference(a, b):

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -176,6 +177,9 @@ def test_wandb_offline_holds_the_numbers_of_the_log(settings, monkeypatch, tmp_p
     wandb.finish()
     (path,) = (tmp_path / "out" / "wandb").glob("offline-run-*/*.wandb")
     found, config = {}, {}
+    deadline = time.time() + 20  # wandb's own process writes the file
+    while b"perplexity" not in path.read_bytes() and time.time() < deadline:
+        time.sleep(0.1)
     for data in leveldb_records(path.read_bytes()[7:]):  # behind wandb's own seven bytes
         record = wandb_internal_pb2.Record()
         record.ParseFromString(data)

@@ -3,16 +3,14 @@
 import base64
 import hashlib
 import json
-import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 import urllib.parse
 from pathlib import Path
 
 import pytest
+from forks import run_jobs
 
 import configurator
 import gpt
@@ -48,45 +46,19 @@ SMALL = {  # flags before a command's own, and after
     "plots.py": ("", ""),
     "scaling.py": ("", ""),
 }
-# One process imports torch and forks for each command: to start Python anew for each would take minutes.
-# Inside, the data sets library and the download of Shakespeare are stand-ins.
-RUNNER = """
-import contextlib, json, os, runpy, sys, traceback, types
-import torch._dynamo, numpy, tiktoken, matplotlib.figure, matplotlib.backends.backend_agg
-for line in sys.stdin:
-    job = json.loads(line)
-    child = os.fork()
-    if child:
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-        continue
-    code = 1
-    try:
-        os.chdir(job["cwd"])
-        os.dup2(os.open(job["out"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
-        os.dup2(1, 2)
-        sys.stdin = open(job["stdin"])
-        sys.argv, sys.path[0] = job["argv"], job["cwd"]
-        torch.set_num_threads(1)
-        rows = [{"text": text, "content": text} for text in (" = A title = \\n", " Some words .\\n")] * 50
-        sys.modules["datasets"] = types.SimpleNamespace(disable_progress_bars=lambda: None, load_dataset=lambda
-            *args, **options: rows, get_dataset_split_names=lambda *args: ["train"])
-        import gpt, plots
-        if not job["pictures"]:
-            plots.Picture = lambda out: lambda values: None
-        gpt.SHAKESPEARE_URLS, gpt.SHAKESPEARE_SHA256 = [job["shakespeare"]], job["sha256"]
-        if sys.argv[0].endswith(".py"):
-            runpy.run_path(sys.argv[0], run_name="__main__")
-        else:  # Python code
-            for name, value in job["settings"].items():
-                setattr(gpt, name, value)
-            exec(sys.argv[0], {"__name__": "__main__"})
-        code = 0
-    except SystemExit as e:
-        code = e.code or 0
-    except BaseException:
-        traceback.print_exc()
-    sys.stdout.flush(), sys.stderr.flush()
-    os._exit(code)
+# Stand-ins for the data sets library and for the download of Shakespeare, and no pictures, to save time.
+STAND_INS = """
+import sys, types
+import gpt, plots
+rows = [{{"text": text, "content": text}} for text in (" = A title = \\n", " Some words .\\n")] * 50
+sys.modules["datasets"] = types.SimpleNamespace(
+    disable_progress_bars=lambda: None,
+    get_dataset_split_names=lambda *args: ["train"],
+    load_dataset=lambda *args, **options: rows,
+)
+gpt.SHAKESPEARE_URLS, gpt.SHAKESPEARE_SHA256 = {address}
+if not {pictures}:
+    plots.Picture = lambda out: lambda values: None
 """
 
 
@@ -167,37 +139,18 @@ def project(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(project):
-    """Return a function that runs a script's words, or Python code, in the project: (exit code, output)."""
-    runner = subprocess.Popen(
-        [sys.executable, "-c", RUNNER],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "WANDB_SILENT": "true"},
-        cwd=project,
-        text=True,
-    )
+    """Return a function that runs a script's words, or code, in the project: (exit code, all it printed)."""
     source = project / "kaggle.txt"
-    typed = project / "typed.txt"
-    typed.write_text("2+2?\nq\n", encoding="utf-8")
-    output = project / "output.txt"
+    address = [source.as_uri()], hashlib.sha256(source.read_bytes()).hexdigest()
 
-    def run(argv, pictures=False, **settings):
-        job = {
-            "argv": argv,
-            "cwd": str(project),
-            "out": str(output),
-            "stdin": str(typed),
-            "settings": settings,
-        }
-        job |= {"pictures": pictures, "settings": settings}
-        job |= {"shakespeare": source.as_uri(), "sha256": hashlib.sha256(source.read_bytes()).hexdigest()}
-        runner.stdin.write(json.dumps(job) + "\n")
-        runner.stdin.flush()
-        return int(runner.stdout.readline()), output.read_text(encoding="utf-8", errors="replace")
+    def run(argv, code="", pictures=False):
+        code = STAND_INS.format(address=address, pictures=pictures) + code
+        env = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+        job = {"argv": argv, "code": f"import sys; sys.path[0] = {str(project)!r}\n{code}", "env": env}
+        (done,) = run_jobs(job | {"cwd": project, "stdin": "2+2?\nq\n"})
+        return done.returncode, done.stdout + done.stderr
 
-    yield run
-    runner.stdin.close()
-    runner.wait(10)
+    return run
 
 
 def small(command):
@@ -274,11 +227,9 @@ def test_configs_commands_run(run):
 def test_readmes_python_runs(run, project):
     blocks = python_blocks()
     assert len(blocks) == 3
-    shape = {k: int(v) for k, v in re.findall(r"--(\w+)=(\d+)", SHAPE)}
+    tiny = "".join(f"gpt.{name} = {value}\n" for name, value in re.findall(r"--(\w+)=(\d+)", SHAPE))
     for block in blocks:
-        code, output = run(
-            [block.replace("max_iters = 200", "max_iters = 2")], **shape, eval_iters=1, sample_tokens=3
-        )
+        code, output = run(["-c"], f"{tiny}gpt.eval_iters = 1\n{block.replace('= 200', '= 2')}")
         assert code == 0, f"{block}\n{output[-1000:]}"
     assert (project / "data" / "squares" / "meta.json").exists()
 
