@@ -48,7 +48,7 @@ dry_run = False  # only print the plan, with the speed of three steps, and write
 block_size = 256  # context length in tokens
 n_layer = 4  # blocks
 n_head = 4  # query heads per block
-n_kv_head = 1  # key/value heads per block: n_head is MHA, fewer is GQA, 1 is MQA
+n_kv_head = 1  # key/value heads per block, shared by groups of query heads (GQA; 1: MQA; n_head: MHA)
 n_embd = 128  # width of the residual stream
 mlp_ratio = 4.0  # MLP width over n_embd; SwiGLU, with a third matrix, takes 2/3 of it, in steps of 32
 dropout = 0.0  # share of channels dropped in training: of the embedding and of what each block adds
@@ -126,7 +126,7 @@ class Tokenizer:
 # ---- Model -------------------------------------------------------------------------------------------------
 @dataclass
 class GPTConfig:
-    """What rebuilds a model. GPT-2 is bias, n_kv_head = n_head, and False for all three use_ switches."""
+    """What rebuilds a model (defaults: not the settings'). GPT-2: bias, n_kv_head = n_head, no use_ part."""
     block_size: int = 256
     vocab_size: int = 8192
     n_layer: int = 6
@@ -400,9 +400,9 @@ def orthogonalize(G, dtype=torch.float32):
     return X.mT if G.size(1) > G.size(2) else X
 
 class Muon(torch.optim.Optimizer):
-    """Momentum with orthogonalized updates, for hidden matrices: not for embeddings, head, norms or biases.
-    A group's matrices, of one shape, are one batch; parts: rows of those fused in each (q, k, v; gate, up).
-    lr: an update's spectral norm, times sqrt(rows / cols) if tall (kellerjordan.github.io/posts/muon)."""
+    """Momentum whose updates turn all directions of a hidden matrix alike, not mostly the few strong ones.
+    Not for embeddings and head, whose rows are tokens, nor norms, biases. A group's matrices, of one shape,
+    are a batch; parts: rows of those fused. lr: its spectral norm, times sqrt(rows / cols) if tall."""
     def __init__(self, param_groups, lr, momentum=0.95, weight_decay=0.0, dtype=torch.float32):
         super().__init__(param_groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self.dtype, self.found_inf = dtype, None  # of the Newton-Schulz steps; see step

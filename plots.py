@@ -30,15 +30,15 @@ def needed(library, purpose):
     except ImportError as e:
         name = library.partition(".")[0]
         name = "tensorboard" if name == "torch" else name
-        raise ValueError(f"{purpose} needs {name}, which is not installed: pip install {name}") from e
+        raise ValueError(f"{purpose} needs {name}, which is missing: pip install {name}") from e
 
 
 # ---- A run: loss.png, TensorBoard, Weights & Biases --------------------------------------------------------
 def read_log(path):
     """Return {name: ([step, ...], [value, ...])} of the numbers in a log.jsonl, each step once.
 
-    The loss over the full validation split, in the last line, is "full_val_loss". A line that a killed process
-    left unfinished is passed over.
+    The loss over the full validation split, in the last line, is "full_val_loss". A line that a killed
+    process left unfinished is passed over.
     """
     found = {}
     for line in Path(path).read_text(encoding="utf-8").splitlines():

@@ -63,8 +63,9 @@ def check_settings(gpt, model, state):
     now = asdict(model.config) | now
     then = state | state["model_args"] | {"block_size": state["config"].get("block_size")}
     for name in now.keys() & then.keys() - {"dropout", "gradient_checkpointing"}:  # these shape neither
-        if now[name] != then[name]:
-            raise ValueError(f"{name} is {now[name]}, in the checkpoint {then[name]}: go on with that")
+        a, b = now[name], then[name]
+        if a != b:
+            raise ValueError(f"{name} is {a}, in the checkpoint {b}: go on with --{name}={b}")
 
 
 def trained_model(gpt, data, state, out):

@@ -40,7 +40,7 @@ def size(png):
 
 def test_the_tour_runs_with_all_its_pictures(tmp_path, monkeypatch):
     text, pictures = outputs(run("tour.ipynb", tmp_path, monkeypatch, OMP_NUM_THREADS="1"))
-    assert len(pictures) == 11
+    assert len(pictures) == 12
     assert all(400 < size(picture)[0] < 1200 for picture in pictures)
     assert "False" not in text, "an equality that the text promises does not hold"
     assert len(re.findall("True", text)) >= 12
@@ -48,7 +48,7 @@ def test_the_tour_runs_with_all_its_pictures(tmp_path, monkeypatch):
 
 
 def test_the_colab_notebook_trains_finetunes_and_keeps(tmp_path, monkeypatch):
-    run_ = run("colab.ipynb", tmp_path, monkeypatch, MINUTES="0.08", OMP_NUM_THREADS="1")
+    run_ = run("colab.ipynb", tmp_path, monkeypatch, MINUTES="0.05", OMP_NUM_THREADS="1")
     text, pictures = outputs(run_)
     assert text.count("full validation split") == 3, "pasted, by config, finetuned"
     assert len(pictures) == 2 and {size(picture) for picture in pictures} == {(800, 600)}

@@ -21,7 +21,7 @@ PAGES = ["README.md", "data/README.md", "out/README.md", "models/shakespeare/REA
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TEXT = "".join(
     f"ROMEO: {i} times JULIET is O, KING {i * i}! A quick brown fox jumps over lazy dogs.\n"
-    for i in range(200)
+    for i in range(80)
 )
 
 # What needs a network, an installation or minutes: pip and pytest are what runs these tests, the rest is others'
@@ -118,7 +118,7 @@ def project(tmp_path_factory):
     turns = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
     (folder / "chat.jsonl").write_text("\n".join([json.dumps({"messages": turns})] * 40), encoding="utf-8")
     chars = gpt.Tokenizer("char", "".join(sorted(set(TEXT))))
-    for name in ("shakespeare", "pydoc", "NAME"):
+    for name in ("shakespeare", "pydoc", "squares", "NAME"):
         gpt.write_dataset(folder / "data" / name, TEXT, chars, "tests")
     ranks = " ".join(base64.b64encode(bytes([i])).decode() for i in range(256))
     tokenizer = gpt.Tokenizer("bpe", ranks=ranks, pattern=r"\S+|\s+", special="<|endoftext|>")
@@ -187,7 +187,7 @@ def check(run, commands):
     """Run commands in turn; the assertion tells of all that failed."""
     failed = []
     for command in commands:
-        if command.startswith(NOT_RUN):
+        if command.startswith(NOT_RUN) or "=root" in command:  # root: see test_readmes_changes_work
             continue
         words = small(command)
         if "--init_from=resume" in words:  # there must be a run of that shape
@@ -231,14 +231,15 @@ def test_readmes_python_runs(run, project):
     for block in blocks:
         code, output = run(["-c"], f"{tiny}gpt.eval_iters = 1\n{block.replace('= 200', '= 2')}")
         assert code == 0, f"{block}\n{output[-1000:]}"
-    assert (project / "data" / "squares" / "meta.json").exists()
+    meta = json.loads((project / "data" / "squares" / "meta.json").read_text(encoding="utf-8"))
+    assert meta["source"] == "made by me"
 
 
 def test_readmes_changes_work(run, project):
     """Each diff fits gpt.py and what it makes trains; the schedule by its new name."""
     original = (ROOT / "gpt.py").read_text(encoding="utf-8")
     changes = re.findall(r"```diff\n(.*?)```", README, flags=re.DOTALL)
-    assert len(changes) == 3
+    assert len(changes) == 4
     changed = original
     for change in changes:
         old, new = (
