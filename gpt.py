@@ -402,7 +402,7 @@ def orthogonalize(G, dtype=torch.float32):
 class Muon(torch.optim.Optimizer):
     """Momentum whose updates turn all directions of a hidden matrix alike, not mostly the few strong ones.
     Not for embeddings and head, whose rows are tokens, nor norms, biases. A group's matrices, of one shape,
-    are a batch; parts: rows of those fused. lr: its spectral norm, times sqrt(rows / cols) if tall."""
+    are a batch; parts: rows of those fused. lr: updates' spectral norm, times sqrt(rows / cols) if tall."""
     def __init__(self, param_groups, lr, momentum=0.95, weight_decay=0.0, dtype=torch.float32):
         super().__init__(param_groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self.dtype, self.found_inf = dtype, None  # of the Newton-Schulz steps; see step
