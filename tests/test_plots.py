@@ -49,7 +49,7 @@ def pictures(monkeypatch):
 # ---- The log -----------------------------------------------------------------------------------------------
 def test_read_log_takes_each_step_once_and_passes_over_torn_lines(tmp_path):
     again = {"step": 5, "elapsed_s": 0.6, "loss": 2.9}
-    log = plots.read_log(write_log(tmp_path, [*LOG, again], '{"step": 9, "loss": 1'))
+    log = plots.read_log(write_log(tmp_path, [*LOG, again, 5, {"loss": 7}], '{"step": 9, "loss": 1'))
     assert log["loss"] == ([1, 5], [4.1, 2.9])
     assert log["val_loss"] == ([0, 5], [4.0, 3.5])
     assert not {"config", "machine", "mfu"} & set(log)
@@ -65,7 +65,7 @@ def test_loss_figure_shows_the_logs_numbers_with_their_units(tmp_path):
     assert list(rate.lines[0].get_ydata()) == [1e-3, 2e-3]
     assert list(speed.lines[0].get_ydata()) == [100, 120]
     labels = [axes.get_ylabel() for axes in figure.axes]
-    assert labels == ["loss, nats per token", "learning rate", "tokens/s"]
+    assert labels == ["loss, nats per token", "learning rate\n(AdamW)", "tokens/s"]
     assert (speed.get_xlabel(), top.get_title()) == ("step", "a run")
     assert figure.get_facecolor() == (1, 1, 1, 1), "an own background: readable on dark pages, too"
 
@@ -94,11 +94,72 @@ def test_a_run_draws_its_losses_at_every_evaluation(settings, pictures, tmp_path
     assert (width, height) == (800, 600)
 
 
-def test_a_picture_that_cannot_be_written_does_not_end_the_run(settings, pictures, tmp_path, capsys):
-    (tmp_path / "out" / "loss.png").mkdir(parents=True)
+def test_a_picture_that_cannot_be_written_does_not_end_the_run(settings, pictures, monkeypatch, capsys):
+    def full(self, path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
     settings(max_iters=10)
     assert gpt.train()["step"] == 10
-    assert "loss.png is not drawn" in capsys.readouterr().out
+    assert "loss.png: no longer written (OSError: [Errno 28] No space left" in capsys.readouterr().out
+
+
+def test_an_earlier_runs_picture_is_renamed_with_it(settings, pictures, tmp_path):
+    settings(max_iters=10)
+    gpt.train()
+    before = (tmp_path / "out" / "loss.png").read_bytes()
+    settings(max_iters=0)
+    gpt.train()
+    kept = [path.read_bytes() for path in (tmp_path / "out").glob("loss.png.2*")]
+    assert kept == [before]
+
+
+@pytest.mark.parametrize("where", [0, 5, 39])
+def test_losses_that_are_not_finite_can_be_drawn(where):
+    values = [3 - i / 40 for i in range(40)]
+    values[where] = math.nan
+    log = {"loss": (list(range(40)), values), "val_loss": ([0, 20], [math.inf, 2.0])}
+    low, high = plots.loss_figure(log).axes[0].get_ylim()
+    assert low < 2 < high < 3.2
+
+
+def test_a_rising_validation_loss_stays_in_the_picture():
+    log = {
+        "loss": (list(range(200)), [2 - i / 200 for i in range(200)]),
+        "val_loss": ([0, 100, 199], [4, 2, 5.0]),
+    }
+    assert plots.loss_figure(log).axes[0].get_ylim()[1] > 5
+
+
+def test_a_skipped_step_does_not_end_a_run_that_draws(settings, pictures, monkeypatch, tmp_path):
+    """The loss of a step with a gradient that is not finite is drawn as a gap."""
+    settings(max_iters=60, eval_interval=20, log_interval=1)
+    loss = gpt.Machine.loss
+    calls = []
+
+    def spoiled(self, forward, batch):
+        calls.append(1)
+        found = loss(self, forward, batch)
+        return found * math.nan if torch.is_grad_enabled() and len(calls) == 9 else found
+
+    monkeypatch.setattr(gpt.Machine, "loss", spoiled)
+    assert gpt.train()["step"] == 60
+    assert len(pictures) == 4 and (tmp_path / "out" / "loss.png").exists()
+
+
+def test_a_logger_that_fails_does_not_end_the_run(settings, monkeypatch, capsys):
+    def failing(out, config):
+        return lambda values: 1 / 0
+
+    monkeypatch.setattr(plots, "tensorboard_writer", failing)
+    settings(max_iters=10, tensorboard=True)
+    assert gpt.train()["step"] == 10
+    assert capsys.readouterr().out.count("tensorboard: no longer written (ZeroDivisionError") == 1
+
+
+def test_dollar_signs_are_no_mathematics(tmp_path):
+    plots.loss_figure({}, "cost_$5_and_$6").savefig(tmp_path / "a.png")
+    plots.attention_figure(torch.eye(2).expand(1, 1, 2, 2), ["$$", "$x^$"]).savefig(tmp_path / "b.png")
 
 
 def test_without_matplotlib_there_is_no_picture(settings, pictures, monkeypatch, tmp_path):
