@@ -292,7 +292,7 @@ def test_settings_that_readme_names_exist():
         "rdzv_backend",
         "rdzv_endpoint",
     }
-    known |= {"kills", "processes", "small", "outfile", "logdir"}
+    known |= {"kills", "processes", "small", "outfile", "logdir", "key"}
     for path in ROOT.glob("*.py"):
         known |= set(configurator.read_settings(path.read_text(encoding="utf-8")))
     assert set(re.findall(r"--([a-zA-Z][\w-]*)", README)) <= known
