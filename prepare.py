@@ -523,20 +523,40 @@ def encode_batch(batch):
         arrays[split] = ids, weights, len(text_bytes(batch, split))
     return arrays
 
+@contextlib.contextmanager
+def uninterrupted():
+    """Put Ctrl-C off until the end of the block: amid a pool's calls it can leave a queue locked for ever."""
+    caught, action = [], signal.getsignal(signal.SIGINT)
+    in_reach = callable(action) and threading.current_thread() is threading.main_thread()
+    if in_reach:  # else Ctrl-C is ignored, or comes to another thread
+        signal.signal(signal.SIGINT, lambda *args: caught.append(args))
+    try:
+        yield
+    finally:
+        if in_reach:
+            signal.signal(signal.SIGINT, action)
+    if caught:
+        action(*caught[0])
+
 def encoded(batches, start, n_workers):
     """Yield (batch, encode_batch(batch)) in order; the processes that encode are some batches ahead."""
     if n_workers == 1:
         start_worker(*start)
         yield from ((batch, encode_batch(batch)) for batch in batches)
         return
+    def oldest():
+        batch, future = waiting.popleft()
+        with uninterrupted():
+            return batch, future.result()
     with ProcessPoolExecutor(n_workers, initializer=start_worker, initargs=start) as pool:
         waiting = deque()
         for batch in batches:
-            waiting.append((batch, pool.submit(encode_batch, batch)))
+            with uninterrupted():
+                waiting.append((batch, pool.submit(encode_batch, batch)))
             if len(waiting) > 4 * n_workers:
-                batch, future = waiting.popleft()
-                yield batch, future.result()
-        yield from ((batch, future.result()) for batch, future in waiting)
+                yield oldest()
+        while waiting:
+            yield oldest()
 
 def make_progress(n_bytes_all, n_tokens_before):
     """Return a function that shows how far the work is: by tqdm in a terminal, if installed, or by lines."""

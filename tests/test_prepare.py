@@ -1,5 +1,6 @@
 """prepare.py: text from files, folders, Python itself, two mirrors and Hugging Face, and what it refuses."""
 
+import concurrent.futures
 import contextlib
 import csv
 import gzip
@@ -872,6 +873,40 @@ def test_ctrl_c_keeps_whole_shards(large, tmp_path):
     assert "Traceback" not in out
     assert "the same command goes on" in out
     assert progress.exists()
+
+
+@pytest.mark.parametrize("place", ["submit", "result"])
+def test_ctrl_c_waits_for_the_processes_queues(large, prepared, monkeypatch, place):
+    """Raised within the pool it would now and then leave a queue locked, and hang the command for ever."""
+    within, finished = [], []
+
+    class Future(concurrent.futures.Future):
+        def result(self, timeout=None):
+            return press(lambda: super(Future, self).result(timeout), "result")
+
+    class Pool(concurrent.futures.ProcessPoolExecutor):
+        def submit(self, *args):
+            return press(lambda: super(Pool, self).submit(*args), "submit")
+
+    def press(call, name):
+        try:
+            if name == place:
+                signal.raise_signal(signal.SIGINT)
+            returned = call()
+            finished.append(name)
+            return returned
+        except KeyboardInterrupt:
+            within.append(name)
+            raise
+
+    monkeypatch.setattr(prepare, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr("concurrent.futures._base.Future", Future)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        prepared(input=str(large), workers=2)
+    assert not within
+    assert finished.count(place) == 1
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 @pytest.mark.parametrize("change", ["nothing", "text", "setting"])
