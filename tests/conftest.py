@@ -16,7 +16,7 @@ import gpt
 import plots
 
 TEXT = "".join(
-    f"{i} times {j} is {i * j}, said the {'cat' if i % 2 else 'dog'}.\n" for i in range(40) for j in range(30)
+    f"{i} times {j} is {i * j}, said the {'cat' if i % 2 else 'dog'}.\n" for i in range(40) for j in range(10)
 )
 
 

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 RUNNER = """
-import atexit, json, os, runpy, signal, sys, traceback
+import atexit, gc, json, os, runpy, signal, sys, traceback
 import torch._dynamo, torch.distributed.fsdp, torch.distributed.tensor
 import numpy, tiktoken, matplotlib.figure, matplotlib.backends.backend_agg
 
@@ -36,6 +36,7 @@ def work(job):
         traceback.print_exc()
         return 1
 
+gc.freeze()  # or each child would copy the pages of all these objects at its first garbage collection
 for line in sys.stdin:
     children = []
     for job in json.loads(line):

@@ -179,7 +179,7 @@ def test_a_base_that_has_changed_is_noticed(settings, base, tmp_path):
 @pytest.mark.parametrize("rank", [0, 2])
 def test_block_size_and_dropout_are_the_settings(settings, tmp_path, use_rope, rank):
     """A shorter context is taken, and evaluated with, as a resumed run does; dropout reaches the base's layers."""
-    settings(out_dir=str(tmp_path / "base"), max_iters=60, eval_interval=60, use_rope=use_rope)
+    settings(out_dir=str(tmp_path / "base"), use_rope=use_rope)
     gpt.train()
     settings(max_iters=2, eval_interval=2)
     settings(init_from=str(tmp_path / "base" / "best.pt"), optimizer="adamw", lora_rank=rank)

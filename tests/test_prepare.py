@@ -750,15 +750,25 @@ def test_wikitext_is_cleaned_article_by_article(prepared, tmp_path):
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
-    """A folder of 5 MB of texts: one of 3.5 MB, one of 1.5 MB without space or line end, many small ones."""
+    """A folder of 4.5 MB of texts: one of 2.3 MB, one of 1.2 MB without space or line end, many small ones."""
     folder = tmp_path_factory.mktemp("large") / "texts"
     rng = np.random.default_rng(0)
     words = np.array(["the", "cat", "sat", "on", "mat,", "and\n", "\n\n", "é", "Tom's", "3.14", " ", "it."])
-    write(folder / "a.txt", "x" * 1_500_000)
-    write(folder / "b.txt", " ".join(words[rng.integers(12, size=900_000)]))
+    write(folder / "a.txt", "x" * 1_200_000)
+    write(folder / "b.txt", " ".join(words[rng.integers(12, size=600_000)]))
     for i in range(40):
-        write(folder / f"c{i:02d}.md", " ".join(words[rng.integers(12, size=1 + 600 * i)]))
+        write(folder / f"c{i:02d}.md", " ".join(words[rng.integers(12, size=1 + 400 * i)]))
     return folder
+
+
+@pytest.fixture(scope="module")
+def whole(large, tmp_path_factory):
+    """The data set of `large` as it comes without any setting."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "input", str(large))
+        patch.setattr(prepare, "data_dir", str(tmp_path_factory.mktemp("whole")))
+        prepare.main()
+        return Path(prepare.data_dir) / "texts"
 
 
 @contextlib.contextmanager
@@ -809,16 +819,15 @@ def test_pieces_and_processes_change_no_token(large, prepared, tmp_path, monkeyp
         assert meta[f"{split}_bytes"] == sum(path.stat().st_size for path in chosen)
 
 
-def test_sharded_is_unsharded(large, prepared, tmp_path, monkeypatch):
+def test_sharded_is_unsharded(large, whole, prepared, tmp_path):
     """The same tokens and the same batches, whatever the size of the shards."""
-    prepared(input=str(large), name="one")
-    (tmp_path / "data" / "one").rename(tmp_path / "one")
     _, meta, _ = prepared(input=str(large), name="many", shard_tokens=1)
     assert len(list((tmp_path / "data" / "many").glob("train_*.bin"))) > 2
-    one, many = gpt.Data(tmp_path / "one", 64), gpt.Data(tmp_path / "data" / "many", 64)
+    assert not list(whole.glob("train_*.bin"))
+    one, many = gpt.Data(whole, 64), gpt.Data(tmp_path / "data" / "many", 64)
     assert one.meta["sha256"] == meta["sha256"]
     for split in ("train", "val"):
-        assert read_bins(tmp_path / "one", split) == read_bins(tmp_path / "data" / "many", split)
+        assert read_bins(whole, split) == read_bins(tmp_path / "data" / "many", split)
         for step in (0, 1, 1000):
             pairs = zip(one.get_batch(split, step, 16), many.get_batch(split, step, 16))
             assert all((a == b).all() for a, b in pairs)
@@ -912,7 +921,7 @@ def test_ctrl_c_waits_for_the_processes_queues(large, prepared, monkeypatch, pla
 @pytest.mark.parametrize("change", ["nothing", "text", "setting"])
 def test_another_text_or_setting_begins_anew(prepared, tmp_path, monkeypatch, capsys, change):
     """What an interrupted run left serves only the same text and settings; the result is that of one run."""
-    lines = ["word " * 300_000 + f"end {i} " for i in range(5)]
+    lines = ["word " * 60_000 + f"end {i} " for i in range(5)]
     path = jsonl(tmp_path / "t.jsonl", [{"text": line} for line in lines])
     with pytest.raises(KeyboardInterrupt), interruption():
         prepared(input=path, shard_tokens=1, workers=1)
@@ -928,7 +937,7 @@ def test_another_text_or_setting_begins_anew(prepared, tmp_path, monkeypatch, ca
 
 def test_killed_while_the_files_are_moved(prepared, tmp_path, monkeypatch):
     """At the very end shards are moved one by one: a run stopped there is begun anew, not half a data set."""
-    lines = ["word " * 300_000 + f"end {i} " for i in range(4)]
+    lines = ["word " * 60_000 + f"end {i} " for i in range(4)]
     path, rename, moved = jsonl(tmp_path / "t.jsonl", [{"text": line} for line in lines]), Path.rename, []
 
     def interrupted(self, target):
@@ -948,15 +957,13 @@ def test_killed_while_the_files_are_moved(prepared, tmp_path, monkeypatch):
     assert text_of(folder, "val") == f"{lines[0]}<|endoftext|>"
 
 
-def test_max_tokens_bounds_both_splits(large, prepared, tmp_path):
+def test_max_tokens_bounds_both_splits(large, whole, prepared, tmp_path):
     """10,000 tokens of training and validation together, the first of each, and bytes to match."""
-    prepared(input=str(large), name="all")
-    (tmp_path / "data" / "all").rename(tmp_path / "all")
     _, meta, _ = prepared(input=str(large), name="some", max_tokens=10_000, val_fraction=0.1)
     assert (meta["train_tokens"], meta["val_tokens"]) == (9000, 1000)
     folder = tmp_path / "data" / "some"
     for split, n in (("train", 9000), ("val", 1000)):
-        assert read_bins(folder, split) == read_bins(tmp_path / "all", split)[:n]
+        assert read_bins(folder, split) == read_bins(whole, split)[:n]
         text = text_of(folder, split).replace("<|endoftext|>", "")
         assert meta[f"{split}_bytes"] == len(text.encode())
 
@@ -1175,7 +1182,7 @@ def test_the_last_suffix_tells_the_kind(prepared, tmp_path, name):
 @pytest.mark.parametrize("change", [{"tokenizer": "gtp2"}, {"input": "gone.jsonl"}, {"workers": 1}])
 def test_a_mistake_on_the_way_on_costs_nothing(prepared, tmp_path, monkeypatch, capsys, change):
     """After an interruption a wrong flag leaves the whole shards, and --workers is not another data set."""
-    lines = ["word " * 100_000 + f"end {i} " for i in range(4)]
+    lines = ["word " * 60_000 + f"end {i} " for i in range(4)]
     path = jsonl(tmp_path / "t.jsonl", [{"text": line} for line in lines])
     with pytest.raises(KeyboardInterrupt), interruption():
         prepared(input=path, shard_tokens=1, workers=2, name="t")
