@@ -134,8 +134,8 @@ def test_torchrun_starts_a_killed_run_again(settings, tmp_path):
     flags = [*toy_flags(tmp_path), f"--out_dir={tmp_path / 'out'}", "--gradient_accumulation_steps=2"]
     flags += [
         "--init_from=auto",
-        "--max_iters=120",
-        "--eval_interval=20",
+        "--max_iters=60",
+        "--eval_interval=10",
         "--device=cpu",
         "--sample_tokens=0",
     ]
@@ -150,7 +150,7 @@ def test_torchrun_starts_a_killed_run_again(settings, tmp_path):
     watch = threading.Timer(100, process.kill)
     watch.start()
     for line in process.stdout:
-        if line.startswith("step     40 | val loss"):
+        if line.startswith("step     20 | val loss"):
             break
     children = subprocess.run(
         ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
@@ -159,4 +159,4 @@ def test_torchrun_starts_a_killed_run_again(settings, tmp_path):
     rest = process.communicate()[0]
     watch.cancel()
     assert process.returncode == 0
-    assert ", on from step " in rest and "120 steps" in rest
+    assert ", on from step " in rest and "60 steps" in rest

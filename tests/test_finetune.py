@@ -3,8 +3,6 @@
 import csv
 import random
 
-import pytest
-
 import gpt
 import prepare
 import sample
