@@ -191,7 +191,7 @@ def attention(q, k, v, mask=None):
     mask: (B, 1, T, S) bool, True where a query may look; None: causal, S = T. Returns (B, n_head, T, d)."""
     (B, n_head, T, d), n_kv_head = q.shape, k.size(1)
     groups = n_head // n_kv_head  # query heads per key/value head (arXiv:2305.13245)
-    if mask is None and q.dtype == torch.bfloat16 and q.is_cpu:  # SDPA is slower there
+    if mask is None and q.is_cpu and (T <= 256 or q.dtype == torch.bfloat16):  # SDPA is slower there
         k, v, parts = k.reshape(-1, T, d), v.reshape(-1, T, d), []
         for i in range(0, T, 128):  # queries i to n, with the keys that they see
             n = min(T, i + 128)
@@ -804,8 +804,7 @@ def describe(machine, data, model, out, step):
     way = ", FSDP" if machine.sharded else ", DDP" if machine.world_size > 1 else ", fsdp: alone" * fsdp
     meta, tokens = data.meta, batch_size * gradient_accumulation_steps * block_size
     origin = f", from {model.base}" * bool(model.base) + f", on from step {step:,}" * (step > 0)
-    return f"""\
-machine  {machine.name()}, {torch.get_num_threads()} threads, torch {torch.__version__}
+    return f"""machine  {machine.name()}, {torch.get_num_threads()} threads, torch {torch.__version__}
          {str(machine.dtype)[6:]}, {'compiled' if machine.compile else 'eager'}{way}
 data     {data.folder}: {meta['train_tokens']:,} training and {meta['val_tokens']:,} validation tokens
          {meta['tokenizer']['kind']} vocabulary of {meta['vocab_size']:,}
@@ -994,6 +993,7 @@ def training_run(started, machine):
 
 if __name__ == "__main__" and "__file__" in globals():  # a script
     from configurator import run_script
-    run_script(globals(), lambda: train(__started__), lambda: {"device_type": pick_device(device).type})
+    run_script(globals(), lambda: train(__started__), lambda: {
+        "device_type": (found := pick_device(device)).type, "native_bfloat16": native_bfloat16(found)})
 elif __name__ == "__main__":  # pasted into a notebook cell
     train(__started__)

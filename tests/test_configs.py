@@ -1,5 +1,6 @@
 """The presets have the sizes that their names and first lines promise."""
 
+import functools
 import importlib.util
 from pathlib import Path
 
@@ -29,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def test_preset_is_as_large_as_its_name_says(names, vocab_size, promised):
     script = {k: getattr(gpt, k) for k in gpt.SETTINGS} | {"__file__": str(ROOT / "gpt.py")}
     files = [str(ROOT / "config" / f"{name}.py") for name in names]
-    configurator.configure(script, files, derive=lambda: {"device_type": "cuda"})
+    configurator.configure(script, files, derive=lambda: {"device_type": "cuda", "native_bfloat16": True})
     fields = set(gpt.GPTConfig.__dataclass_fields__) & set(gpt.SETTINGS)
     with torch.device("meta"):
         model = gpt.GPT(gpt.GPTConfig(vocab_size=vocab_size, **{k: script[k] for k in fields}))
@@ -44,7 +45,7 @@ def test_flags_override_a_preset():
     configurator.configure(
         script,
         ["--n_layer=3", str(ROOT / "config" / "train_tiny.py")],
-        derive=lambda: {"device_type": "cuda"},
+        derive=lambda: {"device_type": "cuda", "native_bfloat16": True},
     )
     assert (script["n_layer"], script["n_embd"]) == (3, 384)
 
@@ -62,19 +63,23 @@ def test_readmes_tables_are_those_of_the_results():
 @pytest.mark.parametrize(
     ("minutes", "expected"),
     [
-        (0.1, (2, 96, 0.0)),
-        (1, (4, 128, 0.0)),
-        (0, (4, 128, 0.05)),
-        (3, (4, 128, 0.05)),
-        (5, (4, 192, 0.1)),
-        (10, (4, 192, 0.15)),
-        (25, (5, 256, 0.2)),
+        (0.1, (2, 96, 64, 0.0)),
+        (0.5, (3, 128, 128, 0.0)),
+        (1, (4, 128, 256, 0.0)),
+        (2, (4, 128, 256, 0.05)),
+        (3, (4, 128, 256, 0.05)),
+        (5, (4, 192, 256, 0.1)),
+        (10, (4, 192, 256, 0.15)),
+        (25, (5, 256, 256, 0.2)),
     ],
 )
 def test_shakespeare_is_sized_to_the_minutes(minutes, expected):
-    script = {k: getattr(gpt, k) for k in gpt.SETTINGS} | {"__file__": str(ROOT / "gpt.py")}
-    flags = [f"--max_minutes={minutes}"] if minutes else []
+    """With bfloat16 as many, and four times as many in float32, chosen or for want of bfloat16."""
     config = str(ROOT / "config" / "train_shakespeare.py")
-    configurator.configure(script, [config, *flags], derive=lambda: {"device_type": "cpu"})
-    assert (script["n_layer"], script["n_embd"], script["dropout"]) == expected
-    assert script["max_minutes"] == (minutes or 2.0)
+    for native, dtype, times in ((True, "auto", 1), (True, "float32", 4), (False, "auto", 4)):
+        script = {k: getattr(gpt, k) for k in gpt.SETTINGS} | {"__file__": str(ROOT / "gpt.py")}
+        flags = [f"--max_minutes={times * minutes}"] if times * minutes != 2 else []  # 2: what it chooses
+        derive = functools.partial(dict, device_type="cpu", native_bfloat16=native)
+        configurator.configure(script, [config, f"--dtype={dtype}", *flags], derive=derive)
+        assert (script["n_layer"], script["n_embd"], script["block_size"], script["dropout"]) == expected
+        assert script["max_minutes"] == times * minutes

@@ -104,7 +104,7 @@ def test_command_lines(monkeypatch):
 
     def configured(line):
         script = dict(vars(gpt))
-        configurator.configure(script, line, derive=lambda: {"device_type": "cpu"})
+        configurator.configure(script, line, derive=lambda: {"device_type": "cpu", "native_bfloat16": False})
         vars(gpt).update({name: script[name] for name in names})
         gpt.check_settings()
         gpt.model_config(vocab_size=65)

@@ -484,7 +484,8 @@ def test_every_config_file_gives_valid_settings(path, device_type, monkeypatch):
     """The file runs for both kinds of device, changes something, and gpt.py accepts what it sets."""
     script = vars(gpt) | {"__file__": str(ROOT / "gpt.py")}
     before = {name: script[name] for name in gpt.SETTINGS}
-    configurator.configure(script, [f"config/{path.name}"], derive=lambda: {"device_type": device_type})
+    derived = {"device_type": device_type, "native_bfloat16": device_type == "cuda"}
+    configurator.configure(script, [f"config/{path.name}"], derive=lambda: derived)
     after = {name: script[name] for name in gpt.SETTINGS}
     assert after != before
     for name, value in after.items():
