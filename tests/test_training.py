@@ -805,6 +805,28 @@ def test_dtype_and_compile_follow_the_gpu(settings, monkeypatch, capability, exp
     assert (machine.dtype, machine.compile) == expected
 
 
+@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize(
+    ("changes", "expected"),  # in bfloat16, in float32
+    [
+        ({"max_minutes": 1.9}, (False, False)),
+        ({"max_minutes": 2.0}, (True, False)),
+        ({"max_minutes": 5.0}, (True, True)),
+        ({"max_minutes": 2.0, "dtype": "float32"}, (False, False)),
+        ({"max_iters": 4999}, (False, False)),
+        ({"max_iters": 5000}, (True, True)),
+    ],
+)
+def test_cpu_compiles_where_the_run_is_long_enough(settings, monkeypatch, native, changes, expected):
+    """Minutes count before steps; float32 is chosen where bfloat16 is not native."""
+    settings(**{"dtype": "auto"} | changes)
+    monkeypatch.setattr(gpt, "native_bfloat16", lambda device: native)
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    machine = gpt.set_up_machine()
+    assert machine.compile == expected[not native]
+    assert machine.dtype == (torch.bfloat16 if native and "dtype" not in changes else torch.float32)
+
+
 def test_compile_failure_is_one_line_and_trains_on(settings, monkeypatch, capsys):
     settings(compile=True, max_iters=3)
 
