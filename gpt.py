@@ -82,7 +82,7 @@ min_lr = 0.0  # final learning_rate; muon_lr falls in proportion
 device = "auto"  # auto: cuda, else mps, else cpu | any torch device, as cuda:1
 dtype = "auto"  # auto: by hardware | float32 | bfloat16 | float16 with loss scaling, on CUDA only
 fsdp = False  # under torchrun each GPU holds its share of weights, gradients and averages, not all of them
-compile: bool | None = None  # None: on GPUs that can; on CPU from 5 minutes (bfloat16: 2) or 5,000 steps on
+compile: bool | None = None  # torch.compile; None: on GPUs that can; CPU: from 5 minutes (bfloat16: 2) on
 
 SETTINGS = [k for k, v in globals().items() if k[0] != "_" and isinstance(v, bool | int | float | str | None)]
 HERE = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()

@@ -535,8 +535,8 @@ def uninterrupted():
     finally:
         if in_reach:
             signal.signal(signal.SIGINT, action)
-    if caught:
-        action(*caught[0])
+        if caught:
+            action(*caught[0])
 
 def encoded(batches, start, n_workers):
     """Yield (batch, encode_batch(batch)) in order; the processes that encode are some batches ahead."""

@@ -191,11 +191,12 @@ def main():
     import configurator
     import gpt
 
+    on_gpu = {"device_type": "cuda", "native_bfloat16": True}
     print("| config | parameters | one GPU, or each by DDP | each of 2 by FSDP | of 4 | of 8 |")
     print("|---|---|---|---|---|---|")
     for name in ("train_gpt2", "train_large", "gpt2_large", "train_1b", "gpt2_xl"):
         words = ["config/train_gpt2.py"] * name.startswith("gpt2") + [f"config/{name}.py"]
-        configurator.configure(vars(gpt), words, derive=lambda: {"device_type": "cuda"})
+        configurator.configure(vars(gpt), words, derive=lambda: on_gpu)
         with torch.device("meta"):
             model = gpt.GPT(gpt.model_config(50257))
         machines = [SimpleNamespace(world_size=n, sharded=n > 1, dtype=torch.bfloat16) for n in (1, 2, 4, 8)]

@@ -73,16 +73,17 @@ def speeds():
 
 def curve():
     """Return the lines of the table of time and loss."""
-    found = {line["command"]: line for line in results("time_to_loss") if "val_losses" in line}
+    lines = [line for line in results("time_to_loss") if "val_losses" in line]
+    found = {(line["hardware"], line["command"]): line for line in lines}
     lines = [
-        "| command | wall time | loss, full validation split: mean (each seed) | windows of 256 |",
-        "|---|---|---|---|",
+        "| command | processor | wall time | loss, full validation split: mean (each seed) | windows of 256 |",
+        "|---|---|---|---|---|",
     ]
     for line in sorted(found.values(), key=lambda line: line["wall_s"]):
         each = ", ".join(f"{loss:.4f}" for loss in line["val_losses"])
-        window = line["estimates"].get("256", "")
+        window, processor = line["estimates"].get("256", ""), line["hardware"].split(", ")[-1]
         lines.append(
-            f"| `{line['command']}` | {line['wall_s']} s | {line['val_loss']:.4f} ({each}) | {window} |"
+            f"| `{line['command']}` | {processor} | {line['wall_s']} s | {line['val_loss']:.4f} ({each}) | {window} |"
         )
     return [*lines, "", measured(found.values())]
 

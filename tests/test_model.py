@@ -317,7 +317,7 @@ def explicit_attention(q, k, v, allowed):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("n_kv_head", [6, 3, 2, 1])
-@pytest.mark.parametrize("T", [1, 9, 128, 129, 300])
+@pytest.mark.parametrize("T", [1, 9, 128, 129, 256, 257, 300])
 def test_attention_equals_the_formula(T, n_kv_head, dtype, tolerance):
     """All branches of attention give the formula's result within their dtype's precision."""
     q = torch.randn(2, 6, T, 8).to(dtype)
@@ -736,11 +736,15 @@ def skip_without_compiler():
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize(("autocast", "tolerance"), [(False, 1e-4), (True, 3e-2)])
-def test_gradients_of_training_as_it_runs_on_a_cpu(compiled, autocast, tolerance):
-    """Compiled or in bfloat16, where attention is done part by part, the gradients are those of plain float32."""
-    model = random_model(**LLAMA_LIKE | {"n_layer": 1, "block_size": 300})
-    ids, targets = random_ids(model.config, 2, 300), random_ids(model.config, 2, 300, seed=3)
-    expected = gradients(model, ids, targets)
+@pytest.mark.parametrize("T", [200, 300])
+def test_gradients_of_training_as_it_runs_on_a_cpu(compiled, autocast, tolerance, T):
+    """Compiled or not, attention part by part (bfloat16, or up to 256 tokens) or not: those of the formula."""
+    model = random_model(**LLAMA_LIKE | {"n_layer": 1, "block_size": T})
+    ids, targets = random_ids(model.config, 2, T), random_ids(model.config, 2, T, seed=3)
+    causal = torch.ones(2, T, T, dtype=torch.bool).tril()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpt, "attention", lambda q, k, v, mask: explicit_attention(q, k, v, causal))
+        expected = gradients(model, ids, targets)
     forward = torch.compile(model, dynamic=False, fullgraph=True) if compiled else model
     try:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):

@@ -884,6 +884,13 @@ def test_ctrl_c_keeps_whole_shards(large, tmp_path):
     assert progress.exists()
 
 
+def test_ctrl_c_is_not_lost_where_the_pool_breaks():
+    """A terminal's Ctrl-C may end a process that has just begun, too; the interrupt counts."""
+    with pytest.raises(KeyboardInterrupt), prepare.uninterrupted():
+        signal.raise_signal(signal.SIGINT)
+        raise concurrent.futures.process.BrokenProcessPool
+
+
 @pytest.mark.parametrize("place", ["submit", "result"])
 def test_ctrl_c_waits_for_the_processes_queues(large, prepared, monkeypatch, place):
     """Raised within the pool it would now and then leave a queue locked, and hang the command for ever."""

@@ -812,6 +812,7 @@ def test_dtype_and_compile_follow_the_gpu(settings, monkeypatch, capability, exp
         ({"max_minutes": 1.9}, (False, False)),
         ({"max_minutes": 2.0}, (True, False)),
         ({"max_minutes": 5.0}, (True, True)),
+        ({"max_minutes": 1.0, "max_iters": 5000}, (False, False)),
         ({"max_minutes": 2.0, "dtype": "float32"}, (False, False)),
         ({"max_iters": 4999}, (False, False)),
         ({"max_iters": 5000}, (True, True)),
