@@ -12,6 +12,7 @@ import importlib.util
 import io
 import json
 import statistics
+import sys
 import tempfile
 import time
 import types
@@ -34,7 +35,7 @@ TEXT = "".join(f"{i} times {j} is {i * j}.\n" for i in range(60) for j in range(
 def load(path, name):
     """Return the gpt.py of a checkout, imported under a name of its own, with the settings of a short run."""
     spec = importlib.util.spec_from_file_location(name, Path(path) / "gpt.py")
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     for key, value in SIZES.items():
         setattr(module, key, value)
