@@ -23,8 +23,6 @@ from common import ROOT, flags, ratios, record
 
 SIZES = {
     "n_embd": 128,
-    "block_size": 64,
-    "batch_size": 8,
     "dataset": "short",
     "compile": False,
     "device": "cpu",
@@ -58,7 +56,9 @@ def speed(gpt, steps):
 
 
 def main():
-    f = flags(other="", steps=40, runs=30)
+    f = flags(other="", steps=40, runs=30, block_size=64, batch_size=8)
+    sizes = {name: f[name] for name in ("block_size", "batch_size")}
+    SIZES.update(sizes)
     torch.set_num_threads(1)
     versions = {"this": load(ROOT, "this_gpt"), "other": load(f["other"], "other_gpt")}
     found = {name: [] for name in versions}
@@ -71,6 +71,7 @@ def main():
         "loop_speed",
         steps=f["steps"],
         runs=f["runs"],
+        **sizes,
         tokens_per_s={name: round(statistics.median(speeds)) for name, speeds in found.items()},
         ratios=ratios(found["this"], found["other"]),
         ratio=round(statistics.median(a / b for a, b in zip(*found.values(), strict=True)), 4),
