@@ -191,7 +191,7 @@ def attention(q, k, v, mask=None):
     mask: (B, 1, T, S) bool, True where a query may look; None: causal, S = T. Returns (B, n_head, T, d)."""
     (B, n_head, T, d), n_kv_head = q.shape, k.size(1)
     groups = n_head // n_kv_head  # query heads per key/value head (arXiv:2305.13245)
-    if mask is None and q.is_cpu and (T <= 256 or q.dtype == torch.bfloat16):  # SDPA is slower there
+    if mask is None and q.dtype == torch.bfloat16 and q.is_cpu:  # SDPA is slower there
         k, v, parts = k.reshape(-1, T, d), v.reshape(-1, T, d), []
         for i in range(0, T, 128):  # queries i to n, with the keys that they see
             n = min(T, i + 128)
