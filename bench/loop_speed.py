@@ -1,10 +1,11 @@
 """Training speed of the whole loop, as log.jsonl tells it, beside another checkout of this project.
 
-    python bench/loop_speed.py --other=PATH
+    python bench/loop_speed.py --other=PATH [--block_size=128 --batch_size=16 --threads=2]
 
-Both versions are imported into one process and train the same small model for a few seconds, in turn, by one thread
-and on the clock of the processor's time, so that what else the machine does counts little. A run's figure is the
-median of its progress lines' speeds, without the first two; evaluations, checkpoints and the start do not count.
+Both versions are imported into one process and train the same small model for a few seconds, in turn. One thread is
+timed on the clock of the processor's time, so that what else the machine does counts little; several on the wall's.
+A run's figure is the median of its progress lines' speeds, without the first two; evaluations, checkpoints and the
+start do not count.
 """
 
 import contextlib
@@ -30,14 +31,14 @@ SIZES = {
 TEXT = "".join(f"{i} times {j} is {i * j}.\n" for i in range(60) for j in range(30))
 
 
-def load(path, name):
+def load(path, name, settings, clock):
     """Return the gpt.py of a checkout, imported under a name of its own, with the settings of a short run."""
     spec = importlib.util.spec_from_file_location(name, Path(path) / "gpt.py")
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    for key, value in SIZES.items():
+    for key, value in (SIZES | settings).items():
         setattr(module, key, value)
-    module.time = types.SimpleNamespace(time=time.process_time, strftime=time.strftime)
+    module.time = types.SimpleNamespace(time=clock, strftime=time.strftime)
     module.eval_interval, module.eval_iters, module.sample_tokens, module.log_interval = 10**6, 1, 0, 2
     return module
 
@@ -57,12 +58,11 @@ def speed(gpt, steps):
 
 def main():
     f = flags(other="", steps=40, runs=30, block_size=64, batch_size=8, threads=1)
-    sizes = {name: f[name] for name in ("block_size", "batch_size", "threads")}
-    SIZES.update(block_size=f["block_size"], batch_size=f["batch_size"])
+    sizes = {name: f[name] for name in ("block_size", "batch_size")}
+    clock = time.process_time if f["threads"] == 1 else time.perf_counter
     torch.set_num_threads(f["threads"])
-    versions = {"this": load(ROOT, "this_gpt"), "other": load(f["other"], "other_gpt")}
-    for gpt in versions.values() if f["threads"] > 1 else ():
-        gpt.time = time  # several threads: the clock on the wall
+    paths = {"this": ROOT, "other": f["other"]}
+    versions = {name: load(path, f"{name}_gpt", sizes, clock) for name, path in paths.items()}
     found = {name: [] for name in versions}
     for run in range(f["runs"] + 1):
         for name in sorted(versions, reverse=run % 2 == 0):
@@ -74,6 +74,7 @@ def main():
         steps=f["steps"],
         runs=f["runs"],
         **sizes,
+        threads=f["threads"],
         tokens_per_s={name: round(statistics.median(speeds)) for name, speeds in found.items()},
         ratios=ratios(found["this"], found["other"]),
         ratio=round(statistics.median(a / b for a, b in zip(*found.values(), strict=True)), 4),
