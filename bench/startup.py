@@ -1,4 +1,4 @@
-"""Seconds from a process's start to what a user waits for, beside `import torch` alone.
+"""Seconds from a process's start to what a user waits for, or to its end, beside `import torch` alone.
 
     python bench/startup.py
 
@@ -43,6 +43,8 @@ def main():
                 b"step      1",
             ),
             "sample.py: first character": (["sample.py", "--prompt=ROMEO:"], b"ROMEO:"),
+            "config/debug.py, to its end": (["gpt.py", "config/debug.py", f"--out_dir={out}/debug"], None),
+            "20 characters, to the end": (["sample.py", "--prompt=ROMEO:", "--max_tokens=20"], None),
         }
         found = {name: [] for name in waits}
         for _ in range(5):
