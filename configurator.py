@@ -9,6 +9,7 @@ import ast
 import difflib
 import errno
 import functools
+import gc
 import math
 import os
 import re
@@ -183,3 +184,5 @@ def run_script(script, main, derive=dict, word_setting=None):
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:
+        gc.freeze()  # at its end Python would look through torch's 300,000 objects for cycles, for up to a second
