@@ -58,14 +58,14 @@ def check_tokenizer(data, tokenizer):
 
 
 def check_settings(gpt, model, state):
-    """Raise ValueError if a setting that shapes weights or averages is not as in the checkpoint's state."""
+    """Raise ValueError if settings that shape weights or averages are not as in the checkpoint's state."""
     now = {name: getattr(gpt, name) for name in ("block_size", "optimizer", "lora_rank")}
     now = asdict(model.config) | now
     then = state | state["model_args"] | {"block_size": state["config"].get("block_size")}
-    for name in now.keys() & then.keys() - {"dropout", "gradient_checkpointing"}:  # these shape neither
-        a, b = now[name], then[name]
-        if a != b:
-            raise ValueError(f"{name} is {a}, in the checkpoint {b}: go on with --{name}={b}")
+    names = now.keys() & then.keys() - {"dropout", "gradient_checkpointing"}  # these shape neither
+    if differ := sorted(name for name in names if now[name] != then[name]):
+        found = "; ".join(f"{name} is {now[name]}, in the checkpoint {then[name]}" for name in differ)
+        raise ValueError(f"{found}: go on with " + " ".join(f"--{name}={then[name]}" for name in differ))
 
 
 def trained_model(gpt, data, state, out):

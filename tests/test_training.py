@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -328,6 +329,20 @@ def test_resume_with_a_changed_architecture_is_refused(settings, name, value):
     settings(init_from="resume", **{name: value})
     with pytest.raises(ValueError, match=f"^{name} is {value}, in the checkpoint "):
         gpt.train()
+
+
+def test_all_that_resuming_lacks_is_named_at_once(settings):
+    """A config may choose other sizes on another machine; its remedy must work as it is printed."""
+    settings(max_iters=2)
+    gpt.train()
+    before = {name: getattr(gpt, name) for name in ("block_size", "n_layer")}
+    settings(init_from="resume", max_iters=3, n_layer=before["n_layer"] + 1, block_size=8)
+    with pytest.raises(ValueError, match="^block_size is 8, in the checkpoint .*; n_layer is ") as refused:
+        gpt.train()
+    flags = dict(re.findall(r"--(\w+)=(\d+)", str(refused.value)))
+    assert flags == {name: str(value) for name, value in before.items()}
+    settings(**{name: int(value) for name, value in flags.items()})
+    assert gpt.train()["step"] == 3
 
 
 def test_resume_takes_rates_and_decay_from_the_settings(settings, tmp_path):
