@@ -170,7 +170,7 @@ def run_script(script, main, derive=dict, word_setting=None):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         sys.exit(141)  # 128 + SIGPIPE, as other programs
     except (ValueError, OSError, RuntimeError) as e:
-        full, lost = type(e).__name__ == "OutOfMemoryError", "Connection closed by peer" in str(e)
+        full, lost = "out of memory" in str(e), "Connection closed by peer" in str(e)
         if os.environ.get("TRACEBACK") or (isinstance(e, RuntimeError) and not full and not lost):
             raise
         words = "another process has ended" if lost else " ".join(str(e).split())  # on one line

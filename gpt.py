@@ -191,7 +191,7 @@ def attention(q, k, v, mask=None):
     mask: (B, 1, T, S) bool, True where a query may look; None: causal, S = T. Returns (B, n_head, T, d)."""
     (B, n_head, T, d), n_kv_head = q.shape, k.size(1)
     groups = n_head // n_kv_head  # query heads per key/value head (arXiv:2305.13245)
-    if mask is None and q.dtype == torch.bfloat16 and q.is_cpu:  # SDPA is slower there
+    if mask is None and q.dtype == torch.bfloat16 and not q.is_cuda:  # SDPA: slow on CPU, wrong on MPS
         k, v, parts = k.reshape(-1, T, d), v.reshape(-1, T, d), []
         for i in range(0, T, 128):  # queries i to n, with the keys that they see
             n = min(T, i + 128)
@@ -320,7 +320,7 @@ class GPT(nn.Module):
         rows = positions[:, None, :, None]  # with a cache a query sees what came before, not the unused rest
         mask = None if cache is None else torch.arange(block_size, device=idx.device) <= rows
         save_memory = self.config.gradient_checkpointing and self.training
-        for block in self.h:
+        for block in self.h if self.training else [b._call_impl for b in self.h]:  # no others are compiled
             run = partial(checkpoint, block, use_reentrant=False) if save_memory else block
             x = run(x, positions, rotary, mask, cache)
         logits = self.lm_head(self.ln_f(x))
@@ -437,11 +437,10 @@ def make_optimizers(model, machine):
     rest = [p for p in model.parameters() if id(p) not in taken and p.requires_grad]
     groups = [{"params": [p for p in rest if p.ndim >= 2], "weight_decay": weight_decay},
               {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0}]  # norms, biases
-    optimizers = [torch.optim.AdamW(groups, learning_rate, (beta1, beta2), fused=True)]
-    if hidden:
-        ns_dtype = machine.dtype if native_bfloat16(machine.device) else torch.float32
-        optimizers.append(Muon(hidden, muon_lr, muon_momentum, weight_decay, ns_dtype))
-    return optimizers
+    emulated = machine.dtype == torch.bfloat16 and not native_bfloat16(machine.device)
+    ns_dtype = torch.float32 if emulated else machine.dtype  # of the Newton-Schulz steps
+    muon = [Muon(hidden, muon_lr, muon_momentum, weight_decay, ns_dtype)] if hidden else []
+    return [torch.optim.AdamW(groups, learning_rate, (beta1, beta2), fused=True), *muon]
 
 # ---- Data: data/<name>/{train.bin, val.bin, meta.json} -----------------------------------------------------
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -761,12 +760,11 @@ def build(data, machine, state, out=Path()):
         model = trained_model(sys.modules[__name__], data, state, out)
     else:
         model = GPT(model_config(data.meta["vocab_size"]))
-    if machine.sharded:
-        from scaling import fully_sharded
-        forward = fully_sharded(model, machine)
+    if machine.world_size > 1:
+        from scaling import distributed
+        forward = distributed(model, machine)
     else:
-        model.to(machine.device)
-        forward = nn.parallel.DistributedDataParallel(model) if machine.world_size > 1 else model
+        forward = model.to(machine.device)
     optimizers = make_optimizers(model, machine)
     scaler = torch.amp.GradScaler("cuda", enabled=machine.dtype == torch.float16)
     if state:
@@ -852,7 +850,9 @@ def accumulate(forward, batches, step, weight, scaler, machine):
             micro_loss = machine.loss(forward, batch) * float(batch[2].sum() / max(weight, 1e-6))
             scaler.scale(micro_loss).backward()
             loss += micro_loss.detach()
-    except torch.OutOfMemoryError:
+    except RuntimeError as e:  # torch.OutOfMemoryError or, on MPS, this itself
+        if "out of memory" not in str(e):
+            raise
         return None
     return loss
 
@@ -883,11 +883,10 @@ def train(started=None):
 def training_run(started, machine):
     """Set up; then, step by step: how far? | save, evaluate | set lr | accumulate | update | log."""
     n_micro, rows = split_batch(machine.world_size)
-    data = Data(machine.first(prepare_if_missing, dataset), block_size)
+    data, state = Data(machine.first(prepare_if_missing, dataset), block_size), None
     out = Path(out_dir or HERE / "out" / data.folder.name)
     # stale: evaluations since the best; paused: seconds not spent on steps; reserve: those that the end takes
     new = {"step": 0, "best_val_loss": math.inf, "stale": 0, "reserve": 0.0, "paused": 0.0, "elapsed_s": 0.0}
-    state = None
     if init_from in ("resume", "auto"):
         from resume import read_run
         state = read_run(sys.modules[__name__], out, machine, new)
@@ -964,7 +963,7 @@ def training_run(started, machine):
         bad_steps, skipped = (bad_steps + 1) * (bad | (bad_steps > max_bad_steps)), skipped + bad
         for o in optimizers:
             o.found_inf = bad.float()  # where 1, step() changes nothing, and nobody waits for the GPU to know
-            o.step()
+            o.step() if machine.device.type != "mps" or not bad else None  # its AdamW heeds no found_inf
             o.zero_grad(set_to_none=True)
         scaler.update()
         step += 1

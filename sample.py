@@ -229,7 +229,7 @@ def weight_bytes(model):
 def load_model(device):
     """Return (model, tokenizer, checkpoint), weights as dtype and quantize say, which it tells on stderr."""
     path = find_checkpoint()
-    model, tokenizer, state = load_checkpoint(path, device)
+    model, tokenizer, state = load_checkpoint(path)  # moved when it is as small as it is to be
     n, before = model.n_params(), f"step {state['step']:,}, " if "step" in state else ""
     loss = f", val loss {state['best_val_loss']:.4f}" if "best_val_loss" in state else ""
     fast = native_bfloat16(device) if device.type == "cuda" else device.type == "cpu" and quantize
@@ -242,7 +242,7 @@ def load_model(device):
         quantize_weights(model)
         kind += f", int8 weights, {weight_bytes(model) / 2**20:.1f} MiB ({n / 2**19:.1f} MiB in bfloat16)"
     print(f"{path}: {before}{n / 1e6:.2f}M parameters{loss}; {device.type}, {kind}", file=sys.stderr)
-    return speed_up_rows(model), tokenizer, state
+    return speed_up_rows(model.to(device)), tokenizer, state
 
 def compiled(model):
     """Return model.forward compiled, or where that fails, which is tried, as it is."""

@@ -1,4 +1,4 @@
-"""scaling.py: when one GPU is not enough: FSDP2, smaller micro-batches, and the plan of a run.
+"""scaling.py: when one GPU is not enough: DDP, FSDP2, smaller micro-batches, and the plan of a run.
 
     torchrun --standalone --nproc_per_node=8 gpt.py config/train_1b.py --fsdp=True
     python gpt.py config/train_1b.py --dry_run=True          memory, time and FLOPs of a run
@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 
 
@@ -24,7 +25,16 @@ def join_processes(backend, rank, world_size):
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
 
 
-# ---- FSDP2: every process holds its share of each weight, gradient and average -----------------------------
+# ---- Several processes: DDP, or FSDP2: each holds its share of every weight, gradient and average ----------
+def distributed(model, machine):
+    """Return what is called to train the model on all processes, which average its gradients."""
+    if machine.sharded:
+        return fully_sharded(model, machine)
+    # buffers never change; sending them would make a process that repeats a forward wait for the others
+    model = model.to(machine.device)
+    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
 def fully_sharded(model, machine):
     """Return the model, sharded in place. A block's weights are gathered, in the machine's dtype, only while
     it is at work; gradients are averaged in float32. Raises ValueError."""
@@ -68,7 +78,8 @@ def memory(model, rows, machine, optimizer, n_micro=1, **changes):
     of the blocks' matrices. The activations are what the backward pass of `rows` sequences needs, 2 bytes a
     number, 4 in float32: the residual stream, what goes into and comes out of each matrix, and the logits,
     always float32; compiled it is less. With gradient_checkpointing only the stream stays, and what one block
-    adds. FSDP divides all but the activations by the processes, gradients only if a step is one micro-batch.
+    adds. FSDP divides all but the activations by the processes, gradients only if a step is one micro-batch; of
+    several, DDP holds gradients twice.
     Not counted: Muon under FSDP gathers the matrices of one kind of all blocks. changes: of model.config.
     """
     c, size = replace(model.config, **changes), 4 if machine.dtype == torch.float32 else 2
@@ -77,9 +88,11 @@ def memory(model, rows, machine, optimizer, n_micro=1, **changes):
         state -= 4 * sum(p.numel() for p in model.h.parameters() if p.ndim == 2)
     block = 12 * c.n_embd + 4 * c.n_kv_head * c.head_dim + (4 if c.use_swiglu else 2) * c.mlp_hidden
     blocks = c.n_layer * c.n_embd + block if c.gradient_checkpointing else c.n_layer * block
+    gradients = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad) if n_micro > 1 else 0
     if machine.sharded:
-        whole = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad) if n_micro > 1 else 0
-        state = (state - whole) / machine.world_size + whole
+        state = (state - gradients) / machine.world_size + gradients
+    elif machine.world_size > 1:
+        state += gradients
     return state, rows * c.block_size * (size * blocks + 4 * c.vocab_size)
 
 
@@ -94,7 +107,8 @@ def cut(batches, model, forward, machine, optimizer):
     gradients, as they do in the step's last micro-batch.
     """
     model.zero_grad(set_to_none=True)
-    torch.cuda.empty_cache()
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
     rows = len(batches[0][0])
     waiting = machine.world_size > 1 and (machine.sharded or forward.require_backward_grad_sync)
     if rows == 1 or waiting:

@@ -18,6 +18,20 @@ import gpt
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# As WORKER; the memory of the second process has room for two sequences at once.
+SHORT_OF_MEMORY = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+import torch, gpt
+forward = gpt.GPT.forward
+def limited(self, idx, *args, **kwargs):
+    if self.training and len(idx) > 2:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    return forward(self, idx, *args, **kwargs)
+if os.environ["RANK"] == "1":
+    gpt.GPT.forward = limited
+"""
+
 # Each process trains once for every set of settings, in turn; torchrun's start alone would take longer than the runs.
 WORKER = """
 import json, os, sys
@@ -37,14 +51,14 @@ def free_port():
         return s.getsockname()[1]
 
 
-def run_processes(world_size, *runs):
+def run_processes(world_size, *runs, code=WORKER):
     """Train in world_size processes once for each of `runs`, dicts of settings that add to the current ones."""
     base = {name: getattr(gpt, name) for name in gpt.SETTINGS}
     jobs = json.dumps([(free_port(), base | run) for run in runs])
     env = {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": str(world_size)}
     ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
     done = run_jobs(
-        *({"argv": ["-c", ROOT, jobs], "code": WORKER, "env": env | rank} for rank in ranks), timeout=200
+        *({"argv": ["-c", ROOT, jobs], "code": code, "env": env | rank} for rank in ranks), timeout=200
     )
     assert [process.returncode for process in done] == [0] * world_size, done
     return [(process.stdout, process.stderr) for process in done]
@@ -103,6 +117,16 @@ def compare(settings, tmp_path, world_size, cases, more=()):
         assert a["model"].keys() == b["model"].keys()
         assert all(type(w) is torch.Tensor and w.shape == b["model"][k].shape for k, w in a["model"].items())
         assert max(float((w - b["model"][k]).abs().max()) for k, w in a["model"].items()) < 1e-4
+
+
+def test_one_of_two_processes_may_cut_its_micro_batches(settings, tmp_path):
+    """It repeats the forward pass of a step's first micro-batch alone: the other one must not be waited for."""
+    settings(batch_size=4, gradient_accumulation_steps=4, max_iters=5, eval_interval=5)
+    settings(out_dir=str(tmp_path / "enough"))
+    gpt.train()
+    outputs = run_processes(2, {"out_dir": str(tmp_path / "short")}, code=SHORT_OF_MEMORY + WORKER)
+    assert outputs[1][0].count("a step has 4 micro-batches of 2") == 1
+    assert largest_difference(tmp_path / "short", tmp_path / "enough") < 1e-5
 
 
 def test_checkpoints_interchange_in_all_directions(settings, tmp_path):

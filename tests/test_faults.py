@@ -126,13 +126,19 @@ def test_weights_that_are_not_finite_are_never_saved(settings, monkeypatch, tmp_
 # ---- memory that runs out ----
 
 
-def limit_rows(monkeypatch, most):
+CUDA, MPS = (
+    torch.OutOfMemoryError("CUDA out of memory."),
+    RuntimeError("MPS backend out of memory (allocated: 9 GB)"),
+)
+
+
+def limit_rows(monkeypatch, most, error=CUDA):
     """Let forward passes of training run out of memory with more than `most` rows; return the rows that fitted."""
     forward, fitted = gpt.GPT.forward, []
 
     def limited(self, idx, *args, **kwargs):
         if self.training and len(idx) > most:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
+            raise error
         if self.training:
             fitted.append(len(idx))
         return forward(self, idx, *args, **kwargs)
@@ -158,6 +164,16 @@ def test_micro_batches_are_cut_until_they_fit(settings, monkeypatch, tmp_path, c
         assert a.keys() == b.keys() and max(abs(a[step] - b[step]) for step in a) < 1e-5
     a, b = (gpt.read_checkpoint(tmp_path / run / "ckpt.pt")["model"] for run in ("enough", "short"))
     assert max(float((a[name] - b[name]).abs().max()) for name in a) < 1e-4
+
+
+def test_memory_of_mps_that_runs_out(settings, monkeypatch):
+    """Its error is a RuntimeError; another one is none of memory."""
+    fitted = limit_rows(monkeypatch, 2, MPS)
+    settings(batch_size=4, max_iters=2)
+    assert gpt.train()["step"] == 2 and set(fitted) == {2}
+    limit_rows(monkeypatch, 1, RuntimeError("shapes"))
+    with pytest.raises(RuntimeError, match="^shapes$"):
+        gpt.train()
 
 
 def test_memory_that_runs_out_in_the_backward_pass_of_a_later_step(settings, monkeypatch, tmp_path):

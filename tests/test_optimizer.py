@@ -18,7 +18,8 @@ def matrix_with(values, rows, cols, seed=0):
 
 # ---- Newton-Schulz ----
 @pytest.mark.parametrize(
-    ("dtype", "low", "high", "off"), [(torch.float32, 0.65, 1.25, 1e-4), (torch.bfloat16, 0.6, 1.3, 6e-2)]
+    ("dtype", "low", "high", "off"),
+    [(torch.float32, 0.65, 1.25, 1e-4), (torch.bfloat16, 0.6, 1.3, 6e-2), (torch.float16, 0.65, 1.25, 6e-2)],
 )
 @pytest.mark.parametrize("condition", [1.0, 3.0, 10.0])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -48,9 +49,10 @@ def test_orthogonalize_is_the_quintic_on_singular_values(shape):
     assert (gpt.orthogonalize(g[None].float())[0] - u @ s.diag() @ v.T).abs().max() < 1e-4
 
 
-def test_orthogonalize_keeps_zeros():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_orthogonalize_keeps_zeros(dtype):
     """A zero gradient gives a zero update, not a division by zero."""
-    assert torch.equal(gpt.orthogonalize(torch.zeros(2, 4, 6)), torch.zeros(2, 4, 6))
+    assert torch.equal(gpt.orthogonalize(torch.zeros(2, 4, 6), dtype), torch.zeros(2, 4, 6, dtype=dtype))
 
 
 # ---- Muon ----

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import configurator
 import gpt
@@ -392,6 +393,19 @@ def test_run_script_turns_a_mistake_into_one_line_and_exit_code_2(launch, capsys
         launch(main)
     assert e.value.code == 2
     assert capsys.readouterr() == ("", "error: it is 7\n")
+
+
+@pytest.mark.parametrize("kind", ["CUDA", "MPS backend"])
+def test_run_script_words_memory_that_is_full(launch, capsys, kind):
+    """For MPS torch has no type of its own."""
+
+    def main(script):
+        raise (torch.OutOfMemoryError if kind == "CUDA" else RuntimeError)(f"{kind} out of memory. Tried\nit")
+
+    with pytest.raises(SystemExit) as e:
+        launch(main)
+    assert e.value.code == 2
+    assert capsys.readouterr() == ("", f"error: {kind} out of memory. Tried it\n")
 
 
 def test_run_script_does_not_run_main_after_a_mistake_in_the_settings(launch, capsys):

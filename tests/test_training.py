@@ -855,6 +855,19 @@ def test_compile_failure_is_one_line_and_trains_on(settings, monkeypatch, capsys
     assert out.count("torch.compile failed (RuntimeError)") == 1 and "long story" not in out
 
 
+def test_blocks_compiled_by_themselves_are_so_in_training_alone():
+    """With FSDP each block is compiled; evaluation and samples would compile them anew, for each of the layers."""
+    model = gpt.GPT(gpt.GPTConfig(vocab_size=8, block_size=8, n_layer=2, n_head=2, n_kv_head=1, n_embd=16))
+    calls, x = [], torch.zeros(1, 4, dtype=torch.long)
+    for block in model.h:
+        block._compiled_call_impl = lambda x, *_: calls.append(x.shape) or x
+    model.eval()(x)
+    list(model.generate(x, 2))
+    assert calls == []
+    model.train()(x)
+    assert calls == [(1, 4, 16)] * 2
+
+
 def test_a_compiled_run_resumes_bit_for_bit(settings, tmp_path):
     """With dropout and accumulation, too; the first step is eager in both runs, all others are compiled."""
     if not shutil.which("g++"):
