@@ -185,4 +185,4 @@ def run_script(script, main, derive=dict, word_setting=None):
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
-        gc.freeze()  # at its end Python would look through torch's 300,000 objects for cycles, for up to a second
+        gc.freeze()  # or Python would end by looking for cycles among all of torch's objects, for a second

@@ -191,11 +191,12 @@ def attention(q, k, v, mask=None):
     mask: (B, 1, T, S) bool, True where a query may look; None: causal, S = T. Returns (B, n_head, T, d)."""
     (B, n_head, T, d), n_kv_head = q.shape, k.size(1)
     groups = n_head // n_kv_head  # query heads per key/value head (arXiv:2305.13245)
-    if mask is None and q.dtype == torch.bfloat16 and not q.is_cuda:  # SDPA: slow on CPU, wrong on MPS
+    if mask is None and q.dtype == torch.bfloat16 and q.device.type in ("cpu", "mps"):
+        # SDPA is slower on a CPU, and on MPS it looks ahead (pytorch issue 195910)
         k, v, parts = k.reshape(-1, T, d), v.reshape(-1, T, d), []
         for i in range(0, T, 128):  # queries i to n, with the keys that they see
             n = min(T, i + 128)
-            future = torch.full((n - i, n), -torch.inf, dtype=q.dtype).triu(1 + i).repeat(groups, 1)
+            future = q.new_full((n - i, n), -torch.inf).triu(1 + i).repeat(groups, 1)
             rows = q[:, :, i:n].reshape(len(k), -1, d)
             scores = torch.baddbmm(future, rows, k[:, :n].mT, alpha=d**-0.5)
             parts.append((scores.softmax(-1) @ v[:, :n]).view(B, n_head, n - i, d))
@@ -320,7 +321,7 @@ class GPT(nn.Module):
         rows = positions[:, None, :, None]  # with a cache a query sees what came before, not the unused rest
         mask = None if cache is None else torch.arange(block_size, device=idx.device) <= rows
         save_memory = self.config.gradient_checkpointing and self.training
-        for block in self.h if self.training else [b._call_impl for b in self.h]:  # no others are compiled
+        for block in self.h if self.training else [b._call_impl for b in self.h]:  # only training is compiled
             run = partial(checkpoint, block, use_reentrant=False) if save_memory else block
             x = run(x, positions, rotary, mask, cache)
         logits = self.lm_head(self.ln_f(x))

@@ -229,7 +229,7 @@ def weight_bytes(model):
 def load_model(device):
     """Return (model, tokenizer, checkpoint), weights as dtype and quantize say, which it tells on stderr."""
     path = find_checkpoint()
-    model, tokenizer, state = load_checkpoint(path)  # moved when it is as small as it is to be
+    model, tokenizer, state = load_checkpoint(path)  # on the CPU; moved once converted
     n, before = model.n_params(), f"step {state['step']:,}, " if "step" in state else ""
     loss = f", val loss {state['best_val_loss']:.4f}" if "best_val_loss" in state else ""
     fast = native_bfloat16(device) if device.type == "cuda" else device.type == "cpu" and quantize

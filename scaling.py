@@ -25,14 +25,14 @@ def join_processes(backend, rank, world_size):
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
 
 
-# ---- Several processes: DDP, or FSDP2: each holds its share of every weight, gradient and average ----------
+# ---- Several processes: DDP, or FSDP2, by which each holds a share of weights, gradients, averages ---------
 def distributed(model, machine):
     """Return what is called to train the model on all processes, which average its gradients."""
     if machine.sharded:
         return fully_sharded(model, machine)
-    # buffers never change; sending them would make a process that repeats a forward wait for the others
-    model = model.to(machine.device)
-    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    forward = DistributedDataParallel(model.to(machine.device), gradient_as_bucket_view=True)
+    forward.broadcast_buffers = False  # none changes, and a process that repeats a forward must not wait
+    return forward
 
 
 def fully_sharded(model, machine):
@@ -78,8 +78,8 @@ def memory(model, rows, machine, optimizer, n_micro=1, **changes):
     of the blocks' matrices. The activations are what the backward pass of `rows` sequences needs, 2 bytes a
     number, 4 in float32: the residual stream, what goes into and comes out of each matrix, and the logits,
     always float32; compiled it is less. With gradient_checkpointing only the stream stays, and what one block
-    adds. FSDP divides all but the activations by the processes, gradients only if a step is one micro-batch; of
-    several, DDP holds gradients twice.
+    adds. FSDP divides all but the activations by the processes, gradients only if a step is one micro-batch.
+    With several, DDP holds the gradients twice.
     Not counted: Muon under FSDP gathers the matrices of one kind of all blocks. changes: of model.config.
     """
     c, size = replace(model.config, **changes), 4 if machine.dtype == torch.float32 else 2
@@ -107,8 +107,8 @@ def cut(batches, model, forward, machine, optimizer):
     gradients, as they do in the step's last micro-batch.
     """
     model.zero_grad(set_to_none=True)
-    if torch.accelerator.is_available():
-        torch.accelerator.empty_cache()
+    if machine.device.type != "cpu":
+        getattr(torch, machine.device.type).empty_cache()
     rows = len(batches[0][0])
     waiting = machine.world_size > 1 and (machine.sharded or forward.require_backward_grad_sync)
     if rows == 1 or waiting:
@@ -122,6 +122,7 @@ def out_of_memory(model, machine, rows, optimizer, n_micro=1):
     """Return the sentence for a user whose memory is full with micro-batches of `rows` sequences."""
     config, n = model.config, max(machine.world_size, 2)
     state, activations = memory(model, rows, machine, optimizer, n_micro)
+    shared = SimpleNamespace(world_size=n, sharded=True, dtype=machine.dtype)
 
     def spared(**changes):
         return activations - memory(model, rows, machine, optimizer, **changes)[1]
@@ -135,7 +136,8 @@ def out_of_memory(model, machine, rows, optimizer, n_micro=1):
         half = config.block_size // 2
         ways.append(f"--block_size={half} {spelled(spared(block_size=half))}")
     if not machine.sharded:
-        ways.append(f"--fsdp=True on {n} GPUs {spelled(state - state / n)}")
+        share = memory(model, rows, shared, optimizer, n_micro)[0]
+        ways.append(f"--fsdp=True on {n} GPUs {spelled(state - share)}")
     return (
         f"memory is full with micro-batches of {rows} x {config.block_size} tokens: weights, gradients and "
         f"averages take {spelled(state)}, activations about {spelled(activations)}; savings, about: "

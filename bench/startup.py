@@ -26,6 +26,8 @@ def seconds(command, until=None):
                 break
             seen += byte
         took = time.perf_counter() - began
+        if until is None and process.wait():
+            raise SystemExit(f"{command} failed with exit code {process.returncode}")
         process.kill()
     if until is not None and until not in seen:
         raise SystemExit(f"{command} did not print {until}")

@@ -108,6 +108,7 @@ def compare(settings, tmp_path, world_size, cases, more=()):
     ]
     outputs = run_processes(world_size, *runs, *more)
     assert all(out == "" for out, _ in outputs[1:])  # only the first process prints
+    assert not any("Warning" in err for _, err in outputs)
     assert outputs[0][0].count(", DDP\n") == len(cases) // 2
     assert outputs[0][0].count(", FSDP\n") == len(cases) // 2 + len(more)
     for run in runs:

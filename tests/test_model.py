@@ -334,6 +334,20 @@ def test_attention_equals_the_formula(T, n_kv_head, dtype, tolerance):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_the_model_makes_lies_where_its_inputs_do(dtype):
+    """Were a device left to chance, it would be this default one here, and the CPU on a GPU."""
+    model = gpt.GPT(
+        gpt.GPTConfig(vocab_size=8, block_size=8, n_layer=2, n_head=2, n_kv_head=1, n_embd=16, dropout=0.0)
+    ).to(dtype)
+    x = torch.randint(8, (2, 8))
+    expected = model(x, x)[1]
+    with torch.device("meta"):
+        assert torch.equal(model(x, x)[1], expected)
+        cache = gpt.KVCache(model.config, 2, "cpu", dtype)
+        assert model(x[:, :3], cache=cache)[0].device.type == cache.pos.device.type == "cpu"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_with_a_mask_of_its_own(dtype):
     """A mask that differs from row to row, over more keys than queries, is obeyed."""
     q = torch.randn(2, 4, 3, 8).to(dtype)

@@ -56,6 +56,23 @@ def test_orthogonalize_keeps_zeros(dtype):
 
 
 # ---- Muon ----
+@pytest.mark.parametrize(
+    ("dtype", "native", "expected"),
+    [
+        (torch.float32, False, torch.float32),
+        (torch.float16, False, torch.float16),  # a T4's choice
+        (torch.bfloat16, True, torch.bfloat16),
+        (torch.bfloat16, False, torch.float32),  # emulated, and slow
+    ],
+)
+def test_newton_schulz_steps_run_in_what_the_hardware_multiplies(monkeypatch, dtype, native, expected):
+    monkeypatch.setattr(gpt, "native_bfloat16", lambda device: native)
+    monkeypatch.setattr(gpt, "optimizer", "muon")
+    model = gpt.GPT(gpt.GPTConfig(vocab_size=8, block_size=8, n_layer=1, n_head=2, n_kv_head=1, n_embd=16))
+    machine = gpt.Machine(torch.device("cpu"), dtype, False, 0, 1)
+    assert gpt.make_optimizers(model, machine)[1].dtype == expected
+
+
 def muon_steps(starts, gradients, parts, **settings):
     """Return the matrices after one step for each list of gradients, one group for all."""
     params = [torch.nn.Parameter(p.clone()) for p in starts]

@@ -397,7 +397,7 @@ def test_run_script_turns_a_mistake_into_one_line_and_exit_code_2(launch, capsys
 
 @pytest.mark.parametrize("kind", ["CUDA", "MPS backend"])
 def test_run_script_words_memory_that_is_full(launch, capsys, kind):
-    """For MPS torch has no type of its own."""
+    """One sentence, also on MPS, for whose error torch has no type."""
 
     def main(script):
         raise (torch.OutOfMemoryError if kind == "CUDA" else RuntimeError)(f"{kind} out of memory. Tried\nit")
