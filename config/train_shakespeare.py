@@ -1,5 +1,5 @@
 # python gpt.py config/train_shakespeare.py
-# 2 CPU cores (AMD EPYC, AVX512-BF16; torch 2.13): validation loss 1.47 in 2 minutes; with AVX2 alone 1.56.
+# 2 CPU cores (AMD EPYC, AVX512-BF16; torch 2.13): validation loss 1.47 in 2 minutes; with AVX2 alone 1.58.
 # GPU: not measured yet.
 # Tiny Shakespeare by characters, sized to the device and on a CPU to --max_minutes and to whether it has
 # bfloat16: with more time a larger model, and more dropout and decay against learning the text by heart. With
