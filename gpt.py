@@ -52,6 +52,7 @@ n_kv_head = 1  # key/value heads per block, shared by groups of query heads (GQA
 n_embd = 128  # width of the residual stream
 mlp_ratio = 4.0  # MLP width over n_embd; SwiGLU, with a third matrix, takes 2/3 of it, in steps of 32
 dropout = 0.0  # share of channels dropped in training: of the embedding and of what each block adds
+train_temperature = 1.0  # logits are divided by it in training alone: below 1 the model in use is less sure
 bias = False  # biases in linear layers and LayerNorm
 use_rope = True  # rotary positions; False: learned positions
 use_rms_norm = True  # RMSNorm; False: LayerNorm
@@ -135,6 +136,7 @@ class GPTConfig:
     n_embd: int = 384
     mlp_ratio: float = 4.0
     dropout: float = 0.1
+    train_temperature: float = 1.0
     bias: bool = False
     use_rope: bool = True
     use_rms_norm: bool = True
@@ -250,11 +252,8 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(config.n_embd, sum(self.parts), bias=config.bias)
         self.c_proj = nn.Linear(config.mlp_hidden, config.n_embd, bias=config.bias)
     def forward(self, x):
-        hidden = self.c_fc(x)
-        if len(self.parts) == 1:
-            return self.c_proj(F.gelu(hidden, approximate="tanh"))
-        gate, up = hidden.chunk(2, dim=-1)  # SwiGLU (arXiv:2002.05202)
-        return self.c_proj(F.silu(gate) * up)
+        gate, *up = self.c_fc(x).split(self.parts, dim=-1)  # SwiGLU (arXiv:2002.05202) has both
+        return self.c_proj(F.silu(gate) * up[0] if up else F.gelu(gate, approximate="tanh"))
 
 class Block(nn.Module):
     def __init__(self, config, layer):
@@ -315,8 +314,7 @@ class GPT(nn.Module):
         positions = torch.arange(T, device=idx.device)[None] + (0 if cache is None else cache.pos[:, None])
         x = self.wte(idx) if self.wpe is None else self.wte(idx) + self.wpe(positions)  # (B, T, n_embd)
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        # the residual stream, too, is bfloat16, for speed on CPU; float16 lacks the range
-        x = self.drop((x.to(dtype) if dtype == torch.bfloat16 else x).mT).mT
+        x = self.drop((x.to(dtype) if dtype == torch.bfloat16 else x).mT).mT  # float16 lacks the range
         rotary = None if self.rotary is None else self.rotary[:, positions].unsqueeze(2).to(dtype)
         rows = positions[:, None, :, None]  # with a cache a query sees what came before, not the unused rest
         mask = None if cache is None else torch.arange(block_size, device=idx.device) <= rows
@@ -324,7 +322,8 @@ class GPT(nn.Module):
         for block in self.h if self.training else [b._call_impl for b in self.h]:  # only training is compiled
             run = partial(checkpoint, block, use_reentrant=False) if save_memory else block
             x = run(x, positions, rotary, mask, cache)
-        logits = self.lm_head(self.ln_f(x))
+        x = self.ln_f(x)
+        logits = self.lm_head(x / self.config.train_temperature if self.training else x)
         if cache is not None:
             cache.pos += T
         if targets is None:
@@ -744,7 +743,8 @@ def check_settings():
     """Raise ValueError for the first setting whose value has no meaning."""
     choices = {"optimizer": "muon adamw", "dtype": "auto float32 bfloat16 float16",
                "lr_schedule": "cosine linear wsd constant"}
-    positive = "batch_size gradient_accumulation_steps eval_interval eval_iters log_interval learning_rate"
+    positive = ("batch_size gradient_accumulation_steps eval_interval eval_iters log_interval learning_rate "
+                "train_temperature")
     for name in SETTINGS:
         value, least = globals()[name], 1e-12 if name in positive.split() else 0
         if name in choices and value not in choices[name].split():

@@ -58,11 +58,14 @@ def check_tokenizer(data, tokenizer):
 
 
 def check_settings(gpt, model, state):
-    """Raise ValueError if settings that shape weights or averages are not as in the checkpoint's state."""
+    """Raise ValueError if settings that shape weights or averages are not as in the checkpoint's state.
+
+    Three of a model's settings shape neither.
+    """
     now = {name: getattr(gpt, name) for name in ("block_size", "optimizer", "lora_rank")}
     now = asdict(model.config) | now
     then = state | state["model_args"] | {"block_size": state["config"].get("block_size")}
-    names = now.keys() & then.keys() - {"dropout", "gradient_checkpointing"}  # these shape neither
+    names = now.keys() & then.keys() - {"dropout", "train_temperature", "gradient_checkpointing"}
     if differ := sorted(name for name in names if now[name] != then[name]):
         found = "; ".join(f"{name} is {now[name]}, in the checkpoint {then[name]}" for name in differ)
         raise ValueError(f"{found}: go on with " + " ".join(f"--{name}={then[name]}" for name in differ))
@@ -75,7 +78,8 @@ def trained_model(gpt, data, state, out):
     if base or gpt.lora_rank:
         from pretrained import start_finetuning
 
-        changes = {name: getattr(gpt, name) for name in ("block_size", "dropout", "gradient_checkpointing")}
+        names = "block_size", "dropout", "train_temperature", "gradient_checkpointing"
+        changes = {name: getattr(gpt, name) for name in names}
         model, tokenizer = start_finetuning(base, state, out, gpt.lora_rank, gpt.optimizer, **changes)
     else:
         model, tokenizer = gpt.GPT(gpt.model_config(data.meta["vocab_size"])), None

@@ -120,6 +120,7 @@ GPT_MISTAKES = [
     (["--mlp_ratio=nan"], ["mlp_ratio", "nan"]),
     (["--dropout=1"], ["dropout is 1.0"]),
     (["--dropout=-0.1"], ["dropout is -0.1"]),
+    (["--train_temperature=0"], ["train_temperature is 0.0", "above 0"]),
     (["--dataset=absent"], ["absent", "prepare.py"]),
     (["--block_size=99999"], ["train holds", "99999"]),
     (["--device=foo"], ["'foo'", "cpu"]),

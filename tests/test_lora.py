@@ -177,16 +177,17 @@ def test_a_base_that_has_changed_is_noticed(settings, base, tmp_path):
 
 @pytest.mark.parametrize("use_rope", [True, False])
 @pytest.mark.parametrize("rank", [0, 2])
-def test_block_size_and_dropout_are_the_settings(settings, tmp_path, use_rope, rank):
+def test_what_shapes_no_weight_is_as_the_settings_say(settings, tmp_path, use_rope, rank):
     """A shorter context is taken, and evaluated with, as a resumed run does; dropout reaches the base's layers."""
     settings(out_dir=str(tmp_path / "base"), use_rope=use_rope)
     gpt.train()
     settings(max_iters=2, eval_interval=2)
     settings(init_from=str(tmp_path / "base" / "best.pt"), optimizer="adamw", lora_rank=rank)
-    settings(out_dir=str(tmp_path / "out"), block_size=8, dropout=0.25)
+    settings(out_dir=str(tmp_path / "out"), block_size=8, dropout=0.25, train_temperature=0.9)
     figures = gpt.train()
     state = gpt.read_checkpoint(tmp_path / "out" / "ckpt.pt")
     assert (state["model_args"]["dropout"], state["config"]["block_size"]) == (0.25, 8)
+    assert state["model_args"]["train_temperature"] == 0.9
     assert state["model_args"]["block_size"] == (8 if use_rope else 16)
     settings(eval_only=True, init_from="scratch", block_size=16)
     assert gpt.train()["val_loss"] == pytest.approx(figures["val_loss"], abs=1e-6)

@@ -698,6 +698,25 @@ def test_dropout_acts_in_training_only():
         assert torch.equal(bare(ids)[0], bare.eval()(ids)[0])
 
 
+@pytest.mark.parametrize("values", [{}, {"tie_weights": False}, {"use_rms_norm": False, "bias": True}])
+def test_train_temperature_divides_the_logits_in_training_only(values):
+    """Loss and gradients are those of the logits divided by it; in use the model is what it would be without."""
+    model = random_model(**LLAMA_LIKE | values | {"train_temperature": 0.4})
+    bare = random_model(**LLAMA_LIKE | values)
+    ids, targets = random_ids(model.config, 2, 12), random_ids(model.config, 2, 12, seed=3)
+    for mode in (False, True):
+        logits = bare.train(mode)(ids)[0]
+        loss = F.cross_entropy(logits.flatten(0, 1) / (0.4 if mode else 1), targets.flatten())
+        found_logits, found = model.train(mode)(ids, targets)
+        assert torch.equal(found_logits, logits) != mode
+        assert torch.allclose(found, loss, atol=1e-6)
+        found.backward()
+        loss.backward()
+        for p, q in zip(model.parameters(), bare.parameters(), strict=True):
+            assert torch.allclose(p.grad, q.grad, atol=1e-5)
+            p.grad = q.grad = None
+
+
 def near_zero(x):
     return (x.abs() < 1e-6).float().mean()
 

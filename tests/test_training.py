@@ -345,6 +345,15 @@ def test_all_that_resuming_lacks_is_named_at_once(settings):
     assert gpt.train()["step"] == 3
 
 
+def test_resume_takes_dropout_and_train_temperature_from_the_settings(settings, tmp_path):
+    settings(max_iters=2)
+    gpt.train()
+    settings(max_iters=4, init_from="resume", dropout=0.3, train_temperature=0.8)
+    gpt.train()
+    config = gpt.read_checkpoint(tmp_path / "out" / "ckpt.pt")["model_args"]
+    assert (config["dropout"], config["train_temperature"]) == (0.3, 0.8)
+
+
 def test_resume_takes_rates_and_decay_from_the_settings(settings, tmp_path):
     settings(max_iters=2)
     gpt.train()
