@@ -3,8 +3,8 @@
 # GPU: not measured yet.
 # Tiny Shakespeare by characters, sized to the device and on a CPU to --max_minutes and to whether it has
 # bfloat16: with more time a larger model, more dropout and decay against learning the text by heart, and a
-# lower train_temperature against being sure of what it so learned. With --max_minutes=0 --max_iters=N the sizes
-# are those for 2 minutes.
+# lower train_temperature against being sure of what it so learned. With --max_minutes=0 --max_iters=N the
+# sizes are those for 2 minutes.
 dataset = "shakespeare"
 if device_type != "cpu":  # 10.7M parameters
     n_layer, n_head, n_kv_head, n_embd = 6, 6, 6, 384
