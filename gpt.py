@@ -157,8 +157,8 @@ class GPTConfig:
                 raise ValueError(f"{name} ({n}) must be a multiple of {part} ({of})")
         if self.use_rope and self.head_dim % 2:
             raise ValueError(f"n_embd / n_head is {self.head_dim}: rotary positions need an even number")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is {self.dropout}: it must be at least 0 and below 1")
+        if not (0 < (t := self.train_temperature) < math.inf and 0 <= self.dropout < 1):
+            raise ValueError(f"dropout is {self.dropout}: from 0 to below 1; train_temperature {t}: above 0")
     head_dim = property(lambda self: self.n_embd // self.n_head)
     @property
     def mlp_hidden(self):
@@ -252,8 +252,11 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(config.n_embd, sum(self.parts), bias=config.bias)
         self.c_proj = nn.Linear(config.mlp_hidden, config.n_embd, bias=config.bias)
     def forward(self, x):
-        gate, *up = self.c_fc(x).split(self.parts, dim=-1)  # SwiGLU (arXiv:2002.05202) has both
-        return self.c_proj(F.silu(gate) * up[0] if up else F.gelu(gate, approximate="tanh"))
+        hidden = self.c_fc(x)
+        if len(self.parts) == 1:
+            return self.c_proj(F.gelu(hidden, approximate="tanh"))
+        gate, up = hidden.chunk(2, dim=-1)  # SwiGLU (arXiv:2002.05202)
+        return self.c_proj(F.silu(gate) * up)
 
 class Block(nn.Module):
     def __init__(self, config, layer):
@@ -314,7 +317,7 @@ class GPT(nn.Module):
         positions = torch.arange(T, device=idx.device)[None] + (0 if cache is None else cache.pos[:, None])
         x = self.wte(idx) if self.wpe is None else self.wte(idx) + self.wpe(positions)  # (B, T, n_embd)
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        x = self.drop((x.to(dtype) if dtype == torch.bfloat16 else x).mT).mT  # float16 lacks the range
+        x = self.drop((x.to(dtype) if dtype == torch.bfloat16 else x).mT).mT  # faster; float16 lacks range
         rotary = None if self.rotary is None else self.rotary[:, positions].unsqueeze(2).to(dtype)
         rows = positions[:, None, :, None]  # with a cache a query sees what came before, not the unused rest
         mask = None if cache is None else torch.arange(block_size, device=idx.device) <= rows
@@ -323,7 +326,7 @@ class GPT(nn.Module):
             run = partial(checkpoint, block, use_reentrant=False) if save_memory else block
             x = run(x, positions, rotary, mask, cache)
         x = self.ln_f(x)
-        logits = self.lm_head(x / self.config.train_temperature if self.training else x)
+        logits = self.lm_head(x / self.config.train_temperature if self.training else x)  # divides them
         if cache is not None:
             cache.pos += T
         if targets is None:
@@ -349,7 +352,7 @@ class GPT(nn.Module):
             raise ValueError("a prompt is empty: give at least one token")
         texts = [torch.as_tensor(prompt, dtype=torch.long, device=device) for prompt in idx]
         texts = F.pad(nn.utils.rnn.pad_sequence(texts, batch_first=True), (0, max_tokens))
-        ends = torch.tensor(lengths, device=device)[:, None]  # (B, 1), where each row's next token goes
+        ends = torch.tensor(lengths, device=device)[:, None]  # (B, 1), where each row's first new token goes
         last, dtype = None, torch.float32 if device.type == "cpu" else self.ln_f.weight.dtype
         cache = KVCache(self.config, len(lengths), device, dtype)
         for step in range(max_tokens):
@@ -363,8 +366,7 @@ class GPT(nn.Module):
             else:
                 logits = (forward or self._call_impl)(last[:, None], cache=cache)[0][:, -1]
             last = (pick or sample_next)(logits, **sampling)
-            texts.scatter_(1, ends, last[:, None])
-            ends += 1
+            texts.scatter_(1, ends + step, last[:, None])
             yield last
 
 # ---- Generation --------------------------------------------------------------------------------------------
@@ -743,8 +745,7 @@ def check_settings():
     """Raise ValueError for the first setting whose value has no meaning."""
     choices = {"optimizer": "muon adamw", "dtype": "auto float32 bfloat16 float16",
                "lr_schedule": "cosine linear wsd constant"}
-    positive = ("batch_size gradient_accumulation_steps eval_interval eval_iters log_interval learning_rate "
-                "train_temperature")
+    positive = "batch_size gradient_accumulation_steps eval_interval eval_iters log_interval learning_rate"
     for name in SETTINGS:
         value, least = globals()[name], 1e-12 if name in positive.split() else 0
         if name in choices and value not in choices[name].split():
@@ -757,7 +758,7 @@ def build(data, machine, state, out=Path()):
     """Return (model, what is called to train it, optimizers, scaler): new, init_from's, or a checkpoint's."""
     torch.manual_seed(seed)
     if state or lora_rank or init_from not in ("scratch", "resume", "auto"):
-        from resume import trained_model
+        from resume import go_on, trained_model
         model = trained_model(sys.modules[__name__], data, state, out)
     else:
         model = GPT(model_config(data.meta["vocab_size"]))
@@ -769,7 +770,6 @@ def build(data, machine, state, out=Path()):
     optimizers = make_optimizers(model, machine)
     scaler = torch.amp.GradScaler("cuda", enabled=machine.dtype == torch.float16)
     if state:
-        from resume import go_on
         go_on(optimizers, scaler, state, machine)
     return model, forward, optimizers, scaler
 

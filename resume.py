@@ -12,6 +12,8 @@ import torch
 
 from scaling import shard
 
+FREE = "dropout", "train_temperature", "gradient_checkpointing"  # of GPTConfig: shape no weight, no average
+
 
 def newest_checkpoint(gpt, out):
     """Return (path, state) of the newest sound checkpoint in out; those that are not are named and set aside.
@@ -58,14 +60,11 @@ def check_tokenizer(data, tokenizer):
 
 
 def check_settings(gpt, model, state):
-    """Raise ValueError if settings that shape weights or averages are not as in the checkpoint's state.
-
-    Three of a model's settings shape neither.
-    """
+    """Raise ValueError if settings that shape weights or averages are not as in the checkpoint's state."""
     now = {name: getattr(gpt, name) for name in ("block_size", "optimizer", "lora_rank")}
     now = asdict(model.config) | now
     then = state | state["model_args"] | {"block_size": state["config"].get("block_size")}
-    names = now.keys() & then.keys() - {"dropout", "train_temperature", "gradient_checkpointing"}
+    names = now.keys() & then.keys() - {*FREE}
     if differ := sorted(name for name in names if now[name] != then[name]):
         found = "; ".join(f"{name} is {now[name]}, in the checkpoint {then[name]}" for name in differ)
         raise ValueError(f"{found}: go on with " + " ".join(f"--{name}={then[name]}" for name in differ))
@@ -78,8 +77,7 @@ def trained_model(gpt, data, state, out):
     if base or gpt.lora_rank:
         from pretrained import start_finetuning
 
-        names = "block_size", "dropout", "train_temperature", "gradient_checkpointing"
-        changes = {name: getattr(gpt, name) for name in names}
+        changes = {name: getattr(gpt, name) for name in ("block_size", *FREE)}
         model, tokenizer = start_finetuning(base, state, out, gpt.lora_rank, gpt.optimizer, **changes)
     else:
         model, tokenizer = gpt.GPT(gpt.model_config(data.meta["vocab_size"])), None

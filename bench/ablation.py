@@ -24,6 +24,7 @@ VARIANTS = {
     "no qk_norm": "--qk_norm=False",
     "batch 16, rates times 1.4": "--batch_size=16 --muon_lr=0.035 --learning_rate=8e-3",
     "block 128": "--block_size=128 --batch_size=16",
+    "train_temperature 0.87": "--train_temperature=0.87",
     "float32": "--dtype=float32",
 }
 HALF = ("batch 16, rates times 1.4",)  # steps, for as many tokens

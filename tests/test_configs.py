@@ -63,14 +63,14 @@ def test_readmes_tables_are_those_of_the_results():
 @pytest.mark.parametrize(
     ("minutes", "expected"),
     [
-        (0.1, (2, 96, 64, 0.0)),
-        (0.5, (3, 128, 128, 0.0)),
-        (1, (4, 128, 256, 0.0)),
-        (2, (4, 128, 256, 0.05)),
-        (3, (4, 128, 256, 0.05)),
-        (5, (4, 192, 256, 0.1)),
-        (10, (4, 192, 256, 0.15)),
-        (25, (5, 256, 256, 0.2)),
+        (0.1, (2, 96, 64, 0.0, 1.0)),
+        (0.5, (3, 128, 128, 0.0, 1.0)),
+        (1, (4, 128, 256, 0.0, 0.87)),
+        (2, (4, 128, 256, 0.05, 0.87)),
+        (3, (4, 128, 256, 0.05, 0.87)),
+        (5, (4, 192, 256, 0.1, 0.83)),
+        (10, (4, 192, 256, 0.15, 0.83)),
+        (25, (5, 256, 256, 0.2, 0.83)),
     ],
 )
 def test_shakespeare_is_sized_to_the_minutes(minutes, expected):
@@ -81,5 +81,6 @@ def test_shakespeare_is_sized_to_the_minutes(minutes, expected):
         flags = [f"--max_minutes={times * minutes}"] if times * minutes != 2 else []  # 2: what it chooses
         derive = functools.partial(dict, device_type="cpu", native_bfloat16=native)
         configurator.configure(script, [config, f"--dtype={dtype}", *flags], derive=derive)
-        assert (script["n_layer"], script["n_embd"], script["block_size"], script["dropout"]) == expected
+        names = "n_layer", "n_embd", "block_size", "dropout", "train_temperature"
+        assert tuple(script[name] for name in names) == expected
         assert script["max_minutes"] == times * minutes

@@ -133,6 +133,7 @@ def test_one_of_two_processes_may_cut_its_micro_batches(settings, tmp_path):
 def test_checkpoints_interchange_in_all_directions(settings, tmp_path):
     """One run goes through one process, DDP and FSDP2 in every order of two, and ends as in one process."""
     settings(batch_size=4, gradient_accumulation_steps=2, lr_decay_iters=30, eval_interval=5, dropout=0.1)
+    settings(train_temperature=0.8)
 
     def several(names, max_iters):
         """Go on with these runs, by name and fsdp, in two processes."""

@@ -178,7 +178,8 @@ def test_a_base_that_has_changed_is_noticed(settings, base, tmp_path):
 @pytest.mark.parametrize("use_rope", [True, False])
 @pytest.mark.parametrize("rank", [0, 2])
 def test_what_shapes_no_weight_is_as_the_settings_say(settings, tmp_path, use_rope, rank):
-    """A shorter context is taken, and evaluated with, as a resumed run does; dropout reaches the base's layers."""
+    """A shorter context is taken, and evaluated with, as a resumed run does; dropout and
+    train_temperature reach the base."""
     settings(out_dir=str(tmp_path / "base"), use_rope=use_rope)
     gpt.train()
     settings(max_iters=2, eval_interval=2)

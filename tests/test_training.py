@@ -882,6 +882,7 @@ def test_a_compiled_run_resumes_bit_for_bit(settings, tmp_path):
     if not shutil.which("g++"):
         pytest.skip("there is no C++ compiler")
     common = {"compile": True, "dropout": 0.2, "gradient_accumulation_steps": 2, "lr_decay_iters": 6}
+    common |= {"train_temperature": 0.8}
     for name, stops in (("whole", [6]), ("cut", [3, 6])):
         for i, stop in enumerate(stops):
             settings(
