@@ -10,7 +10,7 @@
 Or paste this file into a notebook cell and run it."""
 import time
 __started__ = time.time()  # before torch, whose import takes seconds: max_minutes counts from here
-import base64, ctypes, gc, hashlib, json, math, os, shutil, signal, sys, threading, urllib.request, zipfile
+import base64, ctypes, hashlib, json, math, os, shutil, signal, sys, threading, urllib.request, zipfile
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from functools import lru_cache, partial
@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -83,7 +82,8 @@ min_lr = 0.0  # final learning_rate; muon_lr falls in proportion
 device = "auto"  # auto: cuda, else mps, else cpu | any torch device, as cuda:1
 dtype = "auto"  # auto: by hardware | float32 | bfloat16 | float16 with loss scaling, on CUDA only
 fsdp = False  # under torchrun each GPU holds its share of weights, gradients and averages, not all of them
-compile: bool | None = None  # torch.compile; None: on GPUs that can; CPU: from 5 minutes (bfloat16: 2) on
+cuda_graphs = True  # record a step on one GPU, and replay it: no kernel waits for Python
+compile: bool | None = None  # torch.compile; None: in runs so long that it pays, about 2 minutes and more
 
 SETTINGS = [k for k, v in globals().items() if k[0] != "_" and isinstance(v, bool | int | float | str | None)]
 HERE = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()
@@ -118,9 +118,6 @@ class Tokenizer:
             i, known = min(map(text.index, unknown)), "".join(c for c in chars if c.isprintable())[:100]
             raise ValueError(f"the vocabulary, {known!r}, lacks {text[i]!r}, character {i} of the text")
         return self.encoding.encode_ordinary(text)
-    def __eq__(self, other):  # does each id mean the same?
-        a, b = (getattr(t.encoding, "_mergeable_ranks", t.state["json"]) for t in (self, other))
-        return a == b and self.special == other.special
     def decode_bytes(self, ids): return self.encoding.decode_bytes(ids)  # a BPE token may end in a character
     def decode(self, ids): return self.decode_bytes(ids).decode(errors="replace")
 
@@ -145,7 +142,7 @@ class GPTConfig:
     tie_weights: bool = True
     gradient_checkpointing: bool = False
     rope_theta: float = 10000.0
-    rope_scaling: dict | None = None  # Llama 3.1's four numbers, see rotary_table
+    rope_scaling: dict | None = None  # Llama 3.1's four numbers, see pretrained.py
     norm_eps: float = 1e-5
     def __post_init__(self):
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "mlp_hidden"):
@@ -172,22 +169,18 @@ class RMSNorm(nn.RMSNorm):
 def make_norm(config):
     size = config.n_embd, config.norm_eps
     return RMSNorm(*size) if config.use_rms_norm else nn.LayerNorm(*size, bias=config.bias)
-
 def rotary_table(config):
     """Return cos and sin of all positions' angles, (2, block_size, d) float32: components i and i + d/2 of a
     head turn by position * rope_theta^(-2i / d) radians (arXiv:2104.09864; Hugging Face's layout)."""
     speeds = config.rope_theta ** -(torch.arange(0, config.head_dim, 2).float() / config.head_dim)
-    if r := config.rope_scaling:  # those of few turns in the original context are slowed (arXiv:2407.21783)
-        turns = r["original_max_position_embeddings"] * speeds / (2 * math.pi)
-        kept = (turns - r["low_freq_factor"]) / (r["high_freq_factor"] - r["low_freq_factor"])
-        speeds = torch.lerp(speeds / r["factor"], speeds, kept.clamp(0, 1))
+    if config.rope_scaling:
+        from pretrained import slow_down
+        speeds = slow_down(speeds, **config.rope_scaling)
     angles = torch.outer(torch.arange(config.block_size), speeds)
     return torch.stack((angles.cos().repeat(1, 2), torch.cat((-angles.sin(), angles.sin()), dim=1)))
-
 def rotate(x, rotary):
     """Turn x (B, heads, T, head_dim) by its positions' rows of the table (2, B or 1, 1, T, head_dim)."""
     return torch.addcmul(x * rotary[0], torch.cat(x.chunk(2, -1)[::-1], -1), rotary[1])
-
 def attention(q, k, v, mask=None):
     """Attend from q (B, n_head, T, d) to k, v (B, n_kv_head, S, d); the one place that knows backends.
     mask: (B, 1, T, S) bool, True where a query may look; None: causal, S = T. Returns (B, n_head, T, d)."""
@@ -208,6 +201,30 @@ def attention(q, k, v, mask=None):
     elif groups > 1:  # enable_gqa would spare the copies, but not run fast in float32
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None).reshape(B, n_head, T, d)
+def to_device(t, device):  # from pinned memory a GPU fetches it while it works
+    return (t.pin_memory() if t.is_cpu and device.type == "cuda" else t).to(device, non_blocking=True)
+class Replay:
+    """A function of tensors and numbers whose third call, on a GPU, is recorded as a CUDA graph, which calls
+    of the same shapes replay: no kernel waits for Python. A result holds until the next call."""
+    def __init__(self, function, device, generator=None):
+        self.function, self.device, self.generator, self.inputs = function, device, generator, []
+    def __call__(self, *inputs):
+        if self.device.type != "cuda" or not cuda_graphs:
+            return self.function(*inputs)
+        inputs = [to_device(torch.as_tensor(t), self.device) for t in inputs]
+        if [t.shape for t in inputs] != [t.shape for t in self.inputs]:
+            self.inputs, self.calls, self.graph = [t.clone() for t in inputs], 0, torch.cuda.CUDAGraph()
+        torch._foreach_copy_(self.inputs, inputs)
+        self.calls += 1
+        if self.calls < 3:  # in which is set up, or compiled, what cannot be recorded
+            return self.function(*self.inputs)
+        if self.calls == 3:
+            if self.generator is not None:
+                self.graph.register_generator_state(self.generator)
+            with torch.cuda.graph(self.graph):  # if it reads a tensor, as .item() does: cuda_graphs = False
+                self.result = self.function(*self.inputs)
+        self.graph.replay()
+        return self.result
 
 class KVCache:
     """Keys and values of every layer, allocated once; pos (B,) counts the tokens in each row. GPT.forward
@@ -232,8 +249,7 @@ class CausalSelfAttention(nn.Module):
         self.parts = [n * config.head_dim for n in self.heads]  # their rows in c_attn
         self.c_attn = nn.Linear(config.n_embd, sum(self.parts), bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        norm = nn.RMSNorm(self.head_dim, config.norm_eps, elementwise_affine=False)
-        self.qk_norm = norm if config.qk_norm else nn.Identity()
+        self.qk_norm = nn.RMSNorm(self.head_dim, config.norm_eps, False) if config.qk_norm else nn.Identity()
     def forward(self, x, positions, rotary, mask, cache):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, heads, T, head_dim)
@@ -268,14 +284,30 @@ class Block(nn.Module):
         x = x + self.drop(self.attn(self.ln_1(x), positions, rotary, mask, cache).mT).mT
         return x + self.drop(self.mlp(self.ln_2(x)).mT).mT
 
-def token_losses(logits, y, most=2**26):
-    """Return the loss in nats of each target y (N,), float32, 0 where it is -1. Logits (N, vocab_size) become
-    float32 in parts of at most `most` numbers, anew in the backward pass; a compiler fuses that itself."""
-    n = max(1, most // logits.size(1))
-    if len(y) <= n or torch.compiler.is_compiling():
-        return F.cross_entropy(logits.float(), y, ignore_index=-1, reduction="none")
-    parts = zip(logits.split(n), y.split(n))
-    return torch.cat([checkpoint(token_losses, *part, use_reentrant=False) for part in parts])
+class HeadLoss(torch.autograd.Function):
+    """The sum of w (N,) times the loss in nats of targets y (N,), -1 where w is 0, for x (N, n_embd) and the
+    head's weight. Its gradients come along, so that no more than `most` of the logits stand at a time."""
+    @staticmethod
+    def forward(ctx, x, weight, y, w, learn=True, most=2**27):
+        pad = -len(weight) % 64 if x.is_cuda else 0  # ids that are none: tensor cores want multiples
+        head = F.pad(weight.to(x.dtype), (0, 0, 0, pad))
+        bias = F.pad(head.new_zeros(len(weight)), (0, pad), value=-torch.inf)
+        n_parts, ids = math.ceil(len(x) * len(head) / most), torch.arange(len(head), device=x.device)
+        loss, grad_x, grad_head = 0, [], 0
+        parts = (t.chunk(n_parts) for t in (x, y.clamp(min=0)[:, None], w[:, None]))
+        for rows, targets, share in zip(*parts):
+            logits = F.linear(rows, head, bias)
+            logsumexp = logits.float().logsumexp(-1, keepdim=True)
+            loss = loss + ((logsumexp - logits.gather(1, targets)) * share).sum()
+            if learn:
+                grad = (((logits - logsumexp).exp() - (ids == targets).float()) * share).to(x.dtype)
+                grad_x.append(grad @ head)
+                grad_head = grad_head + (grad.mT @ rows).float()
+        if learn:
+            ctx.save_for_backward(torch.cat(grad_x), grad_head[: len(weight)])
+        return loss
+    @staticmethod
+    def backward(ctx, grad): return *(g * grad for g in ctx.saved_tensors), None, None, None, None
 
 class GPT(nn.Module):
     """A decoder-only transformer: token embedding, blocks on one residual stream, norm, output head."""
@@ -294,10 +326,8 @@ class GPT(nn.Module):
         self.base = ""  # the checkpoint, folder or id that it was finetuned from
         self.init_weights()
     def init_weights(self):
-        """Draw the weights anew, normal, so that the first loss is near ln(vocab_size).
-        std             matrices            c_proj                    wte, wpe   lm_head
-        head of its own 1 / sqrt(columns)   0                         0.3        0
-        tied, as GPT-2  0.02                0.02 / sqrt(2 n_layer)    0.01       wte itself"""
+        """Draw the weights anew, normal: matrices by 1 / sqrt(columns), embeddings by 0.3, c_proj and head 0;
+        if tied, as GPT-2's, by 0.02, embeddings by 0.01, c_proj by 0.02 / sqrt(2 n_layer)."""
         tied = self.config.tie_weights
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -310,8 +340,8 @@ class GPT(nn.Module):
         for table in (self.wte, self.wpe or self.wte):  # after lm_head, whose weight wte's may be
             nn.init.normal_(table.weight, std=0.01 if tied else 0.3)
     def forward(self, idx, targets=None, cache=None, weights=None):
-        """Return logits (B, T, vocab_size) and the targets' mean loss in nats, or None. idx, targets: (B, T)
-        int64; -1 does not count, others by weights (B, T), if any. idx continues what a KVCache holds."""
+        """Return logits (B, T, vocab_size), None with weights, and the targets' mean loss in nats, or None.
+        idx, targets: (B, T) int64; -1 does not count, others by weights (B, T). cache: what idx continues."""
         T, block_size, kind = idx.size(1), self.config.block_size, idx.device.type
         assert T <= block_size, f"{T} tokens do not fit block_size {block_size}"
         positions = torch.arange(T, device=idx.device)[None] + (0 if cache is None else cache.pos[:, None])
@@ -325,15 +355,16 @@ class GPT(nn.Module):
         for block in self.h if self.training else [b._call_impl for b in self.h]:  # only training is compiled
             run = partial(checkpoint, block, use_reentrant=False) if save_memory else block
             x = run(x, positions, rotary, mask, cache)
-        x = self.ln_f(x)
-        logits = self.lm_head(x / self.config.train_temperature if self.training else x)  # divides them
         if cache is not None:
             cache.pos += T
+        x = self.ln_f(x) / (self.config.train_temperature if self.training else 1)  # so are the logits
+        logits = self.lm_head(x) if weights is None else None
         if targets is None:
             return logits, None
-        y = targets.flatten()
+        y, learn = targets.flatten(), torch.is_grad_enabled()
         w = (y >= 0) * (1.0 if weights is None else weights.flatten())
-        return logits, (token_losses(logits.flatten(0, 1), y) * w).sum() / w.sum().clamp(min=1e-6)
+        loss = HeadLoss.apply(x.flatten(0, 1), self.lm_head.weight, y, w, learn)
+        return logits, loss / w.sum().clamp(min=1e-6)
     @staticmethod
     def from_pretrained(path, **options):  # of a Hugging Face folder or hub id
         from pretrained import load_model
@@ -351,23 +382,24 @@ class GPT(nn.Module):
         if not all(lengths):
             raise ValueError("a prompt is empty: give at least one token")
         texts = [torch.as_tensor(prompt, dtype=torch.long, device=device) for prompt in idx]
-        texts = F.pad(nn.utils.rnn.pad_sequence(texts, batch_first=True), (0, max_tokens))
-        ends = torch.tensor(lengths, device=device)[:, None]  # (B, 1), where each row's first new token goes
-        last, dtype = None, torch.float32 if device.type == "cpu" else self.ln_f.weight.dtype
-        cache = KVCache(self.config, len(lengths), device, dtype)
+        dtype = torch.float32 if device.type == "cpu" else self.ln_f.weight.dtype
+        cache, drawn = KVCache(self.config, len(lengths), device, dtype), []
+        choose = partial(sample_next, **sampling) if pick is None else lambda logits: logits
+        run, draws = forward or self._call_impl, sampling.get("generator")
+        advance = Replay(lambda last: choose(run(last[:, None], cache=cache)[0][:, -1]), device, draws)
         for step in range(max_tokens):
             kept = [context_length(n + step, block_size) for n in lengths]
             if step == 0 or any(k <= context_length(n + step - 1, block_size) for n, k in zip(lengths, kept)):
                 cache.pos.zero_()  # read the texts anew, padded on the right, where causality hides it
-                tails = [text[n + step - k : n + step] for text, n, k in zip(texts, lengths, kept)]
+                new = [list(ids.split(1)) for ids in drawn[-block_size:]]  # of each step: one of each row
+                tails = [torch.cat(row)[-k:] for k, row in zip(kept, zip(texts, *new))]
                 logits = self._call_impl(nn.utils.rnn.pad_sequence(tails, batch_first=True), cache=cache)[0]
-                logits = torch.stack([row[k - 1] for row, k in zip(logits, kept)])
+                chosen = choose(torch.stack([row[k - 1] for row, k in zip(logits, kept)]))
                 cache.pos.copy_(torch.tensor(kept))  # forget the padding
             else:
-                logits = (forward or self._call_impl)(last[:, None], cache=cache)[0][:, -1]
-            last = (pick or sample_next)(logits, **sampling)
-            texts.scatter_(1, ends + step, last[:, None])
-            yield last
+                chosen = advance(drawn[-1])
+            drawn.append(chosen.clone() if pick is None else pick(chosen, **sampling))
+            yield drawn[-1]
 
 # ---- Generation --------------------------------------------------------------------------------------------
 def sample_next(logits, temperature=0.8, top_k=200, top_p=0.9, min_p=0.0, generator=None):
@@ -381,16 +413,13 @@ def sample_next(logits, temperature=0.8, top_k=200, top_p=0.9, min_p=0.0, genera
     noise = torch.empty_like(probs).exponential_(generator=generator)
     chosen = (probs / noise).argmax(-1, keepdim=True)  # by probability, and with no wait for the GPU
     return ids.gather(-1, chosen)[:, 0]
-
 def context_length(n, block_size):
     """Return how many of the last of n tokens the model sees: all that fit, else half a block to a block.
     When the block is full its older half is forgotten at once, so that the cache is refilled only then."""
-    half = block_size // 2
-    return n if n <= block_size else half + 1 + (n - block_size - 1) % (block_size - half)
+    return n if n <= block_size else block_size // 2 + 1 + (n - block_size - 1) % math.ceil(block_size / 2)
 
 # ---- Optimizer ---------------------------------------------------------------------------------------------
 def whole(tensor): return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # FSDP's shards
-
 def orthogonalize(G, dtype=torch.float32):
     """Return nearly UV^T, singular values of about 0.7 to 1.2, for each G = USV^T of a batch (n, rows, cols):
     five Newton-Schulz steps of the quintic in kellerjordan.github.io/posts/muon, in `dtype`."""
@@ -416,7 +445,8 @@ class Muon(torch.optim.Optimizer):
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
             averages, grads = [self.state[p]["momentum_buffer"] for p in params], [p.grad for p in params]
             if self.found_inf is not None:  # 1: change nothing, as torch's fused AdamW does
-                grads = [grad.where(self.found_inf == 0, average) for grad, average in zip(grads, averages)]
+                finite = self.found_inf == 0
+                grads = [grad.where(finite, average) for grad, average in zip(grads, averages)]
                 lr = lr * (1 - self.found_inf)
             torch._foreach_lerp_(averages, grads, 1 - momentum)
             updates = torch.stack([*map(whole, torch._foreach_lerp(grads, averages, momentum))])
@@ -439,8 +469,8 @@ def make_optimizers(model, machine):
     rest = [p for p in model.parameters() if id(p) not in taken and p.requires_grad]
     groups = [{"params": [p for p in rest if p.ndim >= 2], "weight_decay": weight_decay},
               {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0}]  # norms, biases
-    emulated = machine.dtype == torch.bfloat16 and not native_bfloat16(machine.device)
-    ns_dtype = torch.float32 if emulated else machine.dtype  # of the Newton-Schulz steps
+    fast = machine.dtype != torch.bfloat16 or native_bfloat16(machine.device)
+    ns_dtype = machine.dtype if fast else torch.float32  # of the Newton-Schulz steps
     muon = [Muon(hidden, muon_lr, muon_momentum, weight_decay, ns_dtype)] if hidden else []
     return [torch.optim.AdamW(groups, learning_rate, (beta1, beta2), fused=True), *muon]
 
@@ -461,7 +491,6 @@ def corpus(name):
         except Exception as e:  # noqa: BLE001  # networks fail in many ways
             problem = e
     raise ConnectionError(f"{url}: no download ({problem}); prepare.py shakespeare --input=FILE takes a copy")
-
 def write_dataset(folder, text, tokenizer, source, val_fraction=0.1):
     """Write text, its last val_fraction for validation, as train.bin, val.bin, meta.json; return the meta."""
     dtype, cut = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32", int(len(text) * (1 - val_fraction))
@@ -476,7 +505,6 @@ def write_dataset(folder, text, tokenizer, source, val_fraction=0.1):
         meta |= {f"{split}_tokens": len(ids), f"{split}_bytes": len(part.encode())}
     (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
     return meta
-
 def prepare_if_missing(name):
     """Return the folder of a data set, made first, if need be, where gpt.py knows how; or else pydoc's."""
     folder = Path(data_dir or HERE / "data") / name
@@ -511,7 +539,6 @@ class Tokens:
 def epoch_order(n_rows, n_offsets, seed, epoch):  # an offset below n_offsets and an order of the rows
     rng = np.random.default_rng((seed, epoch))
     return int(rng.integers(n_offsets)), rng.permutation(np.arange(n_rows, dtype=np.uint32))
-
 class Data:
     """A data set whose batches depend on seed and step alone; with weights, no row reaches from one example,
     which ends with tokenizer.end, into the next. Raises FileNotFoundError, ValueError."""
@@ -573,7 +600,6 @@ def lr_scale(step, progress):
     falls = {"cosine": 0.5 + 0.5 * math.cos(math.pi * min(progress, 1)), "linear": 1 - progress,
              "wsd": min(1, 5 * (1 - progress)), "constant": 1}
     return warm * (min_lr / learning_rate + (1 - min_lr / learning_rate) * max(0, falls[lr_schedule]))
-
 @torch.no_grad()
 def evaluate(model, data, machine, n_batches):
     """Return the mean loss in nats per token of n_batches spread over validation; None if a signal comes."""
@@ -582,15 +608,13 @@ def evaluate(model, data, machine, n_batches):
     model.eval()
     chosen += [end] * (-len(chosen) % machine.world_size)  # empty ones, for processes to have equally many
     for i in chosen[machine.rank :: machine.world_size]:
-        batch = data.get_batch("val", i, batch_size)
-        nats += float(machine.loss(model._call_impl, batch)) * float(batch[2].sum())
-        weight += float(batch[2].sum())
+        w = (batch := data.get_batch("val", i, batch_size))[2].sum().item()
+        nats, weight = nats + machine.loss(model._call_impl, batch).item() * w, weight + w
         if machine.stopping():
             return None
     model.train()
     nats, weight = machine.reduce([nats, weight], "SUM")
     return nats / max(weight, 1e-6)
-
 def final_figures(loss, data, machine, title):
     """Return a full split's loss, perplexity, tokens and bits per byte; print them after title."""
     n_tokens, figures = data.meta["val_tokens"], {"val_loss": loss, "perplexity": math.exp(min(loss, 700))}
@@ -614,7 +638,6 @@ def save_checkpoint(path, state, keep=1):
     except (OSError, RuntimeError) as e:  # torch makes a RuntimeError of a failed write
         part.unlink(missing_ok=True)
         raise OSError(f"{path} could not be saved ({e}); the one saved before it is untouched") from e
-
 def read_checkpoint(path):
     """Return what save_checkpoint wrote. Raises FileNotFoundError; ValueError if it is damaged."""
     if not Path(path).is_file():
@@ -623,19 +646,16 @@ def read_checkpoint(path):
         if part := zipfile.ZipFile(path).testzip():  # torch itself compares no checksums
             raise zipfile.BadZipFile(f"checksum of {part}")
         state = {"base": "", "lora_rank": 0} | torch.load(path, map_location="cpu", weights_only=True)
-        if (type(state["base"]), type(state["lora_rank"])) != (str, int):
-            raise TypeError(f"base {state['base']!r}, lora_rank {state['lora_rank']!r}")
-        return state | {name: dict(state[name]) for name in ("model", "model_args", "tokenizer")}
+        kinds = {"model": dict, "model_args": dict, "tokenizer": dict, "base": str, "lora_rank": int}
+        return state | {name: kind(state[name]) for name, kind in kinds.items()}
     except Exception as e:  # torch raises half a dozen types
         raise ValueError(f"{path} is damaged or no checkpoint ({type(e).__name__}): use another") from e
-
 def load_checkpoint(path, device="cpu", **changes):
     """Return (model, tokenizer, checkpoint) of a path or Hugging Face id; changes: of the model's config."""
     state = read_checkpoint(path) if Path(path).is_file() or Path(path).suffix == ".pt" else None
     if state is None or state["lora_rank"]:
-        from pretrained import load_lora, load_pretrained
-        model, state = load_lora(state, **changes) if state else load_pretrained(path, **changes)
-        return model.to(device), Tokenizer(**state["tokenizer"]), state
+        from pretrained import load_other
+        return load_other(path, state, device, **changes)
     try:
         model, tokenizer = GPT(GPTConfig(**state["model_args"] | changes)), Tokenizer(**state["tokenizer"])
         model.load_state_dict(state["model"])
@@ -660,23 +680,18 @@ class Machine:
         kind = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
         return f"{self.world_size} x {kind}"
     def loss(self, forward, batch):
-        """Return the mean loss of a batch. A GPU fetches it from pinned memory while it works."""
-        on_gpu = self.device.type == "cuda"
-        x, y, w = ((t.pin_memory() if on_gpu else t).to(self.device, non_blocking=on_gpu) for t in batch)
+        x, y, w = (to_device(t, self.device) for t in batch)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             return forward(x, y, weights=w)[1]
-    def reduce(self, values, op):  # op: SUM or MAX, over all processes
-        values = torch.tensor([float(v) for v in values], dtype=torch.float64)
-        if self.world_size > 1:
-            dist.all_reduce(values, getattr(dist.ReduceOp, op))
-        return values.tolist()
     def say(self, text): print(text, flush=True) if self.rank == 0 else None
     def stopping(self): return self.reduce([bool(self.caught)], "MAX")[0] > 0  # a signal, to any process?
-    def first(self, function, *arguments):  # what it returns in the first process, to all
-        found = [function(*arguments) if self.rank == 0 else None]
-        if self.world_size > 1:
-            dist.broadcast_object_list(found)
-        return found[0]
+    # for one process; scaling.py puts others in their place where there are several
+    def reduce(self, values, op): return [float(v) for v in values]  # op: SUM or MAX over processes
+    def first(self, function, *arguments): return function(*arguments)  # called in the first, returned in all
+    def share(self, n_micro, rows): return n_micro, rows  # the number of micro-batches a step, and their size
+    def prepare(self, model): return model.to(self.device)  # returned: what is called to train it
+    def gather(self, state): return state  # a checkpoint's, of whole tensors
+    def leave(self): pass
     def mfu(self, flops):  # the share that flops per second are of the GPUs' peak, None where not known
         peak = next((tflops for gpu, tflops in PEAK_TFLOPS.items() if gpu in self.name()), None)
         return flops / (peak * 1e12 * self.world_size) if peak and self.dtype != torch.float32 else None
@@ -691,12 +706,10 @@ def pick_device(name):
         return torch.zeros(1, device=name).device
     except Exception as e:  # torch raises half a dozen types
         raise ValueError(f"device {name!r} is not there: use --device=auto or cpu") from e
-
 def native_bfloat16(device):  # does the hardware itself multiply it? A T4, say, emulates it
     if device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512":
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-
 def set_up_machine():
     """Choose device, dtype and compile, as the settings say; under torchrun, join the other processes."""
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -712,13 +725,15 @@ def set_up_machine():
     if chosen == torch.float16 and found.type != "cuda":
         raise ValueError(f"dtype float16 needs a CUDA GPU, not {found.type}: use bfloat16 or float32")
     torch.set_float32_matmul_precision("high")  # TF32 for what stays float32 on CUDA
+    flops = 72 * n_layer * n_embd**2 * max_iters * batch_size * gradient_accumulation_steps * block_size
+    enough = (5 if chosen == torch.float32 else 2) if max_minutes else 5e15 if found.type == "cuda" else 5e13
+    long = (max_minutes or flops) >= enough  # for compiling to pay
+    pays = long and (capability >= (7, 0) or bool(found.type == "cpu" and shutil.which("g++")))
+    machine = Machine(found, chosen, pays if compile is None else compile, rank, world_size)
     if world_size > 1:
         from scaling import join_processes
-        join_processes("cpu:gloo,cuda:nccl" if found.type == "cuda" else "gloo", rank, world_size)
-    long = max_minutes >= (2 if chosen == torch.bfloat16 else 5) if max_minutes else max_iters >= 5000
-    pays = capability >= (7, 0) or bool(found.type == "cpu" and long and shutil.which("g++"))
-    return Machine(found, chosen, pays if compile is None else compile, rank, world_size)
-
+        join_processes(machine)
+    return machine
 def compile_model(model, machine, batch):
     """Compile the model, or each of FSDP's parts, in place, if that works for a batch; return the seconds."""
     os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # spares seconds of trying the C++ compiler
@@ -740,7 +755,6 @@ def compile_model(model, machine, batch):
 # ---- Training ----------------------------------------------------------------------------------------------
 def model_config(vocab_size):
     return GPTConfig(vocab_size=vocab_size, **{k: globals()[k] for k in SETTINGS if hasattr(GPTConfig, k)})
-
 def check_settings():
     """Raise ValueError for the first setting whose value has no meaning."""
     choices = {"optimizer": "muon adamw", "dtype": "auto float32 bfloat16 float16",
@@ -753,7 +767,6 @@ def check_settings():
         if type(value) in (int, float) and not least <= value < 2**31:
             raise ValueError(f"{name} is {value}: it must be {'above' if least else 'from'} 0, below 2**31")
     model_config(vocab_size=1)
-
 def build(data, machine, state, out=Path()):
     """Return (model, what is called to train it, optimizers, scaler): new, init_from's, or a checkpoint's."""
     torch.manual_seed(seed)
@@ -762,25 +775,11 @@ def build(data, machine, state, out=Path()):
         model = trained_model(sys.modules[__name__], data, state, out)
     else:
         model = GPT(model_config(data.meta["vocab_size"]))
-    if machine.world_size > 1:
-        from scaling import distributed
-        forward = distributed(model, machine)
-    else:
-        forward = model.to(machine.device)
-    optimizers = make_optimizers(model, machine)
+    forward, optimizers = machine.prepare(model), make_optimizers(model, machine)
     scaler = torch.amp.GradScaler("cuda", enabled=machine.dtype == torch.float16)
     if state:
         go_on(optimizers, scaler, state, machine)
     return model, forward, optimizers, scaler
-
-def split_batch(world_size):
-    """Return (n_micro, rows): a process's micro-batches per step and their size; the global batch stays."""
-    n_micro = math.ceil(gradient_accumulation_steps / world_size)
-    rows, odd = divmod(batch_size * gradient_accumulation_steps, n := world_size * n_micro)
-    if odd:
-        raise ValueError(f"{world_size} processes: {n} must divide batch_size * gradient_accumulation_steps")
-    return n_micro, rows
-
 def open_run(out, resumed):
     """Make the run's folder, renaming an earlier run's files; return the functions that log a dict there."""
     others = []
@@ -797,7 +796,6 @@ def open_run(out, resumed):
     except OSError as e:
         raise OSError(f"{out} cannot be written ({e.strerror}): choose another folder with --out_dir") from e
     return [lambda values: print(json.dumps(values), file=log_file), *others]
-
 def describe(machine, data, model, out, step):
     n, trained = model.n_params(), sum(p.numel() for p in model.parameters() if p.requires_grad)
     way = ", FSDP" if machine.sharded else ", DDP" if machine.world_size > 1 else ", fsdp: alone" * fsdp
@@ -811,7 +809,6 @@ model    {n / 1e6:,.2f}M parameters{f", {trained:,} trained" * (trained < n)}; u
 {(n + 3 * trained) / 2**18:,.0f} MiB with gradients and averages, plus activations
 run      {f'{max_minutes:g} minutes' if max_minutes else f'{max_iters:,} steps'} of {tokens:,} tokens
          {len(data.starts['train']) * block_size / tokens:,.0f} steps an epoch, in {out}{origin}"""
-
 def print_sample(model, data, machine):
     """Print up to sample_tokens that continue a newline or, if weighted, validation's first prompt."""
     if sample_tokens == 0 or (machine.rank > 0 and not machine.sharded):  # whose weights are everywhere
@@ -826,20 +823,15 @@ def print_sample(model, data, machine):
     if machine.rank == 0:
         text = data.tokenizer.decode(ids[: ids.index(data.tokenizer.end)])
         print("-" * 80, text.strip(), "-" * 80, sep="\n")
-
-def snapshot(model, data, step, best_val_loss, **more):
+def snapshot(model, data, machine, step, best_val_loss, **more):
     """Return what a checkpoint for use holds, and more: tensors, numbers, strings, lists and dicts only."""
     weights = {k: v for k, v in model.state_dict().items() if not lora_rank or ".lora." in k}
-    state = {"model": weights, "model_args": asdict(model.config), "tokenizer": data.tokenizer.state,
-             "config": {name: globals()[name] for name in SETTINGS} | {"dataset": data.folder.name},
-             "optimizer": optimizer, "base": model.base, "lora_rank": lora_rank, "step": step,
-             "dataset_sha256": data.meta["sha256"], "best_val_loss": best_val_loss, **more}
-    if not hasattr(model, "unshard"):
-        return state
-    from scaling import gather
-    return gather(state)  # takes all of FSDP's processes
-
-def accumulate(forward, batches, step, weight, scaler, machine):
+    return machine.gather({
+        "model": weights, "model_args": asdict(model.config), "tokenizer": data.tokenizer.state,
+        "config": {name: globals()[name] for name in SETTINGS} | {"dataset": data.folder.name},
+        "optimizer": optimizer, "base": model.base, "lora_rank": lora_rank, "step": step,
+        "dataset_sha256": data.meta["sha256"], "best_val_loss": best_val_loss, **more})
+def accumulate(backward, forward, batches, step, weight, machine):
     """Add up a process's gradients, averaged over processes; return the loss, or None if memory ran out."""
     loss, first = torch.zeros((), device=machine.device), step * machine.world_size + machine.rank
     try:
@@ -848,15 +840,34 @@ def accumulate(forward, batches, step, weight, scaler, machine):
             forward.require_backward_grad_sync = last = batch is batches[-1]  # DDP's switch
             if machine.sharded:
                 forward.set_requires_gradient_sync(last)
-            micro_loss = machine.loss(forward, batch) * float(batch[2].sum() / max(weight, 1e-6))
-            scaler.scale(micro_loss).backward()
-            loss += micro_loss.detach()
+            loss += backward(*batch, float(batch[2].sum() / max(weight, 1e-6)))
     except RuntimeError as e:  # torch.OutOfMemoryError or, on MPS, this itself
         if "out of memory" not in str(e):
             raise
         return None
     return loss
-
+def make_step(model, forward, optimizers, scaler, machine, n_micro):
+    """Return a step's two halves. On one GPU, where n_micro is 1, they are recorded as CUDA graphs."""
+    def backward(x, y, w, share):
+        loss = machine.loss(forward, (x, y, w)) * share
+        scaler.scale(loss).backward()
+        return loss.detach()
+    def update(*rates):
+        """Clip, take each optimizer's step, none if a gradient is not finite; return the norm before."""
+        for o in optimizers:
+            scaler.unscale_(o)
+        norm = whole(nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf))
+        for o, rate in zip(optimizers, rates):
+            for group in o.param_groups:
+                group |= {"lr": rate, "capturable": norm.is_cuda}
+            o.found_inf = (~norm.isfinite()).float()  # 1: step() changes nothing, and nobody waits to know
+            o.step() if machine.device.type != "mps" or not o.found_inf else None  # whose AdamW ignores it
+            o.zero_grad(set_to_none=True)
+        scaler.update()
+        return norm
+    alone = machine.world_size * n_micro == 1 and not gradient_checkpointing  # whose random state it reads
+    device = machine.device if alone else torch.device("cpu")
+    return Replay(backward, device), Replay(update, device)
 def train(started=None):
     """Train as the settings say; return the final figures as a dict. SIGINT, SIGTERM, SIGUSR1 save, end a run
     and are its "stopped_by"; max_minutes counts from `started`, or now. Raises ValueError, OSError."""
@@ -876,14 +887,11 @@ def train(started=None):
     finally:
         for signum, action in actions.items():
             signal.signal(signum, action)
-    if machine.world_size > 1:
-        gc.collect()  # DDP's reference cycles hold gloo's threads, which would abort the process at its end
-        dist.destroy_process_group()
+    machine.leave()
     return figures
-
 def training_run(started, machine):
     """Set up; then, step by step: how far? | save, evaluate | set lr | accumulate | update | log."""
-    n_micro, rows = split_batch(machine.world_size)
+    n_micro, rows = machine.share(gradient_accumulation_steps, batch_size)
     data, state = Data(machine.first(prepare_if_missing, dataset), block_size), None
     out = Path(out_dir or HERE / "out" / data.folder.name)
     # stale: evaluations since the best; paused: seconds not spent on steps; reserve: those that the end takes
@@ -900,7 +908,7 @@ def training_run(started, machine):
         for write in writers:
             write(values)
     def save(name, keep=1, **more):
-        state = snapshot(model, data, step, best_val_loss, **more)
+        state = snapshot(model, data, machine, step, best_val_loss, **more)
         if machine.rank == 0:
             save_checkpoint(out / name, state, keep)
     log(config={name: globals()[name] for name in SETTINGS} | {"dataset": data.folder.name},
@@ -908,6 +916,7 @@ def training_run(started, machine):
     machine.say(describe(machine, data, model, out, step))
     remedy = f"are not finite: go on from {out} by --init_from=resume with lower learning_rate, muon_lr"
     tokens_per_step, n_val = batch_size * gradient_accumulation_steps * block_size, data.n_val_batches()
+    backward, update = make_step(model, forward, optimizers, scaler, machine, n_micro)
     bad_steps = skipped = torch.zeros((), device=machine.device)  # gradients not finite: in a row, all
     paused += time.time() - started
     mark, mark_step, to_compile = time.time() - paused, step, machine.compile  # since when speed is measured
@@ -943,30 +952,21 @@ def training_run(started, machine):
             break
         # set lr
         scale = lr_scale(step, step / lr_decay_iters if lr_decay_iters and not max_minutes else progress)
-        for o, peak in zip(optimizers, (learning_rate, muon_lr)):
-            for group in o.param_groups:
-                group["lr"] = peak * scale
         # accumulate
         first = (step * machine.world_size + machine.rank) * n_micro  # among all of the run's micro-batches
         batches = [data.get_batch("train", i, rows) for i in range(first, first + n_micro)]
         weight = machine.reduce([sum(batch[2].sum() for batch in batches)], "SUM")[0] / machine.world_size
         if to_compile and (step or machine.device.type == "cuda"):  # on CPU the first step shows at once
             paused, to_compile = paused + compile_model(model, machine, batches[0]), False
-        while (loss := accumulate(forward, batches, step, weight, scaler, machine)) is None:
+        while (loss := accumulate(backward, forward, batches, step, weight, machine)) is None:
             from scaling import cut
             batches = cut(batches, model, forward, machine, optimizer)
             n_micro, rows = len(batches), len(batches[0][0])
+            backward, update = make_step(model, forward, optimizers, scaler, machine, n_micro)
         # update
-        for o in optimizers:
-            scaler.unscale_(o)
-        norm = whole(nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf))
+        norm = update(learning_rate * scale, muon_lr * scale)
         bad = ~norm.isfinite()
         bad_steps, skipped = (bad_steps + 1) * (bad | (bad_steps > max_bad_steps)), skipped + bad
-        for o in optimizers:
-            o.found_inf = bad.float()  # where 1, step() changes nothing, and nobody waits for the GPU to know
-            o.step() if machine.device.type != "mps" or not bad else None  # its AdamW heeds no found_inf
-            o.zero_grad(set_to_none=True)
-        scaler.update()
         step += 1
         # log
         if step % log_interval == 0 or step == 1:

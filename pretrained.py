@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gpt import GPT, GPTConfig, load_checkpoint, rotary_table
+from gpt import GPT, GPTConfig, Tokenizer, load_checkpoint, rotary_table
 from tokenizer_json import read_json, read_tokenizer, write_tokenizer
 
 # ---- Names: a model's parameters here and there ------------------------------------------------------------
@@ -99,6 +99,14 @@ def gpt2_config(theirs):
         bias=True, use_rope=False, use_rms_norm=False, use_swiglu=False,
         tie_weights=theirs.get("tie_word_embeddings", True), norm_eps=theirs.get("layer_norm_epsilon", 1e-5),
     ), {"c_attn", "c_proj", "c_fc", "ln_1", "ln_2", "ln_f"}
+
+
+def slow_down(speeds, factor, low_freq_factor, high_freq_factor, original_max_position_embeddings):
+    """Return rotary speeds, in radians a position, for a longer context than the original (arXiv:2407.21783):
+    those of few turns within that are divided by factor, those of many kept."""
+    turns = original_max_position_embeddings * speeds / (2 * math.pi)
+    kept = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor)
+    return torch.lerp(speeds / factor, speeds, kept.clamp(0, 1))
 
 
 LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -390,6 +398,12 @@ def load_lora(state, **changes):
     model.load_state_dict(state["model"], strict=False)  # the adapters alone
     merge_lora(model)
     return model, state
+
+
+def load_other(path, state, device, **changes):
+    """Return what gpt.load_checkpoint does, of a LoRA checkpoint's state or, without one, a folder or hub id."""
+    model, state = load_lora(state, **changes) if state else load_pretrained(path, **changes)
+    return model.to(device), Tokenizer(**state["tokenizer"]), state
 
 
 def start_finetuning(base, state, out, rank, optimizer, block_size, **changes):

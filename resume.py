@@ -54,8 +54,14 @@ def read_run(gpt, out, machine, new):
     return state
 
 
+def same_ids(a, b):
+    """Return whether each id of two tokenizers means the same."""
+    tokens = [getattr(t.encoding, "_mergeable_ranks", t.state["json"]) for t in (a, b)]
+    return tokens[0] == tokens[1] and a.special == b.special
+
+
 def check_tokenizer(data, tokenizer):
-    if data.tokenizer != tokenizer:
+    if not same_ids(data.tokenizer, tokenizer):
         raise ValueError(f"{data.folder} has another tokenizer than the model: prepare it --tokenizer=MODEL")
 
 

@@ -4,10 +4,13 @@
     python gpt.py config/train_1b.py --dry_run=True          memory, time and FLOPs of a run
     python scaling.py                                        from which size on to use FSDP: README's table
 """
+import gc
+import math
 import os
 import tempfile
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,16 +20,46 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 
 
-def join_processes(backend, rank, world_size):
+def join_processes(machine):
     """Join torchrun's other processes; also when it has started all of them again."""
     store = next(dist.rendezvous("env://"))[0]
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # it still holds the ended ones' addresses
         store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    backend = "cpu:gloo,cuda:nccl" if machine.device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=machine.rank, world_size=machine.world_size)
+    machine.reduce, machine.first, machine.leave = reduce, call_first, leave
+    machine.share, machine.prepare = partial(share, machine.world_size), partial(distributed, machine)
+    machine.gather = gather if machine.sharded else machine.gather
+
+
+def leave():
+    gc.collect()  # DDP's reference cycles hold gloo's threads, which would abort the process at its end
+    dist.destroy_process_group()
+
+
+def reduce(values, op):
+    values = torch.tensor([float(v) for v in values], dtype=torch.float64)
+    dist.all_reduce(values, getattr(dist.ReduceOp, op))
+    return values.tolist()
+
+
+def call_first(function, *arguments):
+    found = [function(*arguments) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(found)
+    return found[0]
+
+
+def share(world_size, n_micro, rows):
+    """Return a process's part of a step of n_micro micro-batches of `rows`: its own such numbers."""
+    mine = math.ceil(n_micro / world_size)
+    rows, odd = divmod(rows * n_micro, n := world_size * mine)
+    if odd:
+        raise ValueError(f"{world_size} processes: {n} must divide batch_size * gradient_accumulation_steps")
+    return mine, rows
 
 
 # ---- Several processes: DDP, or FSDP2, by which each holds a share of weights, gradients, averages ---------
-def distributed(model, machine):
+def distributed(machine, model):
     """Return what is called to train the model on all processes, which average its gradients."""
     if machine.sharded:
         return fully_sharded(model, machine)
@@ -76,9 +109,9 @@ def memory(model, rows, machine, optimizer, n_micro=1, **changes):
 
     Weights and gradients are float32, 4 bytes a parameter each, so are AdamW's two averages, and Muon's one,
     of the blocks' matrices. The activations are what the backward pass of `rows` sequences needs, 2 bytes a
-    number, 4 in float32: the residual stream, what goes into and comes out of each matrix, and the logits,
-    always float32; compiled it is less. With gradient_checkpointing only the stream stays, and what one block
-    adds. FSDP divides all but the activations by the processes, gradients only if a step is one micro-batch.
+    number, 4 in float32: the residual stream, what goes into and comes out of each matrix; then the head's
+    gradient, and at most 2**27 logits at a time, 16 bytes each; compiled it is less. With
+    gradient_checkpointing only the stream stays, and what one block adds. FSDP divides all but the activations by the processes, gradients only if a step is one micro-batch.
     With several, DDP holds the gradients twice.
     Not counted: Muon under FSDP gathers the matrices of one kind of all blocks. changes: of model.config.
     """
@@ -93,7 +126,8 @@ def memory(model, rows, machine, optimizer, n_micro=1, **changes):
         state = (state - gradients) / machine.world_size + gradients
     elif machine.world_size > 1:
         state += gradients
-    return state, rows * c.block_size * (size * blocks + 4 * c.vocab_size)
+    head = 4 * c.vocab_size * c.n_embd + 16 * min(rows * c.block_size * c.vocab_size, 2**27)
+    return state, rows * c.block_size * size * (blocks + 2 * c.n_embd) + head
 
 
 def spelled(size):
@@ -147,10 +181,11 @@ def out_of_memory(model, machine, rows, optimizer, n_micro=1):
 
 # ---- The plan of a run -------------------------------------------------------------------------------------
 def timed_steps(gpt, data, machine, model, forward, optimizers, scaler):
-    """Return the seconds of each of three training steps, after two that do not count."""
-    n_micro, rows = gpt.split_batch(machine.world_size)
-    seconds = []
-    for step in range(5):
+    """Return the seconds of each of three training steps, after some that do not count."""
+    n_micro, rows = machine.share(gpt.gradient_accumulation_steps, gpt.batch_size)
+    backward, update = gpt.make_step(model, forward, optimizers, scaler, machine, n_micro)
+    warm, seconds = 4 if machine.device.type == "cuda" else 2, []
+    for step in range(warm + 3):
         if machine.stopping():
             raise KeyboardInterrupt
         began = time.time()
@@ -159,15 +194,12 @@ def timed_steps(gpt, data, machine, model, forward, optimizers, scaler):
         if step == 1 and machine.compile:
             gpt.compile_model(model, machine, batches[0])
         weight = sum(batch[2].sum() for batch in batches)
-        if gpt.accumulate(forward, batches, step, weight, scaler, machine) is None:
+        if gpt.accumulate(backward, forward, batches, step, weight, machine) is None:
             raise ValueError(out_of_memory(model, machine, rows, gpt.optimizer))
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), gpt.grad_clip or float("inf"))
-        for o in optimizers:
-            o.step()
-            o.zero_grad(set_to_none=True)
-        float(gpt.whole(norm))  # waits for the GPU
+        norm = update(0.0, 0.0)
+        float(norm)  # waits for the GPU
         seconds.append(time.time() - began)
-    return seconds[2:]
+    return seconds[warm:]
 
 
 def dry_run(gpt, machine):
@@ -186,7 +218,7 @@ def dry_run(gpt, machine):
         if machine.rank == 0:
             print(gpt.describe(machine, data, model, out, 0))
         seconds = sum(timed_steps(gpt, data, machine, model, forward, optimizers, scaler)) / 3
-    n_micro, rows = gpt.split_batch(machine.world_size)
+    n_micro, rows = machine.share(gpt.gradient_accumulation_steps, gpt.batch_size)
     tokens = n_micro * rows * machine.world_size * gpt.block_size
     steps = int(60 * gpt.max_minutes / seconds) if gpt.max_minutes else gpt.max_iters
     epochs = steps * tokens / (len(data.starts["train"]) * gpt.block_size)

@@ -47,16 +47,47 @@ def nanogpt(path):
     return module
 
 
-def in_turn(script, cases, runs):
-    """Run each case `runs` times, A B C A B C ..., each in a process of its own: `script CASE-as-JSON`, whose last
-    line of output is a number. Return {name: [numbers]} for cases {name: {...}}."""
-    found = {name: [] for name in cases}
+def serve(prepare):
+    """Be the process of one case, a script's only argument: get ready, then measure for each line of input."""
+    measure = prepare(json.loads(sys.argv[1]))
+    print("READY", flush=True)
+    for _ in sys.stdin:
+        print(measure(), flush=True)
+
+
+def in_turn(cases, runs):
+    """Measure each of the cases {name: (script, case)} `runs` times, A B C A B C ...; return {name: [numbers]}.
+
+    Each is a process of its own, `script CASE-as-JSON`, that serves: it prints READY, then a number for each line it
+    reads. They get ready, which may mean to compile, one after the other on a CPU and all at once on a GPU, whose
+    numbers come once all are. A process that fails is named and left out.
+    """
+    workers, found = {}, {}
+
+    def wait(name):
+        for line in workers[name].stdout:
+            if line.startswith("READY"):
+                found[name] = []
+                return
+        print(f"{name}: failed", flush=True)
+
+    for name, (script, case) in cases.items():
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        workers[name] = subprocess.Popen([sys.executable, script, json.dumps(case)], **pipes)
+        if not torch.cuda.is_available():
+            wait(name)
+    for name in cases:
+        if torch.cuda.is_available():
+            wait(name)
     for run in range(runs):
-        for name, case in cases.items():
-            command = [sys.executable, script, json.dumps(case)]
-            output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-            found[name].append(float(output.split()[-1]))
-            print(f"run {run + 1}: {name} {found[name][-1]:,.1f}", flush=True)
+        for name, numbers in found.items():
+            workers[name].stdin.write("\n")
+            workers[name].stdin.flush()
+            numbers.append(float(workers[name].stdout.readline().split()[-1]))
+            print(f"run {run + 1}: {name} {numbers[-1]:,.1f}", flush=True)
+    for worker in workers.values():
+        worker.stdin.close()
+        worker.wait()
     return found
 
 

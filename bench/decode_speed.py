@@ -1,21 +1,22 @@
-"""Tokens per second of generating from a prompt, beside nanoGPT's and transformers' generate.
+"""Tokens per second of generating from a prompt, beside nanoGPT's, transformers' and gpt-fast's generate.
 
     python bench/decode_speed.py --nanogpt=PATH
-    python bench/decode_speed.py --shape=gpt2 --batch_size=64      (a GPU)
+    python bench/decode_speed.py --shape=gpt2 --gptfast=PATH --transformers=0      (a GPU)
 
 Random weights; that the tokens are right is for the tests. nanoGPT's model has no cache and reads its last block_size
 tokens again for each one. transformers' is a Llama of our shape with its static cache; it generates no more than
-block_size tokens, while ours also refills its cache when that is full. Each figure is the median of `runs` processes,
-in turn; the ratios are to others with weights of the same dtype, and compiled where ours is, as by sample.py's
---compile=True. What compiling takes, some seconds, counts for none. nanoGPT's growing text is not compiled.
+block_size tokens, while ours also refills its cache when that is full. gpt-fast's is a Llama of our shape in
+bfloat16, compiled with its own settings, one token a step. Each figure is the median of `runs` measurements, in turn;
+the ratios are to others with weights of the same dtype, and compiled where ours is, as by sample.py's --compile=True.
+What compiling takes, some seconds, counts for none. nanoGPT's growing text is not compiled.
 """
 
-import json
 import sys
 import time
+import types
 
 import torch
-from common import flags, in_turn, nanogpt, ratios, record
+from common import flags, in_turn, nanogpt, ratios, record, serve
 
 import gpt
 from sample import speed_up_rows
@@ -23,19 +24,50 @@ from sample import speed_up_rows
 SHAPES = {
     "shakespeare": {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "vocab_size": 65},
     "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "vocab_size": 50304},
-    "1b": {"n_layer": 16, "n_head": 32, "n_embd": 2048, "block_size": 2048, "vocab_size": 50304},
+    "1b": {"n_layer": 22, "n_head": 16, "n_embd": 2048, "block_size": 1024, "vocab_size": 50304},  # train_1b
 }
 
 
 def peer(case, idx, dtype):
     model_py = nanogpt(case["nanogpt"])
-    model = (
-        model_py.GPT(model_py.GPTConfig(**case["sizes"], dropout=0.0, bias=False))
-        .to(idx.device, dtype)
-        .eval()
-    )
+    config = model_py.GPTConfig(**case["sizes"], dropout=0.0, bias=False)
+    model = model_py.GPT(config).to(idx.device, dtype).eval()
     model.generate(idx, 5)
     return lambda n: model.generate(idx, n, temperature=0.8, top_k=200)
+
+
+def gpt_fast(case, idx, dtype):
+    sys.path.insert(0, case["gptfast"])
+    sys.modules["tokenizer"] = types.SimpleNamespace(get_tokenizer=None)  # which would need sentencepiece
+    import generate
+    import model as model_py
+
+    s = case["sizes"]
+    args = model_py.ModelArgs(
+        block_size=s["block_size"],
+        vocab_size=s["vocab_size"],
+        n_layer=s["n_layer"],
+        n_head=s["n_head"],
+        dim=s["n_embd"],
+        intermediate_size=round(s["n_embd"] * 8 / 3 / 32) * 32,
+        n_local_heads=case["n_kv_head"],
+    )
+    model = model_py.Transformer(args).to(idx.device, dtype).eval()
+    with torch.device(idx.device):
+        model.setup_caches(len(idx), s["block_size"])
+    generate.decode_one_token = torch.compile(
+        generate.decode_one_token, mode="reduce-overhead", fullgraph=True
+    )
+
+    def run(n):
+        positions = torch.arange(idx.size(1), device=idx.device)
+        last = generate.prefill(model, idx, positions, temperature=0.8, top_k=200).view(len(idx), -1)
+        at = torch.tensor([idx.size(1)], device=idx.device, dtype=torch.int)
+        show = {"callback": lambda ids: ids.tolist(), "temperature": 0.8, "top_k": 200}
+        generate.decode_n_tokens(model, last, at, n - 1, **show)
+
+    run(8)
+    return run
 
 
 def transformers_generate(case, idx, dtype):
@@ -86,19 +118,25 @@ def ours(case, idx, dtype):
     return generate
 
 
-def measure(case):
-    """Return tokens per second of one generation of case["tokens"] tokens in each row."""
+def prepare(case):
+    """Return a function that returns tokens per second of one generation of case["tokens"] tokens in each row."""
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     idx = torch.randint(case["sizes"]["vocab_size"], (case["batch_size"], 8), device=device)
-    maker = {"nanogpt": peer, "transformers": transformers_generate, "ours": ours}[case["who"]]
-    with torch.inference_mode():
-        generate = maker(case, idx, getattr(torch, case["dtype"]))
-        began = time.perf_counter()
-        generate(case["tokens"])
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-    return case["tokens"] * case["batch_size"] / (time.perf_counter() - began)
+    maker = {"nanogpt": peer, "transformers": transformers_generate, "gptfast": gpt_fast, "ours": ours}
+    with torch.no_grad():
+        generate = maker[case["who"]](case, idx, getattr(torch, case["dtype"]))
+
+    def measure():
+        with torch.no_grad():
+            wait()
+            began = time.perf_counter()
+            generate(case["tokens"])
+            wait()
+        return case["tokens"] * case["batch_size"] / (time.perf_counter() - began)
+
+    return measure
 
 
 def bandwidth_share(model_bytes, speed):
@@ -113,31 +151,34 @@ def bandwidth_share(model_bytes, speed):
     return round(model_bytes * speed * min(seconds) / 2**31, 3)
 
 
-def main():
-    if len(sys.argv) == 2 and sys.argv[1].startswith("{"):
-        print(measure(json.loads(sys.argv[1])))
-        return
-    f = flags(nanogpt="", shape="shakespeare", batch_size=1, tokens=1000, runs=3, n_kv_head=0, transformers=1)
+def cases(f):
     sizes = SHAPES[f["shape"]]
-    base = {key: f[key] for key in ("batch_size", "tokens", "nanogpt")}
+    tokens = min(f["tokens"], sizes["block_size"] - 8)  # what the others' caches hold
+    base = {key: f[key] for key in ("batch_size", "tokens", "nanogpt", "gptfast")}
     base |= {"who": "ours", "sizes": sizes, "n_kv_head": f["n_kv_head"] or sizes["n_head"], "compile": False}
-    cases = {}
-    for dtype in ("float32", "bfloat16"):
+    found = {}
+    for dtype in ("float32", "bfloat16") if not torch.cuda.is_available() else ("bfloat16",):
         for compiled in (False, True):
-            cases[f"ours {dtype}{', compiled' * compiled}"] = base | {"dtype": dtype, "compile": compiled}
+            found[f"ours {dtype}{', compiled' * compiled}"] = base | {"dtype": dtype, "compile": compiled}
         if f["nanogpt"]:
-            cases[f"nanoGPT {dtype}"] = base | {"who": "nanogpt", "dtype": dtype}
+            found[f"nanoGPT {dtype}"] = base | {"who": "nanogpt", "dtype": dtype}
         if f["transformers"]:
-            tokens = min(f["tokens"], sizes["block_size"] - 8)
             theirs = base | {"who": "transformers", "dtype": dtype, "tokens": tokens}
-            cases[f"transformers {dtype}"] = theirs
-            cases[f"transformers {dtype}, compiled"] = theirs | {"compile": True}
-    found = in_turn(__file__, cases, f["runs"])
+            found[f"transformers {dtype}"] = theirs
+            found[f"transformers {dtype}, compiled"] = theirs | {"compile": True}
+        if f["gptfast"]:
+            theirs = base | {"who": "gptfast", "dtype": "bfloat16", "tokens": tokens, "compile": True}
+            found["gpt-fast bfloat16, compiled"] = theirs
+    return {name: (__file__, case) for name, case in found.items()}
+
+
+def report(f, found):
+    sizes, known = SHAPES[f["shape"]], {name: case for name, (_, case) in cases(f).items()}
     medians = {name: round(sorted(speeds)[len(speeds) // 2], 1) for name, speeds in found.items()}
     for name, speed in medians.items():
         print(f"{name:32s} {speed:10,.1f} tokens/s")
     with torch.device("meta"):
-        config = gpt.GPTConfig(**sizes, n_kv_head=base["n_kv_head"])
+        config = gpt.GPTConfig(**sizes, n_kv_head=f["n_kv_head"] or sizes["n_head"])
         n_weights = gpt.GPT(config).n_params() - config.vocab_size * config.n_embd * (not config.tie_weights)
     shares = {
         name: bandwidth_share(n_weights * (2 if "bfloat16" in name else 4), speed / f["batch_size"])
@@ -153,13 +194,25 @@ def main():
         tokens_per_s=medians,
         ratios={
             f"{mine} / {name}": ratios(found[mine], found[name])
-            for mine, a in cases.items()
-            for name, b in cases.items()
-            if a["who"] == "ours" != b["who"] and a["dtype"] == b["dtype"]
+            for mine, a in known.items()
+            for name, b in known.items()
+            if a["who"] == "ours" != b["who"] and a["dtype"] == b["dtype"] and {mine, name} <= found.keys()
             if a["compile"] == b["compile"] or (a["compile"] and b["who"] == "nanogpt")
         },
     )
 
 
+DEFAULTS = {"nanogpt": "", "gptfast": "", "transformers": 1, "shape": "shakespeare", "batch_size": 1, "tokens": 1000,
+            "runs": 3, "n_kv_head": 0}
+
+
+def main():
+    f = flags(**DEFAULTS)
+    report(f, in_turn(cases(f), f["runs"]))
+
+
 if __name__ == "__main__":
-    main()
+    if len(sys.argv) == 2 and sys.argv[1].startswith("{"):
+        serve(prepare)
+    else:
+        main()

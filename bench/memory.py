@@ -8,19 +8,19 @@ bfloat16 (autocast) and eagerly; on a GPU both compiled. On a GPU the figure is 
 CPU how far the peak of resident memory in the step lies above what is resident before it, weights and gradients.
 """
 
-import json
 import resource
 import sys
 from pathlib import Path
 
 import torch
-from common import flags, in_turn, nanogpt, ratios, record
+from common import flags, in_turn, nanogpt, ratios, record, serve
 from train_speed import SHAPES
 
 
 def peer(case, device):
     model_py = nanogpt(case["nanogpt"])
-    return model_py.GPT(model_py.GPTConfig(**case["sizes"], dropout=0.0, bias=False)).to(device)
+    model = model_py.GPT(model_py.GPTConfig(**case["sizes"], dropout=0.0, bias=False)).to(device)
+    return lambda x, y: model(x, y)[1], model
 
 
 def ours(case, device):
@@ -30,49 +30,53 @@ def ours(case, device):
         setattr(gpt, name, value)
     gpt.gradient_checkpointing = case["checkpointing"]
     gpt.set_up_machine()
-    return gpt.GPT(gpt.model_config(case["sizes"]["vocab_size"])).to(device)
+    model = gpt.GPT(gpt.model_config(case["sizes"]["vocab_size"])).to(device)
+    return lambda x, y: model(x, y, weights=torch.ones_like(x, dtype=torch.float32))[1], model
 
 
-def measure(case):
-    """Return the peak in MiB of one step."""
+def prepare(case):
+    """Return a function that returns the peak in MiB of one step."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = (peer if case["nanogpt"] else ours)(case, device)
+    loss_of, model = (peer if case["nanogpt"] else ours)(case, device)
     if device.type == "cuda":
         model.compile(dynamic=False)
 
     def step(rows, length):
         x = torch.randint(case["sizes"]["vocab_size"], (rows, length + 1), device=device)
         with torch.autocast(device.type, torch.bfloat16):
-            loss = model(x[:, :-1].contiguous(), x[:, 1:].contiguous())[1]
+            loss = loss_of(x[:, :-1].contiguous(), x[:, 1:].contiguous())
         loss.backward()
 
-    if device.type == "cuda":
+    def measure():
+        if device.type == "cuda":
+            model.zero_grad(set_to_none=True)
+            torch.cuda.reset_peak_memory_stats()
+            step(case["batch_size"], case["sizes"]["block_size"])
+            torch.cuda.synchronize()
+            return torch.cuda.max_memory_allocated() / 2**20
+        pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
+        before = pages * resource.getpagesize() / 2**20
         step(case["batch_size"], case["sizes"]["block_size"])
-        return torch.cuda.max_memory_allocated() / 2**20
-    step(1, 8)  # what libraries take once does not count, nor do weights and gradients
-    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
-    before = pages * resource.getpagesize() / 2**20
-    step(case["batch_size"], case["sizes"]["block_size"])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
+
+    if device.type == "cuda":
+        measure()
+        torch.cuda.empty_cache()
+    else:
+        step(1, 8)  # what libraries take once does not count, nor do weights and gradients
+    return measure
 
 
-def main():
-    if len(sys.argv) == 2 and sys.argv[1].startswith("{"):
-        print(measure(json.loads(sys.argv[1])))
-        return
-    f = flags(nanogpt="", shape="shakespeare", batch_size=16, runs=3)
+def cases(f):
     sizes, more = SHAPES[f["shape"]]
-    base = {
-        "sizes": sizes,
-        "more": more,
-        "batch_size": f["batch_size"],
-        "nanogpt": "",
-        "checkpointing": False,
-    }
-    cases = {"ours": base, "ours, gradient_checkpointing": base | {"checkpointing": True}}
+    base = {"sizes": sizes, "more": more, "batch_size": f["batch_size"], "nanogpt": "", "checkpointing": False}
+    found = {"ours": base, "ours, gradient_checkpointing": base | {"checkpointing": True}}
     if f["nanogpt"]:
-        cases["nanoGPT"] = base | {"nanogpt": f["nanogpt"]}
-    found = in_turn(__file__, cases, f["runs"])
+        found["nanoGPT"] = base | {"nanogpt": f["nanogpt"]}
+    return {name: (__file__, case) for name, case in found.items()}
+
+
+def report(f, found):
     record(
         "memory",
         shape=f["shape"],
@@ -82,5 +86,20 @@ def main():
     )
 
 
+DEFAULTS = {"nanogpt": "", "shape": "shakespeare", "batch_size": 16, "runs": 1}
+
+
+def main():
+    f = flags(**DEFAULTS)
+    found = {}
+    for _ in range(f["runs"]):  # a process's peak is not lowered again
+        for name, numbers in in_turn(cases(f), 1).items():
+            found.setdefault(name, []).extend(numbers)
+    report(f, found)
+
+
 if __name__ == "__main__":
-    main()
+    if len(sys.argv) == 2 and sys.argv[1].startswith("{"):
+        serve(prepare)
+    else:
+        main()

@@ -7,12 +7,14 @@
 # lower train_temperature against being sure of what it so learned. With --max_minutes=0 --max_iters=N the
 # sizes are those for 2 minutes.
 dataset = "shakespeare"
-if device_type != "cpu":  # 10.7M parameters
-    n_layer, n_head, n_kv_head, n_embd = 6, 6, 6, 384
-    dropout = 0.2
-    batch_size = 64
-    max_iters = 3000
-    muon_lr, muon_momentum, learning_rate = 0.02, 0.95, 4e-3
+if device_type != "cpu":  # 3.3M parameters
+    n_embd, n_head, n_kv_head, batch_size = 256, 4, 4, 32
+    if max_iters < 800:  # --max_iters=350: as soon as possible
+        dropout, weight_decay, train_temperature = 0.03, 0.05, 0.9
+        muon_lr, learning_rate = 0.04, 1e-2
+    else:
+        max_iters, learning_rate = 1500, 8e-3
+        dropout, weight_decay, train_temperature = 0.2, 0.1, 0.83
 else:
     max_minutes = max_minutes or 2.0
     _fast = native_bfloat16 and dtype != "float32"  # about 4 times as fast as float32

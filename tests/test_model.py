@@ -403,17 +403,45 @@ def test_compiled_linear_layers_of_single_rows(dtype, bias):
 
 @pytest.mark.parametrize("most", [1, 30, 100, 10**6])
 def test_losses_in_parts_are_those_of_the_whole(most):
-    """However few logits are taken at a time, losses and gradients are the same; -1 counts nothing."""
-    logits = torch.randn(11, 7, requires_grad=True)
-    y = torch.randint(7, (11,))
-    y[3] = -1
-    expected = -logits.detach().double().log_softmax(-1)[torch.arange(11), y] * (y >= 0)
-    losses = gpt.token_losses(logits, y, most)
-    assert torch.allclose(losses.double(), expected, atol=1e-6)
-    losses.sum().backward()
-    one_hot = torch.nn.functional.one_hot(y.clamp(min=0), 7)
-    by_hand = (logits.detach().softmax(-1) - one_hot) * (y >= 0)[:, None]
-    assert torch.allclose(logits.grad, by_hand, atol=1e-6)
+    """However few logits stand at a time, loss and gradients are those written out; -1 with weight 0 counts nothing."""
+    x, weight = torch.randn(11, 5, requires_grad=True), torch.randn(7, 5, requires_grad=True)
+    y, w = torch.randint(7, (11,)), torch.rand(11)
+    y[3], w[3] = -1, 0
+    loss = gpt.HeadLoss.apply(x, weight, y, w, most)
+    (3 * loss).backward()
+    logits = x.detach().double() @ weight.detach().double().T
+    expected = -(logits.log_softmax(-1)[torch.arange(11), y] * w).sum()
+    assert float(loss.detach()) == pytest.approx(float(expected), abs=1e-5)
+    grad = 3 * (logits.softmax(-1) - torch.nn.functional.one_hot(y.clamp(min=0), 7)) * w[:, None]
+    assert torch.allclose(x.grad.double(), grad @ weight.detach().double(), atol=1e-5)
+    assert torch.allclose(weight.grad.double(), grad.T @ x.detach().double(), atol=1e-5)
+
+
+@pytest.mark.parametrize("most", [100, 10**6])
+def test_losses_in_bfloat16_are_near_those_in_float64(most):
+    x, weight = torch.randn(40, 32).bfloat16().requires_grad_(), torch.randn(19, 32, requires_grad=True)
+    y, w = torch.randint(19, (40,)), torch.rand(40)
+    loss = gpt.HeadLoss.apply(x, weight, y, w, most)
+    loss.backward()
+    exact = [t.detach().double().requires_grad_() for t in (x, weight)]
+    losses = torch.nn.functional.cross_entropy(exact[0] @ exact[1].T, y, reduction="none")
+    expected = (losses * w).sum()
+    expected.backward()
+    assert loss.dtype == torch.float32
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-2)
+    for mine, other in zip((x, weight), exact, strict=True):
+        assert mine.grad.dtype == mine.dtype
+        assert (mine.grad - other.grad).norm() < 1e-2 * other.grad.norm()
+
+
+def test_logits_and_loss_come_together_unless_weights_are_given():
+    model = gpt.GPT(gpt.GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_kv_head=1, n_embd=16))
+    x, y = torch.randint(11, (2, 2, 8))
+    logits, loss = model.eval()(x, y)
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten())
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), abs=1e-6)
+    none, weighted = model(x, y, weights=torch.ones(2, 8))
+    assert none is None and float(weighted.detach()) == pytest.approx(float(expected.detach()), abs=1e-6)
 
 
 # ---- Rotary positions ----
@@ -552,8 +580,8 @@ def test_loss_is_the_weighted_mean(name):
     model, weights = random_model(**LLAMA_LIKE), WEIGHTINGS[name]()
     ids, targets = random_ids(model.config, 3, 9), random_ids(model.config, 3, 9, seed=3)
     with torch.no_grad():
-        logits, loss = model(ids, targets, weights=weights)
-        plain = model(ids, targets)[1]
+        logits, plain = model(ids, targets)
+        loss = model(ids, targets, weights=weights)[1]
     assert float(loss) == pytest.approx(explicit_loss(logits, targets, weights), abs=1e-5)
     assert abs(float(loss) - float(plain)) > 1e-3
     with torch.no_grad():
@@ -568,7 +596,7 @@ def test_targets_of_minus_one_do_not_count_whatever_they_weigh():
     ids, targets = random_ids(model.config, 3, 9), random_ids(model.config, 3, 9, seed=3)
     targets[0, 2:5] = targets[2, 8] = -1
     with torch.no_grad():
-        logits, loss = model(ids, targets, weights=weights)
+        logits, loss = model(ids)[0], model(ids, targets, weights=weights)[1]
     assert float(loss) == pytest.approx(explicit_loss(logits, targets, weights), abs=1e-5)
 
 
@@ -797,7 +825,8 @@ def test_checkpoints_of_a_compiled_model_load_into_a_plain_one(tmp_path):
     model = random_model(**LLAMA_LIKE)
     model.compile(dynamic=False)
     data = SimpleNamespace(folder=tmp_path, meta={"sha256": ""}, tokenizer=gpt.Tokenizer("char", "ab"))
-    saved = gpt.snapshot(model, data, 1, 2.0)["model"]
+    machine = gpt.Machine(torch.device("cpu"), torch.float32, True, 0, 1)
+    saved = gpt.snapshot(model, data, machine, 1, 2.0)["model"]
     assert not any("_orig_mod" in name for name in saved)
     other = gpt.GPT(model.config).eval()
     other.load_state_dict(saved)

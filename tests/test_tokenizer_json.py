@@ -21,6 +21,7 @@ from transformers import AutoTokenizer
 
 import gpt
 import prepare
+import resume
 from tokenizer_json import LibraryEncoding, read_tokenizer, write_tokenizer
 
 TOPICS = "\n\n".join(map(topics.get, sorted(topics)))
@@ -602,7 +603,7 @@ def test_tiktokens_patterns_and_special_tokens_are_written(monkeypatch, tmp_path
         assert data["pre_tokenizer"]["type"] == "ByteLevel"
     if len(special) < 10:  # else the gap is filled
         assert again.state["kind"] == "bpe"
-        assert tokenizer == again
+        assert resume.same_ids(tokenizer, again)
     assert_like(again, theirs, random_strings(500, seed=3))
 
 

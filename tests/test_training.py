@@ -21,6 +21,7 @@ import torch
 from forks import run_jobs
 
 import gpt
+import scaling
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -732,17 +733,15 @@ def test_two_processes_train_on_weighted_data_as_one(chats, settings, tmp_path):
     "world_size, accumulation, expected",
     [(1, 4, (4, 12)), (2, 4, (2, 12)), (2, 1, (1, 6)), (4, 1, (1, 3)), (2, 5, (3, 10))],
 )
-def test_processes_share_the_global_batch(settings, world_size, accumulation, expected):
-    settings(batch_size=12, gradient_accumulation_steps=accumulation)
-    n_micro, rows = gpt.split_batch(world_size)
+def test_processes_share_the_global_batch(world_size, accumulation, expected):
+    n_micro, rows = scaling.share(world_size, accumulation, 12)
     assert (n_micro, rows) == expected
     assert n_micro * rows * world_size == 12 * accumulation
 
 
-def test_a_batch_that_cannot_be_shared_is_refused(settings):
-    settings(batch_size=3, gradient_accumulation_steps=1)
+def test_a_batch_that_cannot_be_shared_is_refused():
     with pytest.raises(ValueError, match="2 processes"):
-        gpt.split_batch(2)
+        scaling.share(2, 1, 3)
 
 
 # ---- learning ----
@@ -820,13 +819,25 @@ def test_mfu_counts_the_known_gpus_and_is_none_elsewhere(monkeypatch):
         ((6, 1), (torch.float32, False)),
     ],
 )
-def test_dtype_and_compile_follow_the_gpu(settings, monkeypatch, capability, expected):
-    settings(dtype="auto", device="cuda")
+@pytest.mark.parametrize(
+    ("changes", "long"),  # 72 * 2 * 128**2 * 100 * 4 * 256 * steps: 2.4e11 FLOPs a step
+    [
+        ({"max_iters": 20_000}, False),
+        ({"max_iters": 22_000}, True),
+        ({"max_iters": 2_200, "gradient_accumulation_steps": 10}, True),
+        ({"max_minutes": 1.9}, False),
+        ({"max_minutes": 2.0}, True),
+    ],
+)
+def test_dtype_and_compile_follow_the_gpu(settings, monkeypatch, capability, expected, changes, long):
+    """From two minutes on compiling pays; without a limit in minutes from 5e15 FLOPs on."""
+    sizes = {"n_embd": 128, "n_layer": 2, "batch_size": 400, "block_size": 256}
+    settings(**{"dtype": "auto", "device": "cuda"} | sizes | changes)
     monkeypatch.setattr(gpt, "pick_device", lambda name: torch.device("cuda:0"))
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     machine = gpt.set_up_machine()
-    assert (machine.dtype, machine.compile) == expected
+    assert (machine.dtype, machine.compile) == (expected[0], expected[1] and long)
 
 
 @pytest.mark.parametrize("native", [False, True])
@@ -838,8 +849,8 @@ def test_dtype_and_compile_follow_the_gpu(settings, monkeypatch, capability, exp
         ({"max_minutes": 5.0}, (True, True)),
         ({"max_minutes": 1.0, "max_iters": 5000}, (False, False)),
         ({"max_minutes": 2.0, "dtype": "float32"}, (False, False)),
-        ({"max_iters": 4999}, (False, False)),
-        ({"max_iters": 5000}, (True, True)),
+        ({"max_iters": 5000, "n_embd": 128, "n_layer": 4, "batch_size": 8, "block_size": 256}, (False, False)),
+        ({"max_iters": 5200, "n_embd": 128, "n_layer": 4, "batch_size": 8, "block_size": 256}, (True, True)),
     ],
 )
 def test_cpu_compiles_where_the_run_is_long_enough(settings, monkeypatch, native, changes, expected):

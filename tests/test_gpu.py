@@ -1,0 +1,123 @@
+"""What only a CUDA GPU can show: graphs, compiled or not, do what plain calls do. Skipped where there is none."""
+
+import pytest
+import torch
+
+import gpt
+import sample
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+
+
+def losses_of_a_run(settings, monkeypatch, graphs, **values):
+    """Return loss and gradient norm of 12 steps with dropout, and the weights after them."""
+    settings(device="cuda", dropout=0.2, **values)
+    found = []
+    with monkeypatch.context() as patch:
+        if not graphs:
+            patch.setattr(gpt.Replay, "__call__", lambda self, *inputs: self.function(*inputs))
+        machine = gpt.set_up_machine()
+        data = gpt.Data(gpt.prepare_if_missing("toy"), gpt.block_size)
+        model, forward, optimizers, scaler = gpt.build(data, machine, None)
+        backward, update = gpt.make_step(model, forward, optimizers, scaler, machine, 1)
+        for step in range(12):
+            batch = data.get_batch("train", step, gpt.batch_size)
+            if step == 0 and machine.compile:
+                gpt.compile_model(model, machine, batch)
+            loss = gpt.accumulate(backward, forward, [batch], step, batch[2].sum(), machine)
+            found.append((float(loss), float(update(0.03 / (1 + step), 0.1 / (1 + step)))))
+    assert not graphs or (backward.calls == update.calls == 12 and hasattr(update, "graph"))
+    return found, [p.detach().clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_recorded_steps_are_the_plain_ones(settings, monkeypatch, dtype, compiled, optimizer):
+    """Batches, dropout, rates and the clipping go on from step to step although nothing but replays happens."""
+    values = {"dtype": dtype, "compile": compiled, "optimizer": optimizer}
+    plain, weights = losses_of_a_run(settings, monkeypatch, False, **values)
+    replayed, others = losses_of_a_run(settings, monkeypatch, True, **values)
+    tolerance = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 3e-3}[dtype]
+    for (loss, norm), (other, other_norm) in zip(plain, replayed, strict=True):
+        assert loss == pytest.approx(other, rel=tolerance) and norm == pytest.approx(other_norm, rel=10 * tolerance)
+    assert plain[-1][0] < 0.9 * plain[0][0]
+    for a, b in zip(weights, others, strict=True):
+        assert (a - b).norm() <= 30 * tolerance * a.norm() + 1e-6
+
+
+def test_a_recorded_step_with_a_gradient_that_is_not_finite_changes_nothing(settings):
+    settings(device="cuda", dtype="float32", compile=False)
+    machine = gpt.set_up_machine()
+    data = gpt.Data(gpt.prepare_if_missing("toy"), gpt.block_size)
+    model, forward, optimizers, scaler = gpt.build(data, machine, None)
+    backward, update = gpt.make_step(model, forward, optimizers, scaler, machine, 1)
+    for step in range(6):
+        batch = data.get_batch("train", step, 4)
+        before = [p.detach().clone() for p in model.parameters()]
+        if step == 4:
+            batch[2][:] = torch.nan
+        backward(*batch, 1.0)
+        norm = update(0.01, 0.01)
+        same = all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+        assert (same, bool(norm.isfinite())) == (step == 4, step != 4)
+
+
+def small_model(dtype=torch.float32):
+    torch.manual_seed(0)
+    sizes = {"block_size": 32, "vocab_size": 50, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 64}
+    model = gpt.GPT(gpt.GPTConfig(**sizes, tie_weights=False)).eval()
+    for p in model.parameters():
+        if p.ndim == 2:
+            torch.nn.init.normal_(p, std=0.3)
+    return sample.speed_up_rows(model.to("cuda", dtype))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("options", [{"temperature": 0.0}, {"temperature": 1.0, "top_k": 5}])
+def test_recorded_generation_gives_the_same_ids(monkeypatch, compiled, options):
+    """Also where the cache is full and refilled, for prompts of unequal lengths, and by the same draws."""
+    model, prompts = small_model(), [[1, 2, 3], [4, 5, 6, 7, 8]]
+    forward = torch.compile(model.forward, dynamic=False) if compiled else None
+
+    def ids():
+        draws = torch.Generator("cuda").manual_seed(3)
+        found = list(model.generate(prompts, 70, forward=forward, generator=draws, **options))
+        return torch.stack(found).tolist()
+
+    replayed = ids()
+    again = ids()
+    monkeypatch.setattr(gpt.Replay, "__call__", lambda self, *inputs: self.function(*inputs))
+    assert replayed == again == ids()
+    assert len({tuple(row) for row in replayed}) > 10
+
+
+def test_a_sampler_of_ones_own_is_not_recorded():
+    model = small_model()
+    seen = []
+
+    def pick(logits):
+        seen.append(int(logits.argmax(-1)))
+        return logits.argmax(-1)
+
+    found = [int(i) for i in model.generate([[1, 2]], 20, pick=pick)]
+    assert found == seen == [int(i) for i in model.generate([[1, 2]], 20, temperature=0)]
+
+
+@pytest.mark.parametrize("size", [50, 64, 50257])
+def test_losses_with_a_padded_head_are_near_those_in_float64(size):
+    torch.manual_seed(0)
+    x = torch.randn(64, 32, device="cuda").bfloat16().requires_grad_()
+    weight = torch.randn(size, 32, device="cuda", requires_grad=True)
+    y, w = torch.randint(size, (64,), device="cuda"), torch.rand(64, device="cuda")
+    loss = gpt.HeadLoss.apply(x, weight, y, w, 2**20)
+    loss.backward()
+    exact = [t.detach().double().requires_grad_() for t in (x, weight)]
+    expected = (torch.nn.functional.cross_entropy(exact[0] @ exact[1].T, y, reduction="none") * w).sum()
+    expected.backward()
+    assert float(loss) == pytest.approx(float(expected), rel=1e-2)
+    for mine, other in zip((x, weight), exact, strict=True):
+        assert (mine.grad - other.grad).norm() < 2e-2 * other.grad.norm()
