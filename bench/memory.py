@@ -13,13 +13,12 @@ import sys
 from pathlib import Path
 
 import torch
-from common import flags, in_turn, nanogpt, ratios, record, serve
-from train_speed import SHAPES
+from common import flags, in_turn, ratios, record, serve
+from train_speed import SHAPES, peer_model
 
 
 def peer(case, device):
-    model_py = nanogpt(case["nanogpt"])
-    model = model_py.GPT(model_py.GPTConfig(**case["sizes"], dropout=0.0, bias=False)).to(device)
+    model = peer_model(case, device)
     return lambda x, y: model(x, y)[1], model
 
 

@@ -40,11 +40,15 @@ SHAPES = {  # the second set of sizes is for gpt.py alone
 }
 
 
+def peer_model(case, device):
+    model_py, size = nanogpt(case["nanogpt"]), case["sizes"]["vocab_size"]
+    sizes = case["sizes"] | {"vocab_size": size if size < 1000 else size + -size % 64}
+    return model_py.GPT(model_py.GPTConfig(**sizes, dropout=0.0, bias=False)).to(device)
+
+
 def peer(case, device):
     """Return nanoGPT's training step, a function of a list of batches."""
-    model_py, vocab_size = nanogpt(case["nanogpt"]), case["sizes"]["vocab_size"]
-    sizes = case["sizes"] | {"vocab_size": vocab_size if vocab_size < 1000 else vocab_size + -vocab_size % 64}
-    model = model_py.GPT(model_py.GPTConfig(**sizes, dropout=0.0, bias=False)).to(device)
+    model = peer_model(case, device)
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), device.type)
     forward = torch.compile(model) if case["compile"] else model
 
@@ -101,7 +105,9 @@ def prepare(case):
     torch.set_float32_matmul_precision("high")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     step, batches = (peer if case["nanogpt"] else ours)(case, device), make_batches(case)
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait, leave_memory = lambda: None, lambda: None
+    if device.type == "cuda":
+        wait, leave_memory = torch.cuda.synchronize, torch.cuda.empty_cache  # to the other processes
 
     def measure():
         for _ in range(2 if device.type == "cuda" else 1):
@@ -113,13 +119,13 @@ def prepare(case):
         wait()
         tokens = case["steps"] * sum(x.numel() for x, _, _ in batches)
         speed = tokens / (time.perf_counter() - began)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()  # for the other processes
+        leave_memory()
         return speed
 
     for _ in range(3):
         step(batches)
     wait()
+    leave_memory()
     return measure
 
 
