@@ -357,7 +357,7 @@ class GPT(nn.Module):
             x = run(x, positions, rotary, mask, cache)
         if cache is not None:
             cache.pos += T
-        x = self.ln_f(x) / (self.config.train_temperature if self.training else 1)  # so are the logits
+        x = self.ln_f(x) / self.config.train_temperature if self.training else self.ln_f(x)  # as the logits
         logits = self.lm_head(x) if weights is None else None
         if targets is None:
             return logits, None

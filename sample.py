@@ -202,6 +202,7 @@ class Int8(nn.Module):
         self.register_buffer("rows", rows.round().to(torch.int8))  # (out, in)
         self.register_buffer("scale", scale)  # (out,)
         self.bias = bias
+    weight = property(lambda self: self.rows * self.scale[:, None])  # as the loss takes it
     def forward(self, x):
         if x.dtype == torch.long:
             return self.rows[x] * self.scale[x].unsqueeze(-1)

@@ -80,11 +80,16 @@ def in_turn(cases, runs):
         if torch.cuda.is_available():
             wait(name)
     for run in range(runs):
-        for name, numbers in found.items():
+        for name in list(found):
             workers[name].stdin.write("\n")
             workers[name].stdin.flush()
-            numbers.append(float(workers[name].stdout.readline().split()[-1]))
-            print(f"run {run + 1}: {name} {numbers[-1]:,.1f}", flush=True)
+            answer = workers[name].stdout.readline().split()
+            if not answer:
+                del found[name]
+                print(f"{name}: failed", flush=True)
+                continue
+            found[name].append(float(answer[-1]))
+            print(f"run {run + 1}: {name} {found[name][-1]:,.1f}", flush=True)
     for worker in workers.values():
         worker.stdin.close()
         worker.wait()

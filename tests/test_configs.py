@@ -65,12 +65,12 @@ def test_readmes_tables_are_those_of_the_results():
     [
         (0.1, (2, 96, 64, 0.0, 1.0)),
         (0.5, (3, 128, 128, 0.0, 1.0)),
-        (1, (4, 128, 256, 0.0, 0.87)),
-        (2, (4, 128, 256, 0.05, 0.87)),
-        (3, (4, 128, 256, 0.05, 0.87)),
-        (5, (4, 192, 256, 0.1, 0.83)),
-        (10, (4, 192, 256, 0.15, 0.83)),
-        (25, (5, 256, 256, 0.2, 0.83)),
+        (1, (4, 192, 256, 0.0, 0.87)),
+        (2, (4, 192, 256, 0.05, 0.87)),
+        (3, (4, 192, 256, 0.05, 0.87)),
+        (5, (4, 256, 256, 0.1, 0.83)),
+        (10, (4, 256, 256, 0.15, 0.83)),
+        (25, (4, 256, 256, 0.2, 0.83)),
     ],
 )
 def test_shakespeare_is_sized_to_the_minutes(minutes, expected):
@@ -84,3 +84,12 @@ def test_shakespeare_is_sized_to_the_minutes(minutes, expected):
         names = "n_layer", "n_embd", "block_size", "dropout", "train_temperature"
         assert tuple(script[name] for name in names) == expected
         assert script["max_minutes"] == times * minutes
+
+
+@pytest.mark.parametrize(("flags", "expected"), [([], (1500, 0.2, 0.83)), (["--max_iters=350"], (350, 0.03, 0.9))])
+def test_shakespeare_on_a_gpu_takes_fewer_steps_with_less_dropout(flags, expected):
+    script = {k: getattr(gpt, k) for k in gpt.SETTINGS} | {"__file__": str(ROOT / "gpt.py")}
+    derive = functools.partial(dict, device_type="cuda", native_bfloat16=True)
+    configurator.configure(script, [str(ROOT / "config" / "train_shakespeare.py"), *flags], derive=derive)
+    assert tuple(script[name] for name in ("max_iters", "dropout", "train_temperature")) == expected
+    assert (script["max_minutes"], script["n_embd"], script["batch_size"]) == (0, 256, 32)

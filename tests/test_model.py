@@ -1,5 +1,6 @@
 """The model against formulas written out here, and against transformers' Llama and GPT-2."""
 
+import contextlib
 import math
 from dataclasses import replace
 from types import SimpleNamespace
@@ -960,3 +961,73 @@ def test_rms_norm_follows_the_dtype_of_its_input():
     assert y.dtype == torch.bfloat16
     assert torch.allclose(y.double(), expected, rtol=2e-2, atol=2e-2)
     assert torch.allclose(norm(x.float()), F.rms_norm(x.float(), (16,), norm.weight, 1e-5))
+
+
+# ---- Replay, with a stand-in for the GPU; tests/test_gpu.py has a real one ----
+@pytest.fixture
+def recordings(monkeypatch):
+    """Let Replay record on the CPU; return the list of the graphs made, each with the function it replays."""
+    made = []
+
+    class Graph:
+        def replay(self):
+            self.replay_of.result.copy_(self.replay_of.function(*self.replay_of.inputs))
+
+        def register_generator_state(self, generator):
+            self.generator = generator
+
+    @contextlib.contextmanager
+    def graph(graph):
+        made.append(graph)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(gpt, "to_device", lambda t, device: t)
+    return made
+
+
+def replayed(function, **options):
+    replay = gpt.Replay(function, SimpleNamespace(type="cuda"), **options)
+    torch.cuda.CUDAGraph.replay_of = replay
+    return replay
+
+
+def test_a_function_is_recorded_once_for_each_shape_of_its_inputs(recordings):
+    """Whatever the inputs hold; every call gives what the function gives, and numbers may change, too."""
+    replay = replayed(lambda x, factor: (x * factor).sum(-1))
+    for shape, count in (((2, 3), 1), ((4, 3), 2)):
+        for call in range(6):
+            x = torch.randn(shape)
+            assert torch.allclose(replay(x, call / 2), (x * (call / 2)).sum(-1))
+            assert len(recordings) == count - (call < 2)
+
+
+def test_a_generator_of_ones_own_is_made_known_to_the_graph(recordings):
+    draws = torch.Generator()
+    replay = replayed(lambda x: x + 1, generator=draws)
+    for _ in range(4):
+        replay(torch.ones(2))
+    assert [graph.generator for graph in recordings] == [draws]
+
+
+def test_without_cuda_graphs_or_off_the_gpu_the_function_itself_is_called(recordings, monkeypatch):
+    seen = []
+    for device in ("cpu", "mps", "cuda"):
+        monkeypatch.setattr(gpt, "cuda_graphs", device != "cuda")
+        replay = gpt.Replay(lambda x, device=device: seen.append((device, x)), SimpleNamespace(type=device))
+        for _ in range(5):
+            replay(1.5)
+    assert seen == [(device, 1.5) for device in ("cpu", "mps", "cuda") for _ in range(5)] and not recordings
+
+
+@pytest.mark.parametrize(
+    ("world_size", "n_micro", "changes", "recorded"),
+    [(1, 1, {}, True), (1, 2, {}, False), (2, 1, {}, False), (1, 1, {"gradient_checkpointing": True}, False)],
+)
+def test_steps_of_one_micro_batch_on_one_gpu_are_recorded(monkeypatch, world_size, n_micro, changes, recorded):
+    for name, value in changes.items():
+        monkeypatch.setattr(gpt, name, value)
+    machine = gpt.Machine(torch.device("cuda"), torch.float32, False, 0, world_size)
+    halves = gpt.make_step(None, None, [], None, machine, n_micro)
+    assert [half.device.type == "cuda" for half in halves] == [recorded] * 2

@@ -602,6 +602,7 @@ def test_an_int8_model_computes_with_the_rounded_weights(tied, changes):
     sample.quantize_weights(model)
     torch.testing.assert_close(model(idx)[0], reference(idx)[0], rtol=1e-4, atol=1e-4)
     assert 1e-4 < (model(idx)[0] - before).std() / before.std() < 0.03
+    assert float(model(idx, idx)[1]) == pytest.approx(float(reference(idx, idx)[1].detach()), abs=1e-4)
     assert not [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
     assert (model.wte is model.lm_head) == tied
     for row in (0, 1):  # bfloat16 goes another way, and a single token yet another
