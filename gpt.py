@@ -157,14 +157,14 @@ class GPTConfig:
         if not (0 < (t := self.train_temperature) < math.inf and 0 <= self.dropout < 1):
             raise ValueError(f"dropout is {self.dropout}: from 0 to below 1; train_temperature {t}: above 0")
     head_dim = property(lambda self: self.n_embd // self.n_head)
-    @property
-    def mlp_hidden(self):
-        width = self.mlp_ratio * self.n_embd
-        return 32 * round(width * 2 / 3 / 32) if self.use_swiglu else round(width)
+    mlp_hidden = property(lambda self: 32 * round(self.mlp_ratio * self.n_embd * 2 / 3 / 32)
+                          if self.use_swiglu else round(self.mlp_ratio * self.n_embd))
 
 class RMSNorm(nn.RMSNorm):
-    """nn.RMSNorm (arXiv:1910.07467) whose weight takes x's dtype, as the fused bfloat16 kernel needs."""
-    def forward(self, x): return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+    """nn.RMSNorm (arXiv:1910.07467) all in x's dtype: the fused kernel needs it, autocast would change it."""
+    def forward(self, x):
+        weight = None if self.weight is None else self.weight.to(x.dtype)
+        return F.rms_norm(x, self.normalized_shape, weight, self.eps).to(x.dtype)
 
 def make_norm(config):
     size = config.n_embd, config.norm_eps
@@ -201,7 +201,7 @@ def attention(q, k, v, mask=None):
     elif groups > 1:  # enable_gqa would spare the copies, but not run fast in float32
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None).reshape(B, n_head, T, d)
-def to_device(t, device):  # from pinned memory a GPU fetches it while it works
+def to_device(t, device):  # from pinned memory, so that Python need not wait for the copy
     return (t.pin_memory() if t.is_cpu and device.type == "cuda" else t).to(device, non_blocking=True)
 class Replay:
     """A function of tensors and numbers whose third call, on a GPU, is recorded as a CUDA graph, which calls
@@ -221,7 +221,7 @@ class Replay:
         if self.calls == 3:
             if self.generator is not None:
                 self.graph.register_generator_state(self.generator)
-            with torch.cuda.graph(self.graph):  # if it reads a tensor, as .item() does: cuda_graphs = False
+            with torch.cuda.graph(self.graph, stream=torch.cuda.Stream(self.device)):  # no .item() in here
                 self.result = self.function(*self.inputs)
         self.graph.replay()
         return self.result
@@ -249,7 +249,7 @@ class CausalSelfAttention(nn.Module):
         self.parts = [n * config.head_dim for n in self.heads]  # their rows in c_attn
         self.c_attn = nn.Linear(config.n_embd, sum(self.parts), bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.qk_norm = nn.RMSNorm(self.head_dim, config.norm_eps, False) if config.qk_norm else nn.Identity()
+        self.qk_norm = RMSNorm(self.head_dim, config.norm_eps, False) if config.qk_norm else nn.Identity()
     def forward(self, x, positions, rotary, mask, cache):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, heads, T, head_dim)
@@ -285,24 +285,23 @@ class Block(nn.Module):
         return x + self.drop(self.mlp(self.ln_2(x)).mT).mT
 
 class HeadLoss(torch.autograd.Function):
-    """The sum of w (N,) times the loss in nats of targets y (N,), -1 where w is 0, for x (N, n_embd) and the
-    head's weight. Its gradients come along, so that no more than `most` of the logits stand at a time."""
+    """The sum of w (N,) times the loss in nats of targets y (N,), for x (N, n_embd) and the head's weight.
+    Its gradients come along, so that no more than `most` logits stand at a time. y may be -1 where w is 0."""
     @staticmethod
     def forward(ctx, x, weight, y, w, learn=True, most=2**27):
         pad = -len(weight) % 64 if x.is_cuda else 0  # ids that are none: tensor cores want multiples
         head = F.pad(weight.to(x.dtype), (0, 0, 0, pad))
         bias = F.pad(head.new_zeros(len(weight)), (0, pad), value=-torch.inf)
         n_parts, ids = math.ceil(len(x) * len(head) / most), torch.arange(len(head), device=x.device)
-        loss, grad_x, grad_head = 0, [], 0
-        parts = (t.chunk(n_parts) for t in (x, y.clamp(min=0)[:, None], w[:, None]))
-        for rows, targets, share in zip(*parts):
+        loss, grad_x, grad_head, parts = 0, [], 0, (x, y.clamp(min=0)[:, None], w[:, None])
+        for rows, targets, factor in zip(*(t.chunk(n_parts) for t in parts)):
             logits = F.linear(rows, head, bias)
             logsumexp = logits.float().logsumexp(-1, keepdim=True)
-            loss = loss + ((logsumexp - logits.gather(1, targets)) * share).sum()
+            loss = loss + ((logsumexp - logits.gather(1, targets)) * factor).sum()
             if learn:
-                grad = (((logits - logsumexp).exp() - (ids == targets).float()) * share).to(x.dtype)
+                grad = (((logits - logsumexp).exp() - (ids == targets).float()) * factor).to(x.dtype)
                 grad_x.append(grad @ head)
-                grad_head = grad_head + (grad.mT @ rows).float()
+                grad_head = grad_head + (grad.mT @ rows).float() if weight.requires_grad else head[:0]
         if learn:
             ctx.save_for_backward(torch.cat(grad_x), grad_head[: len(weight)])
         return loss
@@ -339,9 +338,10 @@ class GPT(nn.Module):
         nn.init.zeros_(self.lm_head.weight)
         for table in (self.wte, self.wpe or self.wte):  # after lm_head, whose weight wte's may be
             nn.init.normal_(table.weight, std=0.01 if tied else 0.3)
-    def forward(self, idx, targets=None, cache=None, weights=None):
-        """Return logits (B, T, vocab_size), None with weights, and the targets' mean loss in nats, or None.
-        idx, targets: (B, T) int64; -1 does not count, others by weights (B, T). cache: what idx continues."""
+    def forward(self, idx, targets=None, cache=None, weights=None, at=None):
+        """Return logits (B, T, vocab_size), None with weights, and the targets' mean loss in nats or None: by
+        HeadLoss, not these logits. idx, targets: (B, T) int64; -1 does not count, others by weights (B, T).
+        cache: what idx continues; at (B,): the only positions whose logits are returned."""
         T, block_size, kind = idx.size(1), self.config.block_size, idx.device.type
         assert T <= block_size, f"{T} tokens do not fit block_size {block_size}"
         positions = torch.arange(T, device=idx.device)[None] + (0 if cache is None else cache.pos[:, None])
@@ -357,7 +357,8 @@ class GPT(nn.Module):
             x = run(x, positions, rotary, mask, cache)
         if cache is not None:
             cache.pos += T
-        x = self.ln_f(x) / self.config.train_temperature if self.training else self.ln_f(x)  # as the logits
+        x = self.ln_f(x if at is None else x[torch.arange(len(x)), at][:, None]).to(dtype)
+        x = x / self.config.train_temperature if self.training else x  # as if the logits were
         logits = self.lm_head(x) if weights is None else None
         if targets is None:
             return logits, None
@@ -393,9 +394,9 @@ class GPT(nn.Module):
                 cache.pos.zero_()  # read the texts anew, padded on the right, where causality hides it
                 new = [list(ids.split(1)) for ids in drawn[-block_size:]]  # of each step: one of each row
                 tails = [torch.cat(row)[-k:] for k, row in zip(kept, zip(texts, *new))]
-                logits = self._call_impl(nn.utils.rnn.pad_sequence(tails, batch_first=True), cache=cache)[0]
-                chosen = choose(torch.stack([row[k - 1] for row, k in zip(logits, kept)]))
-                cache.pos.copy_(torch.tensor(kept))  # forget the padding
+                padded, ends = nn.utils.rnn.pad_sequence(tails, batch_first=True), torch.tensor(kept) - 1
+                chosen = choose(self._call_impl(padded, cache=cache, at=ends.to(device))[0][:, 0])
+                cache.pos.copy_(ends + 1)  # forget the padding
             else:
                 chosen = advance(drawn[-1])
             drawn.append(chosen.clone() if pick is None else pick(chosen, **sampling))
@@ -725,20 +726,17 @@ def set_up_machine():
     if chosen == torch.float16 and found.type != "cuda":
         raise ValueError(f"dtype float16 needs a CUDA GPU, not {found.type}: use bfloat16 or float32")
     torch.set_float32_matmul_precision("high")  # TF32 for what stays float32 on CUDA
-    flops = 72 * n_layer * n_embd**2 * max_iters * batch_size * gradient_accumulation_steps * block_size
-    enough = (5 if chosen == torch.float32 else 2) if max_minutes else 5e15 if found.type == "cuda" else 5e13
-    long = (max_minutes or flops) >= enough  # for compiling to pay
-    pays = long and (capability >= (7, 0) or bool(found.type == "cpu" and shutil.which("g++")))
-    machine = Machine(found, chosen, pays if compile is None else compile, rank, world_size)
+    able = capability >= (7, 0) or bool(found.type == "cpu" and shutil.which("g++"))  # to compile
+    machine = Machine(found, chosen, able if compile is None else compile, rank, world_size)
     if world_size > 1:
         from scaling import join_processes
         join_processes(machine)
     return machine
 def compile_model(model, machine, batch):
-    """Compile the model, or each of FSDP's parts, in place, if that works for a batch; return the seconds."""
+    """Compile the model, or several processes' blocks, in place, if that works on a batch; return seconds."""
     os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # spares seconds of trying the C++ compiler
-    began, outcome, parts = time.time(), "compiled", model.h if machine.sharded else [model]
-    for part in parts:
+    began, outcome, parts = time.time(), "compiled", model.h if machine.world_size > 1 else [model]
+    for part in parts:  # so processes exchange a block's gradients while they compute the next one's
         part.compile(dynamic=False)  # part(...) is compiled from now on, part._call_impl(...) is not
     try:
         machine.loss(model, batch).backward()
@@ -775,6 +773,10 @@ def build(data, machine, state, out=Path()):
         model = trained_model(sys.modules[__name__], data, state, out)
     else:
         model = GPT(model_config(data.meta["vocab_size"]))
+    flops = model.flops_per_token() * max_iters * batch_size * gradient_accumulation_steps * block_size
+    enough = 5e15 if machine.device.type == "cuda" else 5e13
+    long = max_minutes >= (5 if machine.dtype == torch.float32 else 2) if max_minutes else flops >= enough
+    machine.compile = machine.compile and (compile or long)  # if nobody says, where it pays
     forward, optimizers = machine.prepare(model), make_optimizers(model, machine)
     scaler = torch.amp.GradScaler("cuda", enabled=machine.dtype == torch.float16)
     if state:
@@ -866,8 +868,7 @@ def make_step(model, forward, optimizers, scaler, machine, n_micro):
         scaler.update()
         return norm
     alone = machine.world_size * n_micro == 1 and not gradient_checkpointing  # whose random state it reads
-    device = machine.device if alone else torch.device("cpu")
-    return Replay(backward, device), Replay(update, device)
+    return (Replay(backward, machine.device), Replay(update, machine.device)) if alone else (backward, update)
 def train(started=None):
     """Train as the settings say; return the final figures as a dict. SIGINT, SIGTERM, SIGUSR1 save, end a run
     and are its "stopped_by"; max_minutes counts from `started`, or now. Raises ValueError, OSError."""
@@ -920,8 +921,7 @@ def training_run(started, machine):
     bad_steps = skipped = torch.zeros((), device=machine.device)  # gradients not finite: in a row, all
     paused += time.time() - started
     mark, mark_step, to_compile = time.time() - paused, step, machine.compile  # since when speed is measured
-    while True:
-        # how far?
+    while True:  # how far?
         elapsed = time.time() - started
         budget = max(59.4 * max_minutes - paused - reserve, 1)  # the hundredth part is for the process's end
         done = (elapsed - paused) / budget if max_minutes else step / max_iters if max_iters else 1

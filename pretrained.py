@@ -401,7 +401,7 @@ def load_lora(state, **changes):
 
 
 def load_other(path, state, device, **changes):
-    """Return what gpt.load_checkpoint does, of a LoRA checkpoint's state or, without one, a folder or hub id."""
+    """Return what gpt.load_checkpoint does, of a LoRA checkpoint's state; if None, of a folder or hub id."""
     model, state = load_lora(state, **changes) if state else load_pretrained(path, **changes)
     return model.to(device), Tokenizer(**state["tokenizer"]), state
 

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import gpt
 from gpt import context_length, load_checkpoint, native_bfloat16, pick_device, sample_next
 
 # ---- Settings: each comment is its help text (python sample.py --help) -------------------------------------
@@ -50,6 +51,7 @@ device = "auto"  # auto: cuda, else mps, else cpu | or any torch device
 dtype = "auto"  # auto: bfloat16 on GPUs that have it, and for int8 on CPUs, else float32 | float32 | bfloat16
 quantize = ""  # int8: weights as one byte each, which halves their memory; empty: as dtype says
 compile = False  # compile the step from token to token: some seconds to begin, then faster
+cuda_graphs = True  # on a GPU record that step, and replay it: no kernel waits for Python
 
 HERE = Path(__file__).resolve().parent
 TUNABLE = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_tokens")  # while it runs
@@ -349,7 +351,7 @@ def main():
     if quantize not in ("", "int8") or (quantize and export):
         raise ValueError(f"quantize is {quantize!r}: it must be int8, or empty for weights as they are; only "
                          "these are exported")
-    chosen = pick_device(device)
+    chosen, gpt.cuda_graphs = pick_device(device), cuda_graphs
     model, tokenizer, state = load_model(chosen)
     if export:
         import pretrained

@@ -111,8 +111,8 @@ def memory(model, rows, machine, optimizer, n_micro=1, **changes):
     of the blocks' matrices. The activations are what the backward pass of `rows` sequences needs, 2 bytes a
     number, 4 in float32: the residual stream, what goes into and comes out of each matrix; then the head's
     gradient, and at most 2**27 logits at a time, 16 bytes each; compiled it is less. With
-    gradient_checkpointing only the stream stays, and what one block adds. FSDP divides all but the activations by the processes, gradients only if a step is one micro-batch.
-    With several, DDP holds the gradients twice.
+    gradient_checkpointing only the stream stays, and what one block adds. FSDP divides all but activations by
+    the processes, gradients only if a step is one micro-batch. With several, DDP holds the gradients twice.
     Not counted: Muon under FSDP gathers the matrices of one kind of all blocks. changes: of model.config.
     """
     c, size = replace(model.config, **changes), 4 if machine.dtype == torch.float32 else 2
@@ -240,10 +240,12 @@ def main():
     import gpt
 
     on_gpu = {"device_type": "cuda", "native_bfloat16": True}
+    defaults = {name: getattr(gpt, name) for name in gpt.SETTINGS}
     print("| config | parameters | one GPU, or each by DDP | each of 2 by FSDP | of 4 | of 8 |")
     print("|---|---|---|---|---|---|")
     for name in ("train_gpt2", "train_large", "gpt2_large", "train_1b", "gpt2_xl"):
         words = ["config/train_gpt2.py"] * name.startswith("gpt2") + [f"config/{name}.py"]
+        vars(gpt).update(defaults)
         configurator.configure(vars(gpt), words, derive=lambda: on_gpu)
         with torch.device("meta"):
             model = gpt.GPT(gpt.model_config(50257))

@@ -1,7 +1,7 @@
 """Run a training command as a user does: its whole wall time, and its loss.
 
     python bench/time_to_loss.py config/train_shakespeare.py [--key=value ...] [--runs=3]
-    python bench/time_to_loss.py --nanogpt=PATH --runs=3 config/train_shakespeare.py --max_minutes=0.12
+    python bench/time_to_loss.py --nanogpt=PATH --runs=3 config/train_shakespeare.py --max_minutes=0.1
 
 Runs differ in their seed. The loss over the full validation split is the one that the command prints at its end; that
 of best.pt is also taken by nanoGPT's estimator, the mean loss of random windows of validation text, of 64 and of 256

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 import configurator
 import gpt
+import scaling
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -40,6 +42,49 @@ def test_preset_is_as_large_as_its_name_says(names, vocab_size, promised):
     assert f"{n:.1f}M parameters" in stated or f"{n:.0f}M parameters" in stated
 
 
+VOCABULARY = {  # tokens, with those that no text gives
+    "train_shakespeare": 65,
+    "train_pydoc": 103,
+    "debug": 103,
+    "train_tiny": 65,
+    "train_small": 65,
+    "train_stdlib": 8192,
+    "train_tinystories": 8192,
+}
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "config").glob("*train_*.py")) + ["debug"])
+def test_readme_tells_the_configs_sizes(name):
+    """The numbers in its row: on a CPU, on one without bfloat16 where that differs, on a GPU; or one for all."""
+    table = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## Config files\n")[1]
+    row = next(line for line in table.splitlines() if f"`{name}.py`" in line)
+    files, stated = re.findall(r"`(\w+)\.py`", row), re.findall(r"([\d.,]+)M", row.split("|")[2])
+    if len(files) > 1:
+        stated = [stated[files.index(name)]]
+    places = [("cpu", True), ("cuda", True)] if len(stated) < 3 else [("cpu", True), ("cpu", False), ("cuda", True)]
+    for (device, native), number in zip(places, stated * (3 // len(stated)), strict=False):
+        script = {k: getattr(gpt, k) for k in gpt.SETTINGS} | {"__file__": str(ROOT / "gpt.py")}
+        derive = functools.partial(dict, device_type=device, native_bfloat16=native)
+        configurator.configure(script, [str(ROOT / "config" / f"{name}.py")], derive=derive)
+        fields = set(gpt.GPTConfig.__dataclass_fields__) & set(gpt.SETTINGS)
+        with torch.device("meta"):
+            vocab_size = VOCABULARY.get(name, 50257)
+            model = gpt.GPT(gpt.GPTConfig(vocab_size=vocab_size, **{k: script[k] for k in fields}))
+        digits = len(number.partition(".")[2])
+        assert f"{model.n_params() / 1e6:,.{digits}f}" == number, (name, device, native)
+
+
+def test_readmes_table_of_memory_counts_the_configs_own_parameters(monkeypatch, capsys):
+    """It is what scaling.py prints, and its sizes are those of the presets, whichever came before."""
+    for name in gpt.SETTINGS:
+        monkeypatch.setattr(gpt, name, getattr(gpt, name))
+    scaling.main()
+    printed = capsys.readouterr().out
+    assert printed in (ROOT / "README.md").read_text(encoding="utf-8")
+    for name, size in (("train_gpt2", "124M"), ("train_large", "351M"), ("train_1b", "1,073M"), ("gpt2_xl", "1,558M")):
+        assert f"| `{name}.py` | {size} |" in printed
+
+
 def test_flags_override_a_preset():
     script = {k: getattr(gpt, k) for k in gpt.SETTINGS} | {"__file__": str(ROOT / "gpt.py")}
     configurator.configure(
@@ -68,7 +113,7 @@ def test_readmes_tables_are_those_of_the_results():
         (1, (4, 192, 256, 0.0, 0.87)),
         (2, (4, 192, 256, 0.05, 0.87)),
         (3, (4, 192, 256, 0.05, 0.87)),
-        (5, (4, 256, 256, 0.1, 0.83)),
+        (5, (4, 192, 256, 0.1, 0.83)),
         (10, (4, 256, 256, 0.15, 0.83)),
         (25, (4, 256, 256, 0.2, 0.83)),
     ],

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -86,6 +87,19 @@ def test_two_processes_train_as_one(settings, tmp_path):
     assert largest_difference(tmp_path / "rounded", tmp_path / "shared") < 0.05
     weights = gpt.read_checkpoint(tmp_path / "shared" / "ckpt.pt")["model"]
     assert {w.dtype for w in weights.values()} == {torch.float32}
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="there is no C++ compiler")
+def test_two_processes_train_compiled_as_one_does_plainly(settings, tmp_path):
+    """By DDP as by FSDP2 each block is compiled."""
+    settings(batch_size=2, gradient_accumulation_steps=2, max_iters=6, eval_interval=3, dropout=0.0)
+    settings(out_dir=str(tmp_path / "plain"))
+    gpt.train()
+    runs = [{"compile": True, "fsdp": fsdp, "out_dir": str(tmp_path / str(fsdp))} for fsdp in (False, True)]
+    outputs = run_processes(2, *runs)
+    assert outputs[0][0].count("\ncompiled in ") == 2
+    for run in runs:
+        assert largest_difference(Path(run["out_dir"]), tmp_path / "plain") < 1e-4
 
 
 @pytest.mark.skipif("FOUR" not in os.environ, reason="half a minute on two cores: FOUR=1 pytest runs it, too")

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import gpt
@@ -402,14 +403,23 @@ def test_compiled_linear_layers_of_single_rows(dtype, bias):
     assert (y - expected).abs().max() < (3e-2 if dtype == torch.bfloat16 else 1e-5)
 
 
-@pytest.mark.parametrize("most", [1, 30, 100, 10**6])
-def test_losses_in_parts_are_those_of_the_whole(most):
-    """However few logits stand at a time, loss and gradients are those written out; -1 with weight 0 counts nothing."""
+@pytest.fixture
+def parts_of_logits(monkeypatch):
+    """Return the list of the shapes of the logits that HeadLoss makes from now on."""
+    shapes, linear = [], F.linear
+    monkeypatch.setattr(F, "linear", lambda *inputs: shapes.append(linear(*inputs).shape) or linear(*inputs))
+    return shapes
+
+
+@pytest.mark.parametrize(("most", "n_parts"), [(1, 11), (30, 3), (76, 2), (77, 1), (10**6, 1)])
+def test_losses_in_parts_are_those_of_the_whole(most, n_parts, parts_of_logits):
+    """However few logits stand at a time, loss and gradients are those written out; -1 with weight 0 counts not."""
     x, weight = torch.randn(11, 5, requires_grad=True), torch.randn(7, 5, requires_grad=True)
     y, w = torch.randint(7, (11,)), torch.rand(11)
     y[3], w[3] = -1, 0
-    loss = gpt.HeadLoss.apply(x, weight, y, w, most)
+    loss = gpt.HeadLoss.apply(x, weight, y, w, True, most)
     (3 * loss).backward()
+    assert len(parts_of_logits) == n_parts and sum(rows for rows, _ in parts_of_logits) == 11
     logits = x.detach().double() @ weight.detach().double().T
     expected = -(logits.log_softmax(-1)[torch.arange(11), y] * w).sum()
     assert float(loss.detach()) == pytest.approx(float(expected), abs=1e-5)
@@ -422,7 +432,7 @@ def test_losses_in_parts_are_those_of_the_whole(most):
 def test_losses_in_bfloat16_are_near_those_in_float64(most):
     x, weight = torch.randn(40, 32).bfloat16().requires_grad_(), torch.randn(19, 32, requires_grad=True)
     y, w = torch.randint(19, (40,)), torch.rand(40)
-    loss = gpt.HeadLoss.apply(x, weight, y, w, most)
+    loss = gpt.HeadLoss.apply(x, weight, y, w, True, most)
     loss.backward()
     exact = [t.detach().double().requires_grad_() for t in (x, weight)]
     losses = torch.nn.functional.cross_entropy(exact[0] @ exact[1].T, y, reduction="none")
@@ -433,6 +443,61 @@ def test_losses_in_bfloat16_are_near_those_in_float64(most):
     for mine, other in zip((x, weight), exact, strict=True):
         assert mine.grad.dtype == mine.dtype
         assert (mine.grad - other.grad).norm() < 1e-2 * other.grad.norm()
+
+
+@pytest.mark.parametrize(("learn", "frozen", "products"), [(False, False, 1), (True, True, 2), (True, False, 3)])
+def test_only_gradients_that_somebody_takes_are_computed(learn, frozen, products):
+    """By the count of multiplications: the logits, the gradients of what goes into the head, those of its weight."""
+    x, weight = torch.randn(12, 8, requires_grad=True), torch.randn(20, 8, requires_grad=not frozen)
+    y, w = torch.randint(20, (12,)), torch.ones(12)
+    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(learn):
+        loss = gpt.HeadLoss.apply(x, weight, y, w, torch.is_grad_enabled(), 60)
+        if learn:
+            loss.backward()
+    assert counter.get_total_flops() == products * 2 * 12 * 8 * 20
+    assert (x.grad is None, weight.grad is None) == (not learn, not learn or frozen)
+
+
+def test_evaluation_computes_no_gradients():
+    model = random_model(**LLAMA_LIKE)
+    ids = random_ids(model.config, 2, 12)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(ids, ids, weights=torch.ones(2, 12))
+        loss = counter.get_total_flops()
+        model(ids)
+    assert counter.get_total_flops() == 2 * loss
+
+
+def test_only_the_last_positions_logits_are_made_in_generating(monkeypatch):
+    """Of a prompt, too, of which each row has its own last position; as all positions' logits have them."""
+    model, prompts = random_model(**LLAMA_LIKE), [[1, 2, 3, 4, 5, 6], [3, 1]]
+    seen, ends = [], torch.tensor([5, 1])
+    with torch.no_grad():
+        ids = torch.tensor([prompts[0], prompts[1] + [0] * 4])
+        assert torch.allclose(model(ids, at=ends)[0], model(ids)[0][torch.arange(2), ends][:, None], atol=1e-5)
+    model.lm_head.register_forward_hook(lambda module, inputs, y: seen.append(tuple(y.shape)))
+    assert len(list(model.generate(prompts, 4))) == 4
+    assert seen == [(2, 1, model.config.vocab_size)] * 4
+
+
+@pytest.mark.parametrize("norm", ["RMSNorm", "LayerNorm"])
+def test_norms_that_autocast_makes_float32_leave_the_rest_in_bfloat16(monkeypatch, norm):
+    """As CUDA's autocast does: layer_norm, and from torch 2.12 on rms_norm, compute and return float32."""
+    model, seen = random_model(**LLAMA_LIKE | {"use_rms_norm": norm == "RMSNorm", "qk_norm": True}), []
+    for name in ("rms_norm", "layer_norm"):
+        function = getattr(F, name)
+        monkeypatch.setattr(F, name, lambda x, *others, f=function: f(x.float(), *others_in_float(others)))
+    attention, apply = gpt.attention, gpt.HeadLoss.apply
+    monkeypatch.setattr(gpt, "attention", lambda q, k, v, *m: seen.extend((q, k, v)) or attention(q, k, v, *m))
+    monkeypatch.setattr(gpt.HeadLoss, "apply", lambda x, *others: seen.append(x) or apply(x, *others))
+    ids = random_ids(model.config, 2, 12)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(ids, ids, weights=torch.ones(2, 12))[1].backward()
+    assert len(seen) > 4 and {t.dtype for t in seen} == {torch.bfloat16}
+
+
+def others_in_float(others):
+    return [t.float() if isinstance(t, torch.Tensor) else t for t in others]
 
 
 def test_logits_and_loss_come_together_unless_weights_are_given():
@@ -977,18 +1042,20 @@ def recordings(monkeypatch):
             self.generator = generator
 
     @contextlib.contextmanager
-    def graph(graph):
+    def graph(graph, stream):
+        assert stream == "a stream of cuda:7"  # else it would record another GPU's
         made.append(graph)
         yield
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"a stream of {device}")
     monkeypatch.setattr(gpt, "to_device", lambda t, device: t)
     return made
 
 
 def replayed(function, **options):
-    replay = gpt.Replay(function, SimpleNamespace(type="cuda"), **options)
+    replay = gpt.Replay(function, torch.device("cuda:7"), **options)
     torch.cuda.CUDAGraph.replay_of = replay
     return replay
 
@@ -1030,4 +1097,4 @@ def test_steps_of_one_micro_batch_on_one_gpu_are_recorded(monkeypatch, world_siz
         monkeypatch.setattr(gpt, name, value)
     machine = gpt.Machine(torch.device("cuda"), torch.float32, False, 0, world_size)
     halves = gpt.make_step(None, None, [], None, machine, n_micro)
-    assert [half.device.type == "cuda" for half in halves] == [recorded] * 2
+    assert [isinstance(half, gpt.Replay) for half in halves] == [recorded] * 2

@@ -70,6 +70,13 @@ def say(monkeypatch, tmp_path, capsys):
     return run
 
 
+def test_recording_can_be_switched_off(say, monkeypatch):
+    for value in (False, True):
+        monkeypatch.setattr(gpt, "cuda_graphs", not value)
+        say(cuda_graphs=value)
+        assert gpt.cuda_graphs is value
+
+
 @pytest.fixture
 def trained(settings):
     """The folder of a run that gpt.train made in a few steps."""

@@ -14,6 +14,7 @@ import sys
 import time
 import types
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ import torch
 from forks import run_jobs
 
 import gpt
+import resume
 import scaling
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -820,11 +822,11 @@ def test_mfu_counts_the_known_gpus_and_is_none_elsewhere(monkeypatch):
     ],
 )
 @pytest.mark.parametrize(
-    ("changes", "long"),  # 72 * 2 * 128**2 * 100 * 4 * 256 * steps: 2.4e11 FLOPs a step
+    ("changes", "long"),  # 400 * 256 tokens a step of (6 * 377,600 + 12 * 2 * 128 * 256) FLOPs: 3.125e11 a step
     [
-        ({"max_iters": 20_000}, False),
-        ({"max_iters": 22_000}, True),
-        ({"max_iters": 2_200, "gradient_accumulation_steps": 10}, True),
+        ({"max_iters": 15_900}, False),
+        ({"max_iters": 16_100}, True),
+        ({"max_iters": 1_610, "gradient_accumulation_steps": 10}, True),
         ({"max_minutes": 1.9}, False),
         ({"max_minutes": 2.0}, True),
     ],
@@ -836,7 +838,7 @@ def test_dtype_and_compile_follow_the_gpu(settings, monkeypatch, capability, exp
     monkeypatch.setattr(gpt, "pick_device", lambda name: torch.device("cuda:0"))
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    machine = gpt.set_up_machine()
+    machine = built_machine()
     assert (machine.dtype, machine.compile) == (expected[0], expected[1] and long)
 
 
@@ -849,8 +851,11 @@ def test_dtype_and_compile_follow_the_gpu(settings, monkeypatch, capability, exp
         ({"max_minutes": 5.0}, (True, True)),
         ({"max_minutes": 1.0, "max_iters": 5000}, (False, False)),
         ({"max_minutes": 2.0, "dtype": "float32"}, (False, False)),
-        ({"max_iters": 5000, "n_embd": 128, "n_layer": 4, "batch_size": 8, "block_size": 256}, (False, False)),
-        ({"max_iters": 5200, "n_embd": 128, "n_layer": 4, "batch_size": 8, "block_size": 256}, (True, True)),
+        # 8 * 256 tokens a step of (6 * 746,752 + 12 * 4 * 128 * 256) FLOPs: 1.24e10 a step
+        ({"max_iters": 4000, "n_embd": 128, "n_layer": 4, "batch_size": 8, "block_size": 256}, (False, False)),
+        ({"max_iters": 4100, "n_embd": 128, "n_layer": 4, "batch_size": 8, "block_size": 256}, (True, True)),
+        ({"max_minutes": 1.0, "compile": True}, (True, True)),
+        ({"max_minutes": 5.0, "compile": False}, (False, False)),
     ],
 )
 def test_cpu_compiles_where_the_run_is_long_enough(settings, monkeypatch, native, changes, expected):
@@ -858,9 +863,29 @@ def test_cpu_compiles_where_the_run_is_long_enough(settings, monkeypatch, native
     settings(**{"dtype": "auto"} | changes)
     monkeypatch.setattr(gpt, "native_bfloat16", lambda device: native)
     monkeypatch.setattr(shutil, "which", lambda name: name)
-    machine = gpt.set_up_machine()
+    machine = built_machine()
     assert machine.compile == expected[not native]
     assert machine.dtype == (torch.bfloat16 if native and "dtype" not in changes else torch.float32)
+
+
+def test_the_size_of_the_model_that_is_trained_decides_on_compiling(settings, monkeypatch):
+    """Not that of the settings, which say nothing of a model to finetune."""
+    sizes = {"block_size": 256, "vocab_size": 65, "n_layer": 4, "n_head": 4, "n_kv_head": 2, "n_embd": 128}
+    large = gpt.GPT(gpt.GPTConfig(**sizes, tie_weights=False))
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    settings(max_iters=4100, batch_size=8, block_size=256, n_embd=32, n_layer=1)
+    assert not built_machine().compile
+    monkeypatch.setattr(resume, "trained_model", lambda *_: large)
+    settings(init_from="large.pt", compile=None)
+    assert built_machine().compile
+
+
+def built_machine():
+    """Return the machine once a model with 65 tokens is built for it, wherever that may be."""
+    machine = gpt.set_up_machine()
+    machine.prepare = lambda model: model
+    gpt.build(SimpleNamespace(meta={"vocab_size": 65}), machine, None)
+    return machine
 
 
 def test_compile_failure_is_one_line_and_trains_on(settings, monkeypatch, capsys):
@@ -876,7 +901,7 @@ def test_compile_failure_is_one_line_and_trains_on(settings, monkeypatch, capsys
 
 
 def test_blocks_compiled_by_themselves_are_so_in_training_alone():
-    """With FSDP each block is compiled; evaluation and samples would compile them anew, for each of the layers."""
+    """With several processes each block is; evaluation and samples would compile them anew, for each of the layers."""
     model = gpt.GPT(gpt.GPTConfig(vocab_size=8, block_size=8, n_layer=2, n_head=2, n_kv_head=1, n_embd=16))
     calls, x = [], torch.zeros(1, 4, dtype=torch.long)
     for block in model.h:
