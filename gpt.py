@@ -161,7 +161,7 @@ class GPTConfig:
                           if self.use_swiglu else round(self.mlp_ratio * self.n_embd))
 
 class RMSNorm(nn.RMSNorm):
-    """nn.RMSNorm (arXiv:1910.07467) all in x's dtype: the fused kernel needs it, autocast would change it."""
+    """nn.RMSNorm (arXiv:1910.07467), weight and result in x's dtype: its fused kernel needs them so."""
     def forward(self, x):
         weight = None if self.weight is None else self.weight.to(x.dtype)
         return F.rms_norm(x, self.normalized_shape, weight, self.eps).to(x.dtype)
@@ -286,7 +286,7 @@ class Block(nn.Module):
 
 class HeadLoss(torch.autograd.Function):
     """The sum of w (N,) times the loss in nats of targets y (N,), for x (N, n_embd) and the head's weight.
-    Its gradients come along, so that no more than `most` logits stand at a time. y may be -1 where w is 0."""
+    Its gradients come along, so that only about `most` logits stand at a time. y may be -1 where w is 0."""
     @staticmethod
     def forward(ctx, x, weight, y, w, learn=True, most=2**27):
         pad = -len(weight) % 64 if x.is_cuda else 0  # ids that are none: tensor cores want multiples
@@ -301,7 +301,7 @@ class HeadLoss(torch.autograd.Function):
             if learn:
                 grad = (((logits - logsumexp).exp() - (ids == targets).float()) * factor).to(x.dtype)
                 grad_x.append(grad @ head)
-                grad_head = grad_head + (grad.mT @ rows).float() if weight.requires_grad else head[:0]
+                grad_head = grad_head + ((grad.mT @ rows).float() if weight.requires_grad else head[:0])
         if learn:
             ctx.save_for_backward(torch.cat(grad_x), grad_head[: len(weight)])
         return loss
@@ -339,9 +339,9 @@ class GPT(nn.Module):
         for table in (self.wte, self.wpe or self.wte):  # after lm_head, whose weight wte's may be
             nn.init.normal_(table.weight, std=0.01 if tied else 0.3)
     def forward(self, idx, targets=None, cache=None, weights=None, at=None):
-        """Return logits (B, T, vocab_size), None with weights, and the targets' mean loss in nats or None: by
-        HeadLoss, not these logits. idx, targets: (B, T) int64; -1 does not count, others by weights (B, T).
-        cache: what idx continues; at (B,): the only positions whose logits are returned."""
+        """Return logits (B, T, vocab_size), None with weights, and the targets' mean loss in nats, or None.
+        idx, targets: (B, T) int64; -1 does not count, others by weights (B, T). cache: what idx continues.
+        at (B,): positions whose logits alone are made, (B, 1, vocab_size). The loss has its own: HeadLoss."""
         T, block_size, kind = idx.size(1), self.config.block_size, idx.device.type
         assert T <= block_size, f"{T} tokens do not fit block_size {block_size}"
         positions = torch.arange(T, device=idx.device)[None] + (0 if cache is None else cache.pos[:, None])
@@ -712,7 +712,7 @@ def native_bfloat16(device):  # does the hardware itself multiply it? A T4, say,
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 def set_up_machine():
-    """Choose device, dtype and compile, as the settings say; under torchrun, join the other processes."""
+    """Choose device and dtype, and whether one can compile; under torchrun, join the other processes."""
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     found = pick_device(device)
     if found.type == "cuda":
@@ -726,7 +726,7 @@ def set_up_machine():
     if chosen == torch.float16 and found.type != "cuda":
         raise ValueError(f"dtype float16 needs a CUDA GPU, not {found.type}: use bfloat16 or float32")
     torch.set_float32_matmul_precision("high")  # TF32 for what stays float32 on CUDA
-    able = capability >= (7, 0) or bool(found.type == "cpu" and shutil.which("g++"))  # to compile
+    able = capability >= (7, 0) or bool(found.type == "cpu" and shutil.which("g++"))  # to compile; see build
     machine = Machine(found, chosen, able if compile is None else compile, rank, world_size)
     if world_size > 1:
         from scaling import join_processes
@@ -766,7 +766,7 @@ def check_settings():
             raise ValueError(f"{name} is {value}: it must be {'above' if least else 'from'} 0, below 2**31")
     model_config(vocab_size=1)
 def build(data, machine, state, out=Path()):
-    """Return (model, what is called to train it, optimizers, scaler): new, init_from's, or a checkpoint's."""
+    """Return (model, what is called to train it, optimizers, scaler); decide whether machine.compile pays."""
     torch.manual_seed(seed)
     if state or lora_rank or init_from not in ("scratch", "resume", "auto"):
         from resume import go_on, trained_model
@@ -776,7 +776,7 @@ def build(data, machine, state, out=Path()):
     flops = model.flops_per_token() * max_iters * batch_size * gradient_accumulation_steps * block_size
     enough = 5e15 if machine.device.type == "cuda" else 5e13
     long = max_minutes >= (5 if machine.dtype == torch.float32 else 2) if max_minutes else flops >= enough
-    machine.compile = machine.compile and (compile or long)  # if nobody says, where it pays
+    machine.compile = machine.compile and (compile or long)
     forward, optimizers = machine.prepare(model), make_optimizers(model, machine)
     scaler = torch.amp.GradScaler("cuda", enabled=machine.dtype == torch.float16)
     if state:
@@ -849,7 +849,7 @@ def accumulate(backward, forward, batches, step, weight, machine):
         return None
     return loss
 def make_step(model, forward, optimizers, scaler, machine, n_micro):
-    """Return a step's two halves. On one GPU, where n_micro is 1, they are recorded as CUDA graphs."""
+    """Return a step's two halves. On one GPU, where n_micro is 1, they are Replays, which belong together."""
     def backward(x, y, w, share):
         loss = machine.loss(forward, (x, y, w)) * share
         scaler.scale(loss).backward()

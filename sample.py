@@ -351,7 +351,8 @@ def main():
     if quantize not in ("", "int8") or (quantize and export):
         raise ValueError(f"quantize is {quantize!r}: it must be int8, or empty for weights as they are; only "
                          "these are exported")
-    chosen, gpt.cuda_graphs = pick_device(device), cuda_graphs
+    gpt.cuda_graphs = cuda_graphs
+    chosen = pick_device(device)
     model, tokenizer, state = load_model(chosen)
     if export:
         import pretrained

@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- begin: python bench/table.py -->\n", "<!-- end -->\n"
 BEGIN_FRONT = "<!-- begin: front, python bench/table.py -->\n"
-CONFIG_SINCE = "2026-11-26"  # when config/train_shakespeare.py took its present sizes
+CONFIG_SINCE = "2026-11-26"  # results before are of config/train_shakespeare.py's earlier sizes
 
 
 def latest(bench, isa="", **wanted):

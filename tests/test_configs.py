@@ -42,7 +42,7 @@ def test_preset_is_as_large_as_its_name_says(names, vocab_size, promised):
     assert f"{n:.1f}M parameters" in stated or f"{n:.0f}M parameters" in stated
 
 
-VOCABULARY = {  # tokens, with those that no text gives
+VOCABULARY = {  # tokens, special ones included
     "train_shakespeare": 65,
     "train_pydoc": 103,
     "debug": 103,
@@ -61,8 +61,9 @@ def test_readme_tells_the_configs_sizes(name):
     files, stated = re.findall(r"`(\w+)\.py`", row), re.findall(r"([\d.,]+)M", row.split("|")[2])
     if len(files) > 1:
         stated = [stated[files.index(name)]]
-    places = [("cpu", True), ("cuda", True)] if len(stated) < 3 else [("cpu", True), ("cpu", False), ("cuda", True)]
-    for (device, native), number in zip(places, stated * (3 // len(stated)), strict=False):
+    with_bfloat16, without, gpu = ("cpu", True), ("cpu", False), ("cuda", True)
+    numbers = stated * 3 if len(stated) == 1 else stated if len(stated) == 3 else [stated[0], *stated]
+    for (device, native), number in zip((with_bfloat16, without, gpu), numbers, strict=True):
         script = {k: getattr(gpt, k) for k in gpt.SETTINGS} | {"__file__": str(ROOT / "gpt.py")}
         derive = functools.partial(dict, device_type=device, native_bfloat16=native)
         configurator.configure(script, [str(ROOT / "config" / f"{name}.py")], derive=derive)

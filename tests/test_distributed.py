@@ -91,7 +91,7 @@ def test_two_processes_train_as_one(settings, tmp_path):
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="there is no C++ compiler")
 def test_two_processes_train_compiled_as_one_does_plainly(settings, tmp_path):
-    """By DDP as by FSDP2 each block is compiled."""
+    """By DDP as by FSDP2."""
     settings(batch_size=2, gradient_accumulation_steps=2, max_iters=6, eval_interval=3, dropout=0.0)
     settings(out_dir=str(tmp_path / "plain"))
     gpt.train()

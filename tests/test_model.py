@@ -724,7 +724,7 @@ def gradients(model, ids, targets, forward=None):
     model.zero_grad()
     loss = model(ids, targets)[1] if forward is None else forward(ids, targets)[1]
     loss.backward()
-    return torch.cat([p.grad.flatten() for p in model.parameters()]).clone()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]).clone()
 
 
 def test_gradients_equal_finite_differences():
@@ -866,10 +866,13 @@ def skip_without_compiler():
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize(("autocast", "tolerance"), [(False, 1e-4), (True, 3e-2)])
-def test_gradients_of_training_as_it_runs_on_a_cpu(compiled, autocast, tolerance):
-    """Compiled or not, attention part by part (in bfloat16) or not: those of the formula."""
-    model = random_model(**LLAMA_LIKE | {"n_layer": 1, "block_size": 300})
+@pytest.mark.parametrize(
+    ("autocast", "frozen", "tolerance"), [(False, False, 1e-4), (True, False, 3e-2), (True, True, 3e-2)]
+)
+def test_gradients_of_training_as_it_runs_on_a_cpu(compiled, autocast, frozen, tolerance):
+    """Compiled or not, attention part by part (in bfloat16) or not, the head learned or not: those of the formula."""
+    model = random_model(**LLAMA_LIKE | {"n_layer": 1, "block_size": 300, "tie_weights": not frozen})
+    model.lm_head.requires_grad_(not frozen)
     ids, targets = random_ids(model.config, 2, 300), random_ids(model.config, 2, 300, seed=3)
     causal = torch.ones(2, 300, 300, dtype=torch.bool).tril()
     with pytest.MonkeyPatch.context() as patch:

@@ -812,6 +812,7 @@ def test_mfu_counts_the_known_gpus_and_is_none_elsewhere(monkeypatch):
     assert gpt.Machine(torch.device("cpu"), torch.float32, False, 0, 1).mfu(1e12) is None
 
 
+@pytest.mark.filterwarnings("ignore:torch.cuda.amp.GradScaler is enabled, but CUDA is not available")
 @pytest.mark.parametrize(
     "capability, expected",
     [
@@ -930,13 +931,18 @@ def test_a_compiled_run_resumes_bit_for_bit(settings, tmp_path):
         assert torch.equal(weight, states[1]["model"][name]), name
 
 
-def test_the_batch_that_compile_is_tried_on_leaves_no_gradient(settings, monkeypatch):
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_batch_that_compile_is_tried_on_leaves_no_gradient(settings, monkeypatch, world_size):
+    """What is compiled is the whole model or, of several processes, each block."""
     settings()
     data, machine = gpt.Data(Path(gpt.data_dir) / "toy", 16), gpt.set_up_machine()
     model, *_ = gpt.build(data, machine, None)
     monkeypatch.setattr(torch, "compile", lambda call, **_: call)
+    machine.world_size = world_size
     gpt.compile_model(model, machine, data.get_batch("train", 0, 4))
     assert all(p.grad is None for p in model.parameters())
+    whole, *blocks = (module._compiled_call_impl is not None for module in (model, *model.h))
+    assert (whole, set(blocks)) == (world_size == 1, {world_size > 1})
 
 
 # ---- from Python, from a notebook ----
