@@ -288,18 +288,18 @@ class HeadLoss(torch.autograd.Function):
     """The sum of w (N,) times the loss in nats of targets y (N,), for x (N, n_embd) and the head's weight.
     Its gradients come along, so that only about `most` logits stand at a time. y may be -1 where w is 0."""
     @staticmethod
-    def forward(ctx, x, weight, y, w, learn=True, most=2**27):
-        pad = -len(weight) % 64 if x.is_cuda else 0  # ids that are none: tensor cores want multiples
+    def forward(ctx, x, weight, y, w, learn=True, most=0):
+        pad, cap = (-len(weight) % 64, 2**27) if x.is_cuda else (0, 2**25)  # tensor cores want multiples
         head = F.pad(weight.to(x.dtype), (0, 0, 0, pad))
         bias = F.pad(head.new_zeros(len(weight)), (0, pad), value=-torch.inf)
-        n_parts, ids = math.ceil(len(x) * len(head) / most), torch.arange(len(head), device=x.device)
+        n_parts = math.ceil(len(x) * len(head) / (most or cap))
+        ids = torch.arange(len(head), device=x.device)
         loss, grad_x, grad_head, parts = 0, [], 0, (x, y.clamp(min=0)[:, None], w[:, None])
         for rows, targets, factor in zip(*(t.chunk(n_parts) for t in parts)):
-            logits = F.linear(rows, head, bias)
-            logsumexp = logits.float().logsumexp(-1, keepdim=True)
-            loss = loss + ((logsumexp - logits.gather(1, targets)) * factor).sum()
+            log_probs = F.linear(rows, head, bias).log_softmax(-1, dtype=torch.float32)
+            loss = loss - (log_probs.gather(1, targets) * factor).sum()
             if learn:
-                grad = (((logits - logsumexp).exp() - (ids == targets).float()) * factor).to(x.dtype)
+                grad = log_probs.exp_().sub_((ids == targets).float()).mul_(factor).to(x.dtype)
                 grad_x.append(grad @ head)
                 grad_head = grad_head + ((grad.mT @ rows).float() if weight.requires_grad else head[:0])
         if learn:

@@ -110,7 +110,7 @@ def memory(model, rows, machine, optimizer, n_micro=1, **changes):
     Weights and gradients are float32, 4 bytes a parameter each, so are AdamW's two averages, and Muon's one,
     of the blocks' matrices. The activations are what the backward pass of `rows` sequences needs, 2 bytes a
     number, 4 in float32: the residual stream, what goes into and comes out of each matrix; then the head's
-    gradient, and at most 2**27 logits at a time, 16 bytes each; compiled it is less. With
+    gradient, and some logits at a time (see HeadLoss), 16 bytes each; compiled it is less. With
     gradient_checkpointing only the stream stays, and what one block adds. FSDP divides all but activations by
     the processes, gradients only if a step is one micro-batch. With several, DDP holds the gradients twice.
     Not counted: Muon under FSDP gathers the matrices of one kind of all blocks. changes: of model.config.
@@ -126,7 +126,8 @@ def memory(model, rows, machine, optimizer, n_micro=1, **changes):
         state = (state - gradients) / machine.world_size + gradients
     elif machine.world_size > 1:
         state += gradients
-    head = 4 * c.vocab_size * c.n_embd + 16 * min(rows * c.block_size * c.vocab_size, 2**27)
+    logits = min(rows * c.block_size * c.vocab_size, 2**27 if machine.device.type == "cuda" else 2**25)
+    head = 4 * c.vocab_size * c.n_embd + 16 * logits
     return state, rows * c.block_size * size * (blocks + 2 * c.n_embd) + head
 
 
@@ -156,7 +157,7 @@ def out_of_memory(model, machine, rows, optimizer, n_micro=1):
     """Return the sentence for a user whose memory is full with micro-batches of `rows` sequences."""
     config, n = model.config, max(machine.world_size, 2)
     state, activations = memory(model, rows, machine, optimizer, n_micro)
-    shared = SimpleNamespace(world_size=n, sharded=True, dtype=machine.dtype)
+    shared = SimpleNamespace(world_size=n, sharded=True, dtype=machine.dtype, device=machine.device)
 
     def spared(**changes):
         return activations - memory(model, rows, machine, optimizer, **changes)[1]
@@ -249,7 +250,8 @@ def main():
         configurator.configure(vars(gpt), words, derive=lambda: on_gpu)
         with torch.device("meta"):
             model = gpt.GPT(gpt.model_config(50257))
-        machines = [SimpleNamespace(world_size=n, sharded=n > 1, dtype=torch.bfloat16) for n in (1, 2, 4, 8)]
+        known = {"device": torch.device("cuda"), "dtype": torch.bfloat16}
+        machines = [SimpleNamespace(world_size=n, sharded=n > 1, **known) for n in (1, 2, 4, 8)]
         sizes = [spelled(memory(model, 1, machine, "adamw")[0]) for machine in machines]
         print(f"| `{name}.py` | {model.n_params() / 1e6:,.0f}M | {' | '.join(sizes)} |")
 

@@ -286,7 +286,7 @@ def test_the_estimate_of_activations_is_near_what_autograd_keeps(changes):
     one block comes later, above it."""
     base = {"block_size": 128, "vocab_size": 65, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 128}
     config = gpt.GPTConfig(**base | {"dropout": 0.0} | changes)
-    machine = SimpleNamespace(world_size=1, sharded=False, dtype=torch.float32)
+    machine = SimpleNamespace(world_size=1, sharded=False, dtype=torch.float32, device=torch.device("cpu"))
     model = gpt.GPT(config)
     state, estimated = scaling.memory(model, 8, machine, "adamw")
     kept = saved_bytes(config, 8) + 16 * 8 * 128 * config.vocab_size
@@ -303,13 +303,13 @@ def test_the_plan_counts_gradients_twice_where_ddp_adds_up_several_micro_batches
     model = gpt.GPT(gpt.GPTConfig(vocab_size=8, block_size=8, n_layer=1, n_head=2, n_kv_head=1, n_embd=16))
     size = 4 * model.n_params()
     for sharded, n_micro, expected in ((False, 1, 4), (False, 2, 5), (True, 1, 4 / 2), (True, 2, 3 / 2 + 1)):
-        machine = SimpleNamespace(world_size=2, sharded=sharded, dtype=torch.float32)
+        machine = SimpleNamespace(world_size=2, sharded=sharded, dtype=torch.float32, device=torch.device("cpu"))
         assert scaling.memory(model, 1, machine, "adamw", n_micro)[0] == expected * size
 
 
 def test_ways_out_of_full_memory_count_what_fsdp_would_take():
     model = gpt.GPT(gpt.GPTConfig(vocab_size=8, block_size=8, n_layer=1, n_head=2, n_kv_head=1, n_embd=16))
-    machine = SimpleNamespace(world_size=4, sharded=False, dtype=torch.float32)
+    machine = SimpleNamespace(world_size=4, sharded=False, dtype=torch.float32, device=torch.device("cpu"))
     said = scaling.out_of_memory(model, machine, 1, "adamw", n_micro=2)
     saved = 4 * model.n_params() * (5 - (3 / 4 + 1))
     assert said.endswith(f"--fsdp=True on 4 GPUs {scaling.spelled(saved)}")
