@@ -732,7 +732,8 @@ def prepare(folder, part, source, kind):
             print(f"{part}: of other settings or another text, begun anew")
         chosen = make_tokenizer(kind, facts, segments(source, facts))
         if facts.special and chosen.end is None:
-            raise ValueError(f"tokenizer {kind} lacks {EOT}, which ends documents and examples: take another")
+            raise ValueError(f"tokenizer {kind} lacks {EOT}, which ends documents and examples: take "
+                             "another, or a single text")
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         counts = ("batches", "shards", "train_tokens", "val_tokens", "train_bytes", "val_bytes")

@@ -302,7 +302,7 @@ def model_card(model, state, name):
     figures |= {key: config.get(key) for key in ("dataset", "optimizer", "learning_rate", "batch_size")}
     figures |= {"finetuned from": Path(state.get("base", "")).name, "LoRA rank": state.get("lora_rank")}
     figures |= {"steps": state.get("step")}
-    if loss := state.get("best_val_loss"):
+    if (loss := state.get("best_val_loss", math.inf)) < math.inf:
         figures |= {"best evaluation's loss": f"{loss:.4f}", "perplexity": f"{math.exp(min(loss, 700)):.2f}"}
     figures |= asdict(model.config)
     rows = "\n".join(f"| {key} | {value} |" for key, value in figures.items() if value not in (None, ""))
@@ -409,7 +409,8 @@ def load_other(path, state, device, **changes):
 def start_finetuning(base, state, out, rank, optimizer, block_size, **changes):
     """Return (model, tokenizer) to finetune: base's or, resumed, of state's shape; with LoRA if rank > 0."""
     if rank and (not base or optimizer == "muon"):
-        raise ValueError(f"lora_rank is {rank}: it needs init_from, a model, and optimizer=adamw")
+        missing = "init_from, the model to finetune" if not base else "--optimizer=adamw, not muon"
+        raise ValueError(f"lora_rank is {rank}: it needs {missing}")
     if state and not rank:
         model, tokenizer = GPT(GPTConfig(**state["model_args"] | changes)), None
     else:

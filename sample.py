@@ -234,7 +234,8 @@ def load_model(device):
     path = find_checkpoint()
     model, tokenizer, state = load_checkpoint(path)  # on the CPU; moved once converted
     n, before = model.n_params(), f"step {state['step']:,}, " if "step" in state else ""
-    loss = f", val loss {state['best_val_loss']:.4f}" if "best_val_loss" in state else ""
+    best = state.get("best_val_loss", math.inf)  # inf: none yet, of a run that was stopped early
+    loss = f", val loss {best:.4f}" if best < math.inf else ""
     fast = native_bfloat16(device) if device.type == "cuda" else device.type == "cpu" and quantize
     if dtype == "bfloat16" or (dtype == "auto" and fast and not export):
         model.bfloat16()

@@ -151,10 +151,12 @@ def test_a_base_that_is_gone_or_unfit_is_named(settings, base, tmp_path):
     settings(init_from=str(tmp_path / "elsewhere.pt"), block_size=32)
     with pytest.raises(ValueError, match="block_size is 32: .*elsewhere.pt has 16 positions"):
         gpt.train()
-    for changes in ({"init_from": "scratch"}, {"optimizer": "muon"}):
-        settings(block_size=16, **changes)
-        with pytest.raises(ValueError, match="lora_rank is 2: it needs init_from"):
-            gpt.train()
+    settings(block_size=16, optimizer="muon")
+    with pytest.raises(ValueError, match="lora_rank is 2: it needs --optimizer=adamw, not muon"):
+        gpt.train()
+    settings(init_from="scratch")
+    with pytest.raises(ValueError, match="lora_rank is 2: it needs init_from"):
+        gpt.train()
     settings(lora_rank=-1)
     with pytest.raises(ValueError, match="lora_rank is -1"):
         gpt.train()

@@ -1,6 +1,7 @@
 """Weights in Hugging Face's format, in and out: transformers is the oracle."""
 
 import json
+import math
 import subprocess
 import sys
 import types
@@ -173,6 +174,15 @@ EXPORTED = {
     "gpt2": (GPT2_SWITCHES, "GPT2LMHeadModel"),
     "gpt2, untied": (GPT2_SWITCHES | {"tie_weights": False}, "GPT2LMHeadModel"),
 }
+
+
+def test_a_model_card_tells_no_loss_where_there_was_none(tmp_path):
+    model = random_model(**EXPORTED[next(iter(EXPORTED))][0])
+    for loss, told in ((1.25, True), (math.inf, False)):
+        state = {"step": 7, "best_val_loss": loss}
+        pretrained.export(model, gpt.Tokenizer("char", CHARS), state, tmp_path / str(loss))
+        card = (tmp_path / str(loss) / "README.md").read_text(encoding="utf-8")
+        assert ("perplexity" in card) is told and ("| 1.2500 |" in card) is told
 
 
 @pytest.mark.parametrize("case", EXPORTED)

@@ -70,6 +70,13 @@ def say(monkeypatch, tmp_path, capsys):
     return run
 
 
+def test_a_run_stopped_before_its_first_best_evaluation_shows_no_loss(say, tmp_path):
+    path = tmp_path / "out" / "abc" / "best.pt"
+    assert ", val loss 1.5000;" in say().err
+    gpt.save_checkpoint(path, gpt.read_checkpoint(path) | {"best_val_loss": math.inf})
+    assert "loss" not in say().err
+
+
 def test_recording_can_be_switched_off(say, monkeypatch):
     for value in (False, True):
         monkeypatch.setattr(gpt, "cuda_graphs", not value)
