@@ -57,7 +57,8 @@ def checked(settings, name, value):
         raise ValueError(f"{name} is {value}: expected a finite number")
     if type(value) is kind or (value is None and settings[name].optional):
         return value
-    expected = kind.__name__ + (" or None" if settings[name].optional else "")
+    words = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
+    expected = words[kind] + (" or None" if settings[name].optional else "")
     raise ValueError(f"{name} is {value!r}: expected {expected}")
 
 

@@ -689,7 +689,7 @@ class Machine:
     # for one process; scaling.py puts others in their place where there are several
     def reduce(self, values, op): return [float(v) for v in values]  # op: SUM or MAX over processes
     def first(self, function, *arguments): return function(*arguments)  # called in the first, returned in all
-    def share(self, n_micro, rows): return n_micro, rows  # the number of micro-batches a step, and their size
+    def divide(self, n_micro, rows): return n_micro, rows  # number of micro-batches a step, and their size
     def prepare(self, model): return model.to(self.device)  # returned: what is called to train it
     def gather(self, state): return state  # a checkpoint's, of whole tensors
     def leave(self): pass
@@ -850,8 +850,8 @@ def accumulate(backward, forward, batches, step, weight, machine):
     return loss
 def make_step(model, forward, optimizers, scaler, machine, n_micro):
     """Return a step's two halves. On one GPU, where n_micro is 1, they are Replays, which belong together."""
-    def backward(x, y, w, share):
-        loss = machine.loss(forward, (x, y, w)) * share
+    def backward(x, y, w, factor):
+        loss = machine.loss(forward, (x, y, w)) * factor
         scaler.scale(loss).backward()
         return loss.detach()
     def update(*rates):
@@ -892,7 +892,7 @@ def train(started=None):
     return figures
 def training_run(started, machine):
     """Set up; then, step by step: how far? | save, evaluate | set lr | accumulate | update | log."""
-    n_micro, rows = machine.share(gradient_accumulation_steps, batch_size)
+    n_micro, rows = machine.divide(gradient_accumulation_steps, batch_size)
     data, state = Data(machine.first(prepare_if_missing, dataset), block_size), None
     out = Path(out_dir or HERE / "out" / data.folder.name)
     # stale: evaluations since the best; paused: seconds not spent on steps; reserve: those that the end takes

@@ -28,7 +28,7 @@ def join_processes(machine):
     backend = "cpu:gloo,cuda:nccl" if machine.device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=machine.rank, world_size=machine.world_size)
     machine.reduce, machine.first, machine.leave = reduce, call_first, leave
-    machine.share, machine.prepare = partial(share, machine.world_size), partial(distributed, machine)
+    machine.divide, machine.prepare = partial(divide, machine.world_size), partial(distributed, machine)
     machine.gather = gather if machine.sharded else machine.gather
 
 
@@ -49,7 +49,7 @@ def call_first(function, *arguments):
     return found[0]
 
 
-def share(world_size, n_micro, rows):
+def divide(world_size, n_micro, rows):
     """Return a process's part of a step of n_micro micro-batches of `rows`: its own such numbers."""
     mine = math.ceil(n_micro / world_size)
     rows, odd = divmod(rows * n_micro, n := world_size * mine)
@@ -183,7 +183,7 @@ def out_of_memory(model, machine, rows, optimizer, n_micro=1):
 # ---- The plan of a run -------------------------------------------------------------------------------------
 def timed_steps(gpt, data, machine, model, forward, optimizers, scaler):
     """Return the seconds of each of three training steps, after some that do not count."""
-    n_micro, rows = machine.share(gpt.gradient_accumulation_steps, gpt.batch_size)
+    n_micro, rows = machine.divide(gpt.gradient_accumulation_steps, gpt.batch_size)
     backward, update = gpt.make_step(model, forward, optimizers, scaler, machine, n_micro)
     warm, seconds = 4 if machine.device.type == "cuda" else 2, []
     for step in range(warm + 3):
@@ -219,7 +219,7 @@ def dry_run(gpt, machine):
         if machine.rank == 0:
             print(gpt.describe(machine, data, model, out, 0))
         seconds = sum(timed_steps(gpt, data, machine, model, forward, optimizers, scaler)) / 3
-    n_micro, rows = machine.share(gpt.gradient_accumulation_steps, gpt.batch_size)
+    n_micro, rows = machine.divide(gpt.gradient_accumulation_steps, gpt.batch_size)
     tokens = n_micro * rows * machine.world_size * gpt.block_size
     steps = int(60 * gpt.max_minutes / seconds) if gpt.max_minutes else gpt.max_iters
     epochs = steps * tokens / (len(data.starts["train"]) * gpt.block_size)

@@ -1,14 +1,17 @@
 """Measure the peak memory of one training step: plain, with gradient checkpointing, and beside nanoGPT's.
 
     python bench/memory.py --nanogpt=PATH
+    python bench/memory.py --nanogpt=PATH --shape=gpt2 --batch_size=2 --compile=1
     python bench/memory.py --nanogpt=PATH --shape=gpt2 --batch_size=16           (a GPU)
 
 Each case is a process of its own: forward, loss and backward of one micro-batch, without the optimizer, both in
-bfloat16 (autocast) and eagerly; on a GPU both compiled. On a GPU the figure is the peak of allocated memory, on a
-CPU how far the peak of resident memory in the step lies above what is resident before it, weights and gradients.
+bfloat16 (autocast), both eagerly or both compiled; on a GPU always compiled. On a GPU the figure is the peak of
+allocated memory, on a CPU (of Linux) how far the peak of resident memory in a second step lies above what is
+resident before it, weights and gradients, once what the first one freed has been given back.
 """
 
-import resource
+import ctypes
+import re
 import sys
 from pathlib import Path
 
@@ -33,11 +36,16 @@ def ours(case, device):
     return lambda x, y: model(x, y, weights=torch.ones_like(x, dtype=torch.float32))[1], model
 
 
+def resident(name):
+    """Return this process's VmRSS, resident memory, or VmHWM, its peak, in MiB."""
+    return int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))[1]) / 1024
+
+
 def prepare(case):
     """Return a function that returns the peak in MiB of one step."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loss_of, model = (peer if case["nanogpt"] else ours)(case, device)
-    if device.type == "cuda":
+    if case["compile"]:
         model.compile(dynamic=False)
 
     def step(rows, length):
@@ -53,22 +61,22 @@ def prepare(case):
             step(case["batch_size"], case["sizes"]["block_size"])
             torch.cuda.synchronize()
             return torch.cuda.max_memory_allocated() / 2**20
-        pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
-        before = pages * resource.getpagesize() / 2**20
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak is now what is resident
+        before = resident("VmRSS")
         step(case["batch_size"], case["sizes"]["block_size"])
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
+        return resident("VmHWM") - before
 
+    measure()  # what libraries and compiling take once does not count, nor do weights and gradients
     if device.type == "cuda":
-        measure()
         torch.cuda.empty_cache()
-    else:
-        step(1, 8)  # what libraries take once does not count, nor do weights and gradients
     return measure
 
 
 def cases(f):
     sizes, more = SHAPES[f["shape"]]
     base = {"sizes": sizes, "more": more, "batch_size": f["batch_size"], "nanogpt": "", "checkpointing": False}
+    base["compile"] = bool(f["compile"]) or torch.cuda.is_available()
     found = {"ours": base, "ours, gradient_checkpointing": base | {"checkpointing": True}}
     if f["nanogpt"]:
         found["nanoGPT"] = base | {"nanogpt": f["nanogpt"]}
@@ -80,21 +88,18 @@ def report(f, found):
         "memory",
         shape=f["shape"],
         batch_size=f["batch_size"],
+        compile=bool(f["compile"]) or torch.cuda.is_available(),
         mib={name: round(sorted(peaks)[len(peaks) // 2]) for name, peaks in found.items()},
         ratios={name: ratios(found["ours"], found[name]) for name in found if name != "ours"},
     )
 
 
-DEFAULTS = {"nanogpt": "", "shape": "shakespeare", "batch_size": 16, "runs": 1}
+DEFAULTS = {"nanogpt": "", "shape": "shakespeare", "batch_size": 16, "runs": 3, "compile": 0}
 
 
 def main():
     f = flags(**DEFAULTS)
-    found = {}
-    for _ in range(f["runs"]):  # a process's peak is not lowered again
-        for name, numbers in in_turn(cases(f), 1).items():
-            found.setdefault(name, []).extend(numbers)
-    report(f, found)
+    report(f, in_turn(cases(f), f["runs"]))
 
 
 if __name__ == "__main__":

@@ -42,15 +42,12 @@ def rows():
         ours, theirs = r["tokens_per_s"][mine], r["tokens_per_s"][name]
         what = f"generating, {mine.removeprefix('ours ')}, tokens/s, 10.7M parameters, beside {name}"
         yield what, f"{ours:,.0f}", f"{theirs:,.0f}", spread(ratio), r
-    if (r := latest("memory", shape="gpt2")) and "nanoGPT" in r["mib"]:
-        what = f"memory of a step, 124M parameters, {r['batch_size']} x 1,024 tokens, beside nanoGPT (less is better)"
-        yield (
-            what,
-            f"{r['mib']['ours']:,} MiB",
-            f"{r['mib']['nanoGPT']:,} MiB",
-            spread(r["ratios"]["nanoGPT"]),
-            r,
-        )
+    for compiled in (False, True):
+        if (r := latest("memory", shape="gpt2", compile=compiled)) and "nanoGPT" in r["mib"]:
+            what = f"memory of a step, {'compiled' if compiled else 'eager'}, 124M parameters, {r['batch_size']} x 1,024 "
+            what += "tokens, beside nanoGPT (less is better)"
+            ours, theirs = r["mib"]["ours"], r["mib"]["nanoGPT"]
+            yield what, f"{ours:,} MiB", f"{theirs:,} MiB", spread(r["ratios"]["nanoGPT"]), r
 
 
 def results(bench):

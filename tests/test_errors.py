@@ -103,9 +103,9 @@ def test_the_flags_of_these_tests_do_train(launch, tmp_path, capsys):
 GPT_MISTAKES = [
     (["--n_layr=3"], ["'n_layr'", "did you mean n_layer?"]),
     (["--zzzzzz=3"], ["'zzzzzz'", "--help"]),
-    (["--n_layer=two"], ["n_layer", "'two'", "int"]),
-    (["--learning_rate=fast"], ["learning_rate", "'fast'", "float"]),
-    (["--compile=perhaps"], ["compile", "'perhaps'", "bool or None"]),
+    (["--n_layer=two"], ["n_layer", "'two'", "whole number"]),
+    (["--learning_rate=fast"], ["learning_rate", "'fast'", "a number"]),
+    (["--compile=perhaps"], ["compile", "'perhaps'", "True or False or None"]),
     (["--n_layer"], ["--n_layer needs a value"]),
     (["config/absent.py"], ["config/absent.py"]),
     (["n_layer=3"], ["n_layer=3", "--key=value"]),
@@ -179,7 +179,7 @@ def test_a_gpu_that_is_not_there_is_named(mistake, script, checkpoint):
         ("\n\nif True\n    n_layer = 3\n", ["wrong.py, line 3"]),
         ("n_layr = 3\n", ["wrong.py", "'n_layr'", "n_layer?"]),
         ("\0", ["wrong.py"]),
-        ("n_layer = 'three'\n", ["wrong.py", "n_layer is 'three'", "int"]),
+        ("n_layer = 'three'\n", ["wrong.py", "n_layer is 'three'", "whole number"]),
         ("n_layer = 1 / 0\n", ["wrong.py", "ZeroDivisionError"]),
         ("max_iters = -5\n", ["max_iters is -5"]),
         ("raise ValueError('one\\ntwo')\n", ["wrong.py", "ValueError", "one"]),
@@ -358,7 +358,7 @@ def test_prepare_refuses_what_is_no_text(mistake, tmp_path, content, holds):
         (["--input=absent.txt"], ["absent.txt"]),
         (["--inptu=a"], ["'inptu'", "input"]),
         (["pydoc", "--val_fraction=2"], ["val_fraction is 2.0"]),
-        (["pydoc", "--val_fraction=x"], ["val_fraction", "'x'", "float"]),
+        (["pydoc", "--val_fraction=x"], ["val_fraction", "'x'", "a number"]),
     ],
 )
 def test_prepare_refuses(mistake, arguments, holds):

@@ -323,7 +323,7 @@ def test_the_model_that_comes_along_is_what_its_page_says():
     (command,) = re.findall(r"^    python (gpt\.py .*)$", page, flags=re.MULTILINE)
     script = {name: getattr(gpt, name) for name in gpt.SETTINGS} | {"__file__": str(ROOT / "gpt.py")}
     configurator.configure(
-        script, shlex.split(command)[1:], derive=lambda: {"device_type": "cpu", "native_bfloat16": False}
+        script, shlex.split(command)[1:], derive=lambda: {"device_type": "cpu", "native_bfloat16": True}
     )
     for name, value in state["config"].items():
         assert script[name] == value or name == "init_from", (

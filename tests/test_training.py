@@ -736,14 +736,14 @@ def test_two_processes_train_on_weighted_data_as_one(chats, settings, tmp_path):
     [(1, 4, (4, 12)), (2, 4, (2, 12)), (2, 1, (1, 6)), (4, 1, (1, 3)), (2, 5, (3, 10))],
 )
 def test_processes_share_the_global_batch(world_size, accumulation, expected):
-    n_micro, rows = scaling.share(world_size, accumulation, 12)
+    n_micro, rows = scaling.divide(world_size, accumulation, 12)
     assert (n_micro, rows) == expected
     assert n_micro * rows * world_size == 12 * accumulation
 
 
 def test_a_batch_that_cannot_be_shared_is_refused():
     with pytest.raises(ValueError, match="2 processes"):
-        scaling.share(2, 1, 3)
+        scaling.divide(2, 1, 3)
 
 
 # ---- learning ----
