@@ -22,7 +22,8 @@ else:
     if _minutes < 0.5:  # 0.2M parameters and a shorter context
         n_layer, n_embd, block_size, batch_size = 2, 96, 64, 32
         eval_interval, eval_iters = 1000, 5
-        muon_lr, warmup_iters = 0.05, 5
+        muon_lr, learning_rate, warmup_iters = 0.05, 0.03, 5  # so few steps want high rates,
+        muon_momentum, qk_norm = 0.8, False  # not what makes long runs steady
     elif _minutes < 0.8:  # 0.5M parameters
         n_layer, block_size, batch_size, eval_interval = 3, 128, 16, 500
         muon_lr = 0.04
@@ -36,5 +37,3 @@ else:
         n_embd, n_kv_head, batch_size, learning_rate = 256, 4, 32, 8e-3
         dropout = 0.15 if _minutes < 20 else 0.2
         weight_decay, train_temperature = 0.1, 0.83
-    if _minutes < 0.8:  # in so few steps high rates are worth more than what makes long runs steady
-        learning_rate, muon_momentum, qk_norm = 0.03, 0.8, False
