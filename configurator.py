@@ -57,8 +57,9 @@ def checked(settings, name, value):
         raise ValueError(f"{name} is {value}: expected a finite number")
     if type(value) is kind or (value is None and settings[name].optional):
         return value
-    words = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
-    expected = words[kind] + (" or None" if settings[name].optional else "")
+    words = {bool: "True, False", int: "an integer", float: "a number", str: "text"}
+    expected = f"{words[kind]}, None" if settings[name].optional else words[kind]
+    expected = " or ".join(expected.rsplit(", ", 1))
     raise ValueError(f"{name} is {value!r}: expected {expected}")
 
 

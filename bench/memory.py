@@ -6,8 +6,9 @@
 
 Each case is a process of its own: forward, loss and backward of one micro-batch, without the optimizer, both in
 bfloat16 (autocast), both eagerly or both compiled; on a GPU always compiled. On a GPU the figure is the peak of
-allocated memory, on a CPU (of Linux) how far the peak of resident memory in a second step lies above what is
-resident before it, weights and gradients, once what the first one freed has been given back.
+allocated memory, on a CPU (of Linux) how far the peak of resident memory in a step lies above what is resident
+before it, weights and the gradients of an earlier step, to which its own are added; what that one freed is given back
+to the system first.
 """
 
 import ctypes

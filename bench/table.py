@@ -43,9 +43,9 @@ def rows():
         what = f"generating, {mine.removeprefix('ours ')}, tokens/s, 10.7M parameters, beside {name}"
         yield what, f"{ours:,.0f}", f"{theirs:,.0f}", spread(ratio), r
     for compiled in (False, True):
-        if (r := latest("memory", shape="gpt2", compile=compiled)) and "nanoGPT" in r["mib"]:
-            what = f"memory of a step, {'compiled' if compiled else 'eager'}, 124M parameters, {r['batch_size']} x 1,024 "
-            what += "tokens, beside nanoGPT (less is better)"
+        if (r := latest("memory", "cores", shape="gpt2", compile=compiled)) and "nanoGPT" in r["mib"]:
+            what = f"memory of a step, {'compiled' if compiled else 'eager'}, 124M parameters, "
+            what += f"{r['batch_size']} x 1,024 tokens, beside nanoGPT (less is better)"
             ours, theirs = r["mib"]["ours"], r["mib"]["nanoGPT"]
             yield what, f"{ours:,} MiB", f"{theirs:,} MiB", spread(r["ratios"]["nanoGPT"]), r
 
