@@ -22,7 +22,7 @@ else:
     if _minutes < 0.5:  # 0.2M parameters and a shorter context
         n_layer, n_embd, block_size, batch_size = 2, 96, 64, 32
         eval_interval, eval_iters = 1000, 5
-        # better at 140 to 2,500 steps of this model; at 600 of the next but one, qk_norm is
+        # rates for few steps (measured: better at 140 to 2,500); the larger models want qk_norm
         muon_lr, learning_rate, muon_momentum, qk_norm, warmup_iters = 0.05, 0.03, 0.8, False, 5
     elif _minutes < 0.8:  # 0.5M parameters
         n_layer, block_size, batch_size, eval_interval = 3, 128, 16, 500
