@@ -179,8 +179,8 @@ def rotary_table(config):
     angles = torch.outer(torch.arange(config.block_size), speeds)
     return torch.stack((angles.cos().repeat(1, 2), torch.cat((-angles.sin(), angles.sin()), dim=1)))
 def rotate(x, rotary):
-    """Turn x (B, heads, T, head_dim) by its positions' rows of the table (2, B or 1, 1, T, head_dim)."""
-    return torch.addcmul(x * rotary[0], torch.cat(x.chunk(2, -1)[::-1], -1), rotary[1])
+    """Turn x (B, T, heads, head_dim) by its positions' rows of the table (2, B or 1, T, 1, head_dim)."""
+    return torch.addcmul(x * rotary[0], x.roll(x.size(-1) // 2, -1), rotary[1])
 def attention(q, k, v, mask=None):
     """Attend from q (B, n_head, T, d) to k, v (B, n_kv_head, S, d); the one place that knows backends.
     mask: (B, 1, T, S) bool, True where a query may look; None: causal, S = T. Returns (B, n_head, T, d)."""
@@ -196,11 +196,14 @@ def attention(q, k, v, mask=None):
             scores = torch.baddbmm(future, rows, k[:, :n].mT, alpha=d**-0.5)
             parts.append((scores.softmax(-1) @ v[:, :n]).view(B, n_head, n - i, d))
         return torch.cat(parts, 2)
-    if mask is not None:  # the heads of a group serve as rows
+    tensor_cores = q.is_cuda and q.dtype != torch.float32 and torch.cuda.get_device_capability() >= (9, 0)
+    gqa = groups > 1 and tensor_cores and (mask is None or T == 1)  # where cuDNN's kernels know groups
+    if mask is not None and not gqa:  # the heads of a group serve as rows
         q, mask = q.reshape(B, n_kv_head, groups * T, d), mask.repeat(1, 1, groups, 1)
-    elif groups > 1:  # enable_gqa would spare the copies, but not run fast in float32
+    elif groups > 1 and not gqa:
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None).reshape(B, n_head, T, d)
+    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=gqa)
+    return y.reshape(B, n_head, T, d)
 def to_device(t, device):  # from pinned memory, so that Python need not wait for the copy
     return (t.pin_memory() if t.is_cpu and device.type == "cuda" else t).to(device, non_blocking=True)
 class Replay:
@@ -252,10 +255,9 @@ class CausalSelfAttention(nn.Module):
         self.qk_norm = RMSNorm(self.head_dim, config.norm_eps, False) if config.qk_norm else nn.Identity()
     def forward(self, x, positions, rotary, mask, cache):
         B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, heads, T, head_dim)
-        qk, v = qkv.split((sum(self.heads[:2]), self.heads[2]), dim=1)
+        qk, v = self.c_attn(x).view(B, T, -1, self.head_dim).split((sum(self.heads[:2]), self.heads[2]), 2)
         qk = self.qk_norm(qk) if rotary is None else rotate(self.qk_norm(qk), rotary)
-        q, k = qk.split(self.heads[:2], dim=1)
+        q, k, v = (t.transpose(1, 2) for t in (*qk.split(self.heads[:2], 2), v))  # (B, heads, T, head_dim)
         if cache is not None:
             k, v = cache.update(self.layer, k, v, positions)  # (B, n_kv_head, block_size, head_dim)
         y = attention(q.to(k.dtype), k, v, mask)
@@ -292,18 +294,17 @@ class HeadLoss(torch.autograd.Function):
         pad, cap = (-len(weight) % 64, 2**27) if x.is_cuda else (0, 2**25)  # tensor cores want multiples
         head = F.pad(weight.to(x.dtype), (0, 0, 0, pad))
         bias = F.pad(head.new_zeros(len(weight)), (0, pad), value=-torch.inf)
-        n_parts = math.ceil(len(x) * len(head) / (most or cap))
-        ids = torch.arange(len(head), device=x.device)
-        loss, grad_x, grad_head, parts = 0, [], 0, (x, y.clamp(min=0)[:, None], w[:, None])
-        for rows, targets, factor in zip(*(t.chunk(n_parts) for t in parts)):
+        ids, n_parts = torch.arange(len(head), device=x.device), math.ceil(len(x) * len(head) / (most or cap))
+        loss, grad_x, grad_head = 0, [], torch.zeros_like(head)
+        for rows, targets, factor in zip(*(t.chunk(n_parts) for t in (x, y.clamp(0)[:, None], w[:, None]))):
             log_probs = F.linear(rows, head, bias).log_softmax(-1, dtype=torch.float32)
             loss = loss - (log_probs.gather(1, targets) * factor).sum()
             if learn:
                 grad = log_probs.exp_().sub_((ids == targets).float()).mul_(factor).to(x.dtype)
                 grad_x.append(grad @ head)
-                grad_head = grad_head + ((grad.mT @ rows).float() if weight.requires_grad else head[:0])
+                grad_head = torch.addmm(grad_head, grad.mT, rows) if weight.requires_grad else grad_head
         if learn:
-            ctx.save_for_backward(torch.cat(grad_x), grad_head[: len(weight)])
+            ctx.save_for_backward(torch.cat(grad_x), grad_head[: len(weight)].to(weight.dtype))
         return loss
     @staticmethod
     def backward(ctx, grad): return *(g * grad for g in ctx.saved_tensors), None, None, None, None
@@ -348,7 +349,7 @@ class GPT(nn.Module):
         x = self.wte(idx) if self.wpe is None else self.wte(idx) + self.wpe(positions)  # (B, T, n_embd)
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         x = self.drop((x.to(dtype) if dtype == torch.bfloat16 else x).mT).mT  # faster; float16 lacks range
-        rotary = None if self.rotary is None else self.rotary[:, positions].unsqueeze(2).to(dtype)
+        rotary = None if self.rotary is None else self.rotary[:, positions].unsqueeze(3).to(dtype)
         rows = positions[:, None, :, None]  # with a cache a query sees what came before, not the unused rest
         mask = None if cache is None else torch.arange(block_size, device=idx.device) <= rows
         save_memory = self.config.gradient_checkpointing and self.training
@@ -408,12 +409,11 @@ def sample_next(logits, temperature=0.8, top_k=200, top_p=0.9, min_p=0.0, genera
     that reach top_p (arXiv:1904.09751), of none below min_p times the first's share (arXiv:2407.01082)."""
     if temperature < 1e-6:
         return logits.argmax(-1)
-    logits, ids = (logits.float() / temperature).topk(min(top_k or 2**31, logits.size(-1)))  # best first
-    probs = logits.softmax(-1)
+    logits, ids = logits.topk(min(top_k or 2**31, logits.size(-1)))  # best first
+    probs = (logits.float() / temperature).softmax(-1)
     probs = probs * (probs.cumsum(-1) - probs < top_p) * (probs >= min_p * probs[:, :1])
-    noise = torch.empty_like(probs).exponential_(generator=generator)
-    chosen = (probs / noise).argmax(-1, keepdim=True)  # by probability, and with no wait for the GPU
-    return ids.gather(-1, chosen)[:, 0]
+    noise = torch.empty_like(probs).exponential_(generator=generator)  # draws by probs, waits for no GPU
+    return ids.gather(-1, (probs / noise).argmax(-1, keepdim=True))[:, 0]
 def context_length(n, block_size):
     """Return how many of the last of n tokens the model sees: all that fit, else half a block to a block.
     When the block is full its older half is forgotten at once, so that the cache is refilled only then."""

@@ -248,9 +248,11 @@ def load_model(device):
     print(f"{path}: {before}{n / 1e6:.2f}M parameters{loss}; {device.type}, {kind}", file=sys.stderr)
     return speed_up_rows(model.to(device)), tokenizer, state
 
+COMPILE = {"dynamic": False, "options": {"coordinate_descent_tuning": True}}  # tuned, that is, on a GPU
+
 def compiled(model):
     """Return model.forward compiled, or where that fails, which is tried, as it is."""
-    forward = torch.compile(model.forward, dynamic=False)
+    forward = torch.compile(model.forward, **COMPILE)
     try:
         list(model.generate([[0]], 2, forward=forward))
     except Exception as e:  # noqa: BLE001  # compilers' errors have no common type

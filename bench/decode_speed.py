@@ -19,7 +19,7 @@ import torch
 from common import flags, in_turn, nanogpt, ratios, record, serve
 
 import gpt
-from sample import speed_up_rows
+from sample import COMPILE, speed_up_rows
 
 SHAPES = {
     "shakespeare": {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "vocab_size": 65},
@@ -52,8 +52,8 @@ def gpt_fast(case, idx, dtype):
         intermediate_size=round(s["n_embd"] * 8 / 3 / 32) * 32,
         n_local_heads=case["n_kv_head"],
     )
-    model = model_py.Transformer(args).to(idx.device, dtype).eval()
-    with torch.device(idx.device):
+    with torch.device(idx.device):  # where a billion weights are drawn sooner
+        model = model_py.Transformer(args).to(dtype).eval()
         model.setup_caches(len(idx), s["block_size"])
     generate.decode_one_token = torch.compile(
         generate.decode_one_token, mode="reduce-overhead", fullgraph=True
@@ -107,8 +107,9 @@ def transformers_generate(case, idx, dtype):
 
 def ours(case, idx, dtype):
     config = gpt.GPTConfig(**case["sizes"], n_kv_head=case["n_kv_head"])
-    model = speed_up_rows(gpt.GPT(config).to(idx.device, dtype).eval())
-    forward = torch.compile(model.forward, dynamic=False) if case["compile"] else None
+    with torch.device(idx.device):
+        model = speed_up_rows(gpt.GPT(config).to(dtype).eval())
+    forward = torch.compile(model.forward, **COMPILE) if case["compile"] else None
 
     def generate(n):
         for ids in model.generate(idx, n, forward=forward, temperature=0.8, top_k=200, top_p=1.0):
@@ -139,8 +140,8 @@ def prepare(case):
     return measure
 
 
-def bandwidth_share(model_bytes, speed):
-    """Return the share of the bandwidth measured by copying 1 GiB that reading the weights once a step takes."""
+def copy_bandwidth():
+    """Return bytes per second, read and written, of copying 1 GiB."""
     x = torch.empty(2**28, device="cuda" if torch.cuda.is_available() else "cpu")
     y, seconds = torch.ones_like(x), []
     for _ in range(5):
@@ -148,7 +149,7 @@ def bandwidth_share(model_bytes, speed):
         x.copy_(y)
         float(x[-1])  # wait for the device
         seconds.append(time.perf_counter() - began)
-    return round(model_bytes * speed * min(seconds) / 2**31, 3)
+    return 2**31 / min(seconds)
 
 
 def cases(f):
@@ -177,17 +178,21 @@ def report(f, found):
     medians = {name: round(sorted(speeds)[len(speeds) // 2], 1) for name, speeds in found.items()}
     for name, speed in medians.items():
         print(f"{name:32s} {speed:10,.1f} tokens/s")
+    config = gpt.GPTConfig(**sizes, n_kv_head=f["n_kv_head"] or sizes["n_head"])
     with torch.device("meta"):
-        config = gpt.GPTConfig(**sizes, n_kv_head=f["n_kv_head"] or sizes["n_head"])
-        n_weights = gpt.GPT(config).n_params() - config.vocab_size * config.n_embd * (not config.tie_weights)
+        n_read = gpt.GPT(config).n_params() - config.vocab_size * config.n_embd * (not config.tie_weights)
+    for n in range(8, 8 + f["tokens"]):  # and on average the keys and values of the tokens so far
+        seen = f["batch_size"] * gpt.context_length(n, config.block_size)
+        n_read += seen * 2 * config.n_layer * config.n_kv_head * config.head_dim / f["tokens"]
+    bound = copy_bandwidth() / n_read  # numbers of one byte
     shares = {
-        name: bandwidth_share(n_weights * (2 if "bfloat16" in name else 4), speed / f["batch_size"])
+        name: round(speed / f["batch_size"] / bound * (2 if "bfloat16" in name else 4), 3)
         for name, speed in medians.items()
         if name.startswith("ours")
     }
     record(
         "decode_speed",
-        bandwidth_share=shares,
+        bandwidth_share=shares,  # of weights and cache read once a step, at the speed of a copy
         shape=f["shape"],
         batch_size=f["batch_size"],
         tokens=f["tokens"],

@@ -66,6 +66,28 @@ def test_a_recorded_step_with_a_gradient_that_is_not_finite_changes_nothing(sett
         assert (same, bool(norm.isfinite())) == (step == 4, step != 4)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("graphs", [False, True])
+def test_no_step_waits_for_the_gpu(settings, monkeypatch, compiled, graphs):
+    """Python hands out a step's work and goes on; only the first steps, which set up and record, may wait."""
+    settings(device="cuda", compile=compiled)
+    monkeypatch.setattr(gpt, "cuda_graphs", graphs)
+    machine = gpt.set_up_machine()
+    data = gpt.Data(gpt.prepare_if_missing("toy"), gpt.block_size)
+    model, forward, optimizers, scaler = gpt.build(data, machine, None)
+    backward, update = gpt.make_step(model, forward, optimizers, scaler, machine, 1)
+    for step in range(6):
+        batch = data.get_batch("train", step, gpt.batch_size)
+        if step == 0 and compiled:
+            gpt.compile_model(model, machine, batch)
+        torch.cuda.set_sync_debug_mode("error" if step > 3 else "default")
+        try:
+            gpt.accumulate(backward, forward, [batch], step, batch[2].sum(), machine)
+            update(0.01, 0.01)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
 def small_model(dtype=torch.float32):
     torch.manual_seed(0)
     sizes = {"block_size": 32, "vocab_size": 50, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 64}
@@ -121,3 +143,27 @@ def test_losses_with_a_padded_head_are_near_those_in_float64(size):
     assert float(loss) == pytest.approx(float(expected), rel=1e-2)
     for mine, other in zip((x, weight), exact, strict=True):
         assert (mine.grad - other.grad).norm() < 2e-2 * other.grad.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("length", [1, 40])
+def test_groups_of_heads_attend_as_the_explicit_formula_says(dtype, cached, length):
+    """Whichever kernel is taken for the dtype, with a mask and without; without, backwards, too."""
+    torch.manual_seed(0)
+    q = torch.randn(2, length, 8, 64, device="cuda", dtype=dtype).transpose(1, 2).requires_grad_()
+    k, v = (torch.randn(2, 2, 64 if cached else length, 64, device="cuda", dtype=dtype) for _ in "kv")
+    mask = torch.ones(length, k.size(2), device="cuda", dtype=torch.bool).tril(20 if cached else 0)
+    k, v = k.requires_grad_(), v.requires_grad_()
+    y = gpt.attention(q, k, v, mask.expand(2, 1, -1, -1) if cached else None)
+    exact = [t.detach().double().requires_grad_() for t in (q, k, v)]
+    wide = [t.repeat_interleave(4, 1) for t in exact[1:]]
+    scores = (exact[0] @ wide[0].mT / 8).masked_fill(~mask, -torch.inf)
+    expected = scores.softmax(-1) @ wide[1]
+    tolerance = 1e-2 if dtype == torch.float32 else 2e-2  # float32 may be TF32
+    assert (y - expected).norm() < tolerance * expected.norm()
+    if not cached:  # as training is
+        y.float().square().sum().backward()
+        expected.square().sum().backward()
+        for mine, other in zip((q, k, v), exact, strict=True):
+            assert (mine.grad - other.grad).norm() < 2 * tolerance * other.grad.norm() + 1e-3
