@@ -170,22 +170,23 @@ def make_norm(config):
     size = config.n_embd, config.norm_eps
     return RMSNorm(*size) if config.use_rms_norm else nn.LayerNorm(*size, bias=config.bias)
 def rotary_table(config):
-    """Return cos and sin of all positions' angles, (2, block_size, d) float32: components i and i + d/2 of a
-    head turn by position * rope_theta^(-2i / d) radians (arXiv:2104.09864; Hugging Face's layout)."""
+    """Return cos and sin of all positions' angles, (2, block_size, d/2) float32: components i and i + d/2 of
+    a head turn by position * rope_theta^(-2i / d) radians (arXiv:2104.09864; Hugging Face's layout)."""
     speeds = config.rope_theta ** -(torch.arange(0, config.head_dim, 2).float() / config.head_dim)
     if config.rope_scaling:
         from pretrained import slow_down
         speeds = slow_down(speeds, **config.rope_scaling)
     angles = torch.outer(torch.arange(config.block_size), speeds)
-    return torch.stack((angles.cos().repeat(1, 2), torch.cat((-angles.sin(), angles.sin()), dim=1)))
+    return torch.stack((angles.cos(), angles.sin()))
 def rotate(x, rotary):
-    """Turn x (B, T, heads, head_dim) by its positions' rows of the table (2, B or 1, T, 1, head_dim)."""
-    return torch.addcmul(x * rotary[0], x.roll(x.size(-1) // 2, -1), rotary[1])
+    """Turn x (B, T, heads, d) by its positions' rows of the table (2, B or 1, T, 1, d/2)."""
+    (a, b), (cos, sin) = x.chunk(2, -1), rotary
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 def attention(q, k, v, mask=None):
     """Attend from q (B, n_head, T, d) to k, v (B, n_kv_head, S, d); the one place that knows backends.
     mask: (B, 1, T, S) bool, True where a query may look; None: causal, S = T. Returns (B, n_head, T, d)."""
-    (B, n_head, T, d), n_kv_head = q.shape, k.size(1)
-    groups = n_head // n_kv_head  # query heads per key/value head (arXiv:2305.13245)
+    B, n_head, T, d = size = q.shape
+    groups = n_head // (n_kv_head := k.size(1))  # query heads per key/value head (arXiv:2305.13245)
     if mask is None and q.dtype == torch.bfloat16 and q.device.type in ("cpu", "mps"):
         # SDPA is slower on a CPU, and on MPS it looks ahead (pytorch issue 195910)
         k, v, parts = k.reshape(-1, T, d), v.reshape(-1, T, d), []
@@ -202,8 +203,7 @@ def attention(q, k, v, mask=None):
         q, mask = q.reshape(B, n_kv_head, groups * T, d), mask.repeat(1, 1, groups, 1)
     elif groups > 1 and not gqa:
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=gqa)
-    return y.reshape(B, n_head, T, d)
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=gqa).reshape(size)
 def to_device(t, device):  # from pinned memory, so that Python need not wait for the copy
     return (t.pin_memory() if t.is_cpu and device.type == "cuda" else t).to(device, non_blocking=True)
 class Replay:
