@@ -197,12 +197,12 @@ def attention(q, k, v, mask=None):
             scores = torch.baddbmm(future, rows, k[:, :n].mT, alpha=d**-0.5)
             parts.append((scores.softmax(-1) @ v[:, :n]).view(B, n_head, n - i, d))
         return torch.cat(parts, 2)
-    tensor_cores = q.is_cuda and q.dtype != torch.float32 and torch.cuda.get_device_capability() >= (9, 0)
-    gqa = groups > 1 and tensor_cores and (mask is None or T == 1)  # where cuDNN's kernels know groups
-    if mask is not None and not gqa:  # the heads of a group serve as rows
-        q, mask = q.reshape(B, n_kv_head, groups * T, d), mask.repeat(1, 1, groups, 1)
-    elif groups > 1 and not gqa:
+    major = torch.cuda.get_device_capability(q.device)[0] if q.is_cuda and q.dtype != torch.float32 else 0
+    gqa = groups > 1 and (major >= 8 if mask is None else major == 9 and T == 1)  # by flash; by cuDNN
+    if groups > 1 and mask is None and not gqa:
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    elif groups > 1 and not gqa:  # the heads of a group serve as rows
+        q, mask = q.reshape(B, n_kv_head, groups * T, d), mask.repeat(1, 1, groups, 1)
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=gqa).reshape(size)
 def to_device(t, device):  # from pinned memory, so that Python need not wait for the copy
     return (t.pin_memory() if t.is_cpu and device.type == "cuda" else t).to(device, non_blocking=True)
@@ -287,15 +287,15 @@ class Block(nn.Module):
         return x + self.drop(self.mlp(self.ln_2(x)).mT).mT
 
 class HeadLoss(torch.autograd.Function):
-    """The sum of w (N,) times the loss in nats of targets y (N,), for x (N, n_embd) and the head's weight.
-    Its gradients come along, so that only about `most` logits stand at a time. y may be -1 where w is 0."""
+    """The sum of w (N,) times the loss in nats of y (N,), for x (N, n_embd) and the head's weight. Gradients
+    come along, of `most` logits or so at a time; the head's adds up in x's dtype. y: -1 where w is 0."""
     @staticmethod
     def forward(ctx, x, weight, y, w, learn=True, most=0):
         pad, cap = (-len(weight) % 64, 2**27) if x.is_cuda else (0, 2**25)  # tensor cores want multiples
         head = F.pad(weight.to(x.dtype), (0, 0, 0, pad))
         bias = F.pad(head.new_zeros(len(weight)), (0, pad), value=-torch.inf)
         ids, n_parts = torch.arange(len(head), device=x.device), math.ceil(len(x) * len(head) / (most or cap))
-        loss, grad_x, grad_head = 0, [], torch.zeros_like(head)
+        loss, grad_x, grad_head = 0, [], torch.zeros_like(head if weight.requires_grad else head[:0])
         for rows, targets, factor in zip(*(t.chunk(n_parts) for t in (x, y.clamp(0)[:, None], w[:, None]))):
             log_probs = F.linear(rows, head, bias).log_softmax(-1, dtype=torch.float32)
             loss = loss - (log_probs.gather(1, targets) * factor).sum()
@@ -412,8 +412,8 @@ def sample_next(logits, temperature=0.8, top_k=200, top_p=0.9, min_p=0.0, genera
     logits, ids = logits.topk(min(top_k or 2**31, logits.size(-1)))  # best first
     probs = (logits.float() / temperature).softmax(-1)
     probs = probs * (probs.cumsum(-1) - probs < top_p) * (probs >= min_p * probs[:, :1])
-    noise = torch.empty_like(probs).exponential_(generator=generator)  # draws by probs, waits for no GPU
-    return ids.gather(-1, (probs / noise).argmax(-1, keepdim=True))[:, 0]
+    noise = torch.empty_like(probs).exponential_(generator=generator)
+    return ids.gather(-1, (probs / noise).argmax(-1, keepdim=True))[:, 0]  # by probs, with no wait for a GPU
 def context_length(n, block_size):
     """Return how many of the last of n tokens the model sees: all that fit, else half a block to a block.
     When the block is full its older half is forgotten at once, so that the cache is refilled only then."""

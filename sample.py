@@ -50,7 +50,7 @@ output = ""  # write the samples, or attention.png, to this file; empty: to the 
 device = "auto"  # auto: cuda, else mps, else cpu | or any torch device
 dtype = "auto"  # auto: bfloat16 on GPUs that have it, and for int8 on CPUs, else float32 | float32 | bfloat16
 quantize = ""  # int8: weights as one byte each, which halves their memory; empty: as dtype says
-compile = False  # compile the step from token to token: some seconds to begin, then faster
+compile = False  # compile the step from token to token: up to a minute to begin, then faster
 cuda_graphs = True  # on a GPU record that step, and replay it: no kernel waits for Python
 
 HERE = Path(__file__).resolve().parent
@@ -248,7 +248,8 @@ def load_model(device):
     print(f"{path}: {before}{n / 1e6:.2f}M parameters{loss}; {device.type}, {kind}", file=sys.stderr)
     return speed_up_rows(model.to(device)), tokenizer, state
 
-COMPILE = {"dynamic": False, "options": {"coordinate_descent_tuning": True}}  # tuned, that is, on a GPU
+# on a GPU kernels are tried in several shapes, and products of one row become the compiler's own loops
+COMPILE = {"dynamic": False, "options": {"coordinate_descent_tuning": True}}
 
 def compiled(model):
     """Return model.forward compiled, or where that fails, which is tried, as it is."""

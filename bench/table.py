@@ -23,7 +23,7 @@ def spread(ratio):
 
 
 def rows():
-    """Yield (what, ours, nanoGPT's, ratio with its lowest and highest, line)."""
+    """Yield (what, ours, the other's, ratio with its lowest and highest, line) of what was measured on CPUs."""
     command = "config/train_shakespeare.py --max_minutes=0.1"
     if (r := latest("time_to_loss", command=command)) and "time_ratio" in r:
         what = "whole command to the loss at which nanoGPT's recipe for a CPU (0.8M parameters) ends, by its "
@@ -36,7 +36,7 @@ def rows():
             ours, theirs = r["tokens_per_s"]["ours"], r["tokens_per_s"][name]
             what = f"training, compiled, tokens/s, 10.7M parameters, {isa}, beside {name}"
             yield what, f"{ours:,.0f}", f"{theirs:,.0f}", spread(r["ratios"][name]), r
-    r = latest("decode_speed", shape="shakespeare", batch_size=1) or {"ratios": {}}
+    r = latest("decode_speed", "cores", shape="shakespeare", batch_size=1) or {"ratios": {}}
     for pair, ratio in r["ratios"].items():
         mine, name = pair.split(" / ")
         ours, theirs = r["tokens_per_s"][mine], r["tokens_per_s"][name]
@@ -48,6 +48,32 @@ def rows():
             what += f"{r['batch_size']} x 1,024 tokens, beside nanoGPT (less is better)"
             ours, theirs = r["mib"]["ours"], r["mib"]["nanoGPT"]
             yield what, f"{ours:,} MiB", f"{theirs:,} MiB", spread(r["ratios"]["nanoGPT"]), r
+
+
+def gpu_rows():
+    """Yield the same of a GPU, in bfloat16 and, but for the first two, compiled."""
+    command = "config/train_shakespeare.py --max_iters=350"
+    if (r := latest("time_to_loss", "NVIDIA", command=command)) and "time_ratio" in r:
+        what = "whole command to where nanoGPT's recipe for a GPU (10.7M parameters) first prints a validation loss "
+        what += f"of 1.475 or less, and the loss by its estimator; ours has {r['params'] / 1e6:.1f}M, not compiled"
+        ours = f"{r['wall_s']} s ({r['estimates']['256']})"
+        theirs = f"{r['nanogpt_wall_s']} s ({r['nanogpt_estimate_256']})"
+        yield what, ours, theirs, spread(r["time_ratio"]), r
+        yield "training alone of it", f"{r['train_s']} s", f"{r['nanogpt_train_s']} s", spread(r["train_ratio"]), r
+    for shape, size in (("gpt2", "124M"), ("medium", "81M"), ("large", "350M")):
+        if (r := latest("train_speed", "NVIDIA", shape=shape)) and "nanoGPT" in r["ratios"]:
+            what = f"training, tokens/s, {size} parameters (mfu {r['mfu']:.0%}), beside nanoGPT"
+            ours, theirs = r["tokens_per_s"]["ours"], r["tokens_per_s"]["nanoGPT"]
+            yield what, f"{ours:,}", f"{theirs:,}", spread(r["ratios"]["nanoGPT"]), r
+    if (r := latest("memory", "NVIDIA", shape="gpt2")) and "nanoGPT" in r["ratios"]:
+        what = f"memory of a step, 124M parameters, {r['batch_size']} x 1,024 tokens, beside nanoGPT (less is better)"
+        ours, theirs = r["mib"]["ours"], r["mib"]["nanoGPT"]
+        yield what, f"{ours:,} MiB", f"{theirs:,} MiB", spread(r["ratios"]["nanoGPT"]), r
+    for shape, size in (("gpt2", "124M"), ("1b", "1.1B")):
+        r = latest("decode_speed", "NVIDIA", shape=shape, batch_size=1) or {"ratios": {}}
+        for pair, ratio in r["ratios"].items():
+            ours, theirs = (r["tokens_per_s"][name] for name in pair.split(" / "))
+            yield f"generating, tokens/s, {size} parameters, beside gpt-fast", f"{ours:,}", f"{theirs:,}", spread(ratio), r
 
 
 def results(bench):
@@ -62,11 +88,14 @@ def measured(found):
     return f"Measured on {days} on {machines}, with torch {versions}."
 
 
-def speeds():
-    """Return the lines of the table of speed."""
-    found = list(rows())
-    lines = ["| | gpt.py | the other | ratio, median (lowest to highest) |", "|---|---|---|---|"]
-    return [*lines, *(f"| {' | '.join(row[:4])} |" for row in found), "", measured([row[4] for row in found])]
+def table(found, short=False):
+    """Return the lines of a table of rows; short: with the median ratios alone."""
+    found = list(found)
+    last = "ratio" if short else "ratio, median (lowest to highest)"
+    lines = [f"| | gpt.py | the other | {last} |", "|---|---|---|---|"]
+    for what, ours, theirs, ratio, _ in found:
+        lines.append(f"| {what} | {ours} | {theirs} | {ratio.split()[0] if short else ratio} |")
+    return [*lines, "", measured([row[4] for row in found])]
 
 
 def curve():
@@ -115,7 +144,8 @@ def sweep():
 
 def tables():
     """Return the tables as Markdown."""
-    return "\n".join([*speeds(), "", *curve(), "", *ablation(), "", *sweep()]).rstrip() + "\n"
+    parts = table(rows()), table(gpu_rows()), curve(), ablation(), sweep()
+    return "\n\n".join("\n".join(lines) for lines in parts if lines) + "\n"
 
 
 def front():
@@ -127,11 +157,7 @@ def front():
         or row[0].endswith(("beside nanoGPT", "beside nanoGPT, autocast"))
         or ("compiled, tokens/s" in row[0] and "generating, bfloat16" in row[0])
     ]
-    lines = ["| | gpt.py | the other | ratio |", "|---|---|---|---|"]
-    lines += [
-        f"| {what} | {ours} | {theirs} | {ratio.split()[0]} |" for what, ours, theirs, ratio, _ in chosen
-    ]
-    return "\n".join([*lines, "", measured([row[4] for row in chosen])]) + "\n"
+    return "\n".join([*table(chosen, short=True), "", *table(gpu_rows(), short=True)]) + "\n"
 
 
 def fill(text, begin, content):

@@ -1,7 +1,7 @@
 # python gpt.py config/train_shakespeare.py
 # 2 CPU cores (AMD EPYC; torch 2.13), validation loss: with AVX512-BF16 1.46 in 2 minutes, 1.40 in 5; held to
 # AVX2 1.51 in 2.
-# GPU (one H200, torch 2.11): 1.40 after its 1,500 steps, mean of 3 seeds; --max_iters=350: 1.45, one seed.
+# GPU (one H200, torch 2.11), means of 3 seeds: 1.40 after its 1,500 steps, 14 s; --max_iters=350: 1.46, 10 s.
 # Tiny Shakespeare by characters, sized to the device and on a CPU to --max_minutes and to whether it has
 # bfloat16: with more time a larger model, more dropout and decay against learning the text by heart, and a
 # lower train_temperature against being sure of what it so learned. With --max_minutes=0 --max_iters=N the

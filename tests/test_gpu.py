@@ -103,7 +103,7 @@ def small_model(dtype=torch.float32):
 def test_recorded_generation_gives_the_same_ids(monkeypatch, compiled, options):
     """Also where the cache is full and refilled, for prompts of unequal lengths, and by the same draws."""
     model, prompts = small_model(), [[1, 2, 3], [4, 5, 6, 7, 8]]
-    forward = torch.compile(model.forward, dynamic=False) if compiled else None
+    forward = torch.compile(model.forward, **sample.COMPILE) if compiled else None
 
     def ids():
         draws = torch.Generator("cuda").manual_seed(3)
@@ -148,17 +148,18 @@ def test_losses_with_a_padded_head_are_near_those_in_float64(size):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("length", [1, 40])
-def test_groups_of_heads_attend_as_the_explicit_formula_says(dtype, cached, length):
+@pytest.mark.parametrize(("n_head", "n_kv_head", "d"), [(8, 2, 64), (4, 1, 32), (16, 4, 128)])
+def test_groups_of_heads_attend_as_the_explicit_formula_says(dtype, cached, length, n_head, n_kv_head, d):
     """Whichever kernel is taken for the dtype, with a mask and without; without, backwards, too."""
     torch.manual_seed(0)
-    q = torch.randn(2, length, 8, 64, device="cuda", dtype=dtype).transpose(1, 2).requires_grad_()
-    k, v = (torch.randn(2, 2, 64 if cached else length, 64, device="cuda", dtype=dtype) for _ in "kv")
+    q = torch.randn(2, length, n_head, d, device="cuda", dtype=dtype).transpose(1, 2).requires_grad_()
+    shape = 2, n_kv_head, 300 if cached else length, d
+    k, v = (torch.randn(shape, device="cuda", dtype=dtype).requires_grad_() for _ in "kv")
     mask = torch.ones(length, k.size(2), device="cuda", dtype=torch.bool).tril(20 if cached else 0)
-    k, v = k.requires_grad_(), v.requires_grad_()
     y = gpt.attention(q, k, v, mask.expand(2, 1, -1, -1) if cached else None)
     exact = [t.detach().double().requires_grad_() for t in (q, k, v)]
-    wide = [t.repeat_interleave(4, 1) for t in exact[1:]]
-    scores = (exact[0] @ wide[0].mT / 8).masked_fill(~mask, -torch.inf)
+    wide = [t.repeat_interleave(n_head // n_kv_head, 1) for t in exact[1:]]
+    scores = (exact[0] @ wide[0].mT * d**-0.5).masked_fill(~mask, -torch.inf)
     expected = scores.softmax(-1) @ wide[1]
     tolerance = 1e-2 if dtype == torch.float32 else 2e-2  # float32 may be TF32
     assert (y - expected).norm() < tolerance * expected.norm()

@@ -428,9 +428,11 @@ def test_losses_in_parts_are_those_of_the_whole(most, n_parts, parts_of_logits):
     assert torch.allclose(weight.grad.double(), grad.T @ x.detach().double(), atol=1e-5)
 
 
-@pytest.mark.parametrize("most", [100, 10**6])
-def test_losses_in_bfloat16_are_near_those_in_float64(most):
-    x, weight = torch.randn(40, 32).bfloat16().requires_grad_(), torch.randn(19, 32, requires_grad=True)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("most", [19, 100, 10**6])
+def test_losses_in_half_precision_are_near_those_in_float64(dtype, most):
+    """Also added up in 40 parts, of one row each."""
+    x, weight = torch.randn(40, 32).to(dtype).requires_grad_(), torch.randn(19, 32, requires_grad=True)
     y, w = torch.randint(19, (40,)), torch.rand(40)
     loss = gpt.HeadLoss.apply(x, weight, y, w, True, most)
     loss.backward()
@@ -453,6 +455,7 @@ def test_only_gradients_that_somebody_takes_are_computed(learn, frozen, products
     with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(learn):
         loss = gpt.HeadLoss.apply(x, weight, y, w, torch.is_grad_enabled(), 60)
         if learn:
+            assert [t.numel() for t in loss.grad_fn.saved_tensors] == [x.numel(), weight.numel() * (not frozen)]
             loss.backward()
     assert counter.get_total_flops() == products * 2 * 12 * 8 * 20
     assert (x.grad is None, weight.grad is None) == (not learn, not learn or frozen)
@@ -513,7 +516,7 @@ def test_logits_and_loss_come_together_unless_weights_are_given():
 # ---- Rotary positions ----
 def rotary_at(positions, head_dim=8, block_size=64):
     table = gpt.rotary_table(gpt.GPTConfig(block_size=block_size, n_embd=head_dim, n_head=1, n_kv_head=1))
-    return table[:, positions][:, None, None]
+    return table[:, positions][:, None, :, None]
 
 
 def test_rotary_scores_depend_on_the_distance_only():
@@ -530,10 +533,10 @@ def test_rotary_scores_depend_on_the_distance_only():
 
 def test_rotation_keeps_norms_and_position_zero():
     """Every pair keeps its length, and position 0 its components."""
-    x = torch.randn(2, 3, 64, 8)
+    x = torch.randn(2, 64, 3, 8)
     y = gpt.rotate(x, rotary_at(list(range(64))))
-    assert torch.equal(y[:, :, 0], x[:, :, 0])
-    assert not torch.allclose(y[:, :, 1:], x[:, :, 1:], atol=0.1)
+    assert torch.equal(y[:, 0], x[:, 0])
+    assert not torch.allclose(y[:, 1:], x[:, 1:], atol=0.1)
     assert torch.allclose(y[..., :4] ** 2 + y[..., 4:] ** 2, x[..., :4] ** 2 + x[..., 4:] ** 2, atol=1e-5)
 
 
