@@ -190,15 +190,15 @@ def attention(q, k, v, mask=None):
     if mask is None and q.dtype == torch.bfloat16 and q.device.type in ("cpu", "mps"):
         # SDPA is slower on a CPU, and on MPS it looks ahead (pytorch issue 195910)
         k, v, parts = k.reshape(-1, T, d), v.reshape(-1, T, d), []
-        for i in range(0, T, 128):  # queries i to n, with the keys that they see
-            n = min(T, i + 128)
+        for i, n in zip(range(0, T, 128), [*range(128, T, 128), T]):  # queries i to n, with the keys they see
             future = q.new_full((n - i, n), -torch.inf).triu(1 + i).repeat(groups, 1)
             rows = q[:, :, i:n].reshape(len(k), -1, d)
             scores = torch.baddbmm(future, rows, k[:, :n].mT, alpha=d**-0.5)
             parts.append((scores.softmax(-1) @ v[:, :n]).view(B, n_head, n - i, d))
         return torch.cat(parts, 2)
     major = torch.cuda.get_device_capability(q.device)[0] if q.is_cuda and q.dtype != torch.float32 else 0
-    gqa = groups > 1 and (major >= 8 if mask is None else major == 9 and T == 1)  # by flash; by cuDNN
+    one_query = T == 1 and major == 9 and (torch.version.cuda or "") >= "13"  # for which cuDNN knows groups
+    gqa = groups > 1 and (major >= 8 if mask is None else one_query)  # without a mask flash attention does
     if groups > 1 and mask is None and not gqa:
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     elif groups > 1 and not gqa:  # the heads of a group serve as rows
@@ -288,7 +288,7 @@ class Block(nn.Module):
 
 class HeadLoss(torch.autograd.Function):
     """The sum of w (N,) times the loss in nats of y (N,), for x (N, n_embd) and the head's weight. Gradients
-    come along, of `most` logits or so at a time; the head's adds up in x's dtype. y: -1 where w is 0."""
+    come along, for about `most` logits at a time, the head's summed in x's dtype. y may be -1 if w is 0."""
     @staticmethod
     def forward(ctx, x, weight, y, w, learn=True, most=0):
         pad, cap = (-len(weight) % 64, 2**27) if x.is_cuda else (0, 2**25)  # tensor cores want multiples

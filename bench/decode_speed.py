@@ -188,7 +188,7 @@ def report(f, found):
     bandwidth, shares = copy_bandwidth(), {}
     for name, speed in medians.items():
         size = 2 if "bfloat16" in name else 4
-        read = n_read * size + n_cached * (size if torch.cuda.is_available() else 4)
+        read = n_read * size + n_cached * (size if torch.cuda.is_available() else 4)  # on a CPU float32
         if name.startswith("ours"):
             shares[name] = round(read * speed / f["batch_size"] / bandwidth, 3)
     record(

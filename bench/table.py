@@ -54,26 +54,30 @@ def gpu_rows():
     """Yield the same of a GPU, in bfloat16 and, but for the first two, compiled."""
     command = "config/train_shakespeare.py --max_iters=350"
     if (r := latest("time_to_loss", "NVIDIA", command=command)) and "time_ratio" in r:
-        what = "whole command to where nanoGPT's recipe for a GPU (10.7M parameters) first prints a validation loss "
-        what += f"of 1.475 or less, and the loss by its estimator; ours has {r['params'] / 1e6:.1f}M, not compiled"
+        what = "whole command beside nanoGPT's with its recipe for a GPU (10.7M parameters, compiled, one run, ended "
+        what += "once it had printed a validation loss of 1.475 or less), and the loss by its estimator; ours has "
+        what += f"{r['params'] / 1e6:.1f}M and is not compiled"
         ours = f"{r['wall_s']} s ({r['estimates']['256']})"
         theirs = f"{r['nanogpt_wall_s']} s ({r['nanogpt_estimate_256']})"
         yield what, ours, theirs, spread(r["time_ratio"]), r
-        yield "training alone of it", f"{r['train_s']} s", f"{r['nanogpt_train_s']} s", spread(r["train_ratio"]), r
-    for shape, size in (("gpt2", "124M"), ("medium", "81M"), ("large", "350M")):
+        what = "from the first evaluation to the last of it, nanoGPT's compiling included"
+        yield what, f"{r['train_s']} s", f"{r['nanogpt_train_s']} s", spread(r["train_ratio"]), r
+    for shape, size in (("gpt2", "124M"), ("medium", "81M, nanoGPT's 87M"), ("large", "350M, nanoGPT's 380M")):
         if (r := latest("train_speed", "NVIDIA", shape=shape)) and "nanoGPT" in r["ratios"]:
-            what = f"training, tokens/s, {size} parameters (mfu {r['mfu']:.0%}), beside nanoGPT"
+            what = f"training, compiled, tokens/s, {size} parameters, {r['batch_size']} rows (mfu {r['mfu']:.0%})"
             ours, theirs = r["tokens_per_s"]["ours"], r["tokens_per_s"]["nanoGPT"]
-            yield what, f"{ours:,}", f"{theirs:,}", spread(r["ratios"]["nanoGPT"]), r
+            yield f"{what}, beside nanoGPT", f"{ours:,}", f"{theirs:,}", spread(r["ratios"]["nanoGPT"]), r
     if (r := latest("memory", "NVIDIA", shape="gpt2")) and "nanoGPT" in r["ratios"]:
-        what = f"memory of a step, 124M parameters, {r['batch_size']} x 1,024 tokens, beside nanoGPT (less is better)"
+        what = f"memory of a step, compiled, 124M parameters, {r['batch_size']} x 1,024 tokens, beside nanoGPT (less is better)"
         ours, theirs = r["mib"]["ours"], r["mib"]["nanoGPT"]
         yield what, f"{ours:,} MiB", f"{theirs:,} MiB", spread(r["ratios"]["nanoGPT"]), r
     for shape, size in (("gpt2", "124M"), ("1b", "1.1B")):
         r = latest("decode_speed", "NVIDIA", shape=shape, batch_size=1) or {"ratios": {}}
         for pair, ratio in r["ratios"].items():
-            ours, theirs = (r["tokens_per_s"][name] for name in pair.split(" / "))
-            yield f"generating, tokens/s, {size} parameters, beside gpt-fast", f"{ours:,}", f"{theirs:,}", spread(ratio), r
+            mine, name = pair.split(" / ")
+            ours, theirs = r["tokens_per_s"][mine], r["tokens_per_s"][name]
+            what = f"generating, {mine.removeprefix('ours ')}, tokens/s, {size} parameters, beside {name}"
+            yield what, f"{ours:,.0f}", f"{theirs:,.0f}", spread(ratio), r
 
 
 def results(bench):
@@ -84,7 +88,7 @@ def results(bench):
 def measured(found):
     """Return the sentence that says when and where results were measured, with which torch."""
     keys = ("date", "hardware", "torch")
-    days, machines, versions = (", ".join(sorted({line[key] for line in found})) for key in keys)
+    days, machines, versions = (" and ".join(sorted({line[key] for line in found})) for key in keys)
     return f"Measured on {days} on {machines}, with torch {versions}."
 
 

@@ -137,6 +137,7 @@ def main():
     if options["nanogpt"]:
         more = {
             "nanogpt_runs": int(options["peer_runs"] or runs),
+            "nanogpt_until": float(options["until"]),
             "nanogpt_wall_s": round(statistics.median(peer_walls), 1),
             "nanogpt_train_s": round(statistics.median(peer_trains), 1),
             f"nanogpt_estimate_{WINDOW}": round(statistics.mean(peer_losses), 4),
