@@ -13,17 +13,22 @@ pytestmark = [
 ]
 
 
+def prepared(settings, **values):
+    """Return the data, model, machine and a step's parts, as gpt.py makes them from the settings."""
+    settings(device="cuda", **values)
+    machine = gpt.set_up_machine()
+    data = gpt.Data(gpt.prepare_if_missing("toy"), gpt.block_size)
+    model, forward, optimizers, scaler = gpt.build(data, machine, None)
+    return data, model, machine, forward, *gpt.make_step(model, forward, optimizers, scaler, machine, 1)
+
+
 def losses_of_a_run(settings, monkeypatch, graphs, **values):
     """Return loss and gradient norm of 12 steps with dropout, and the weights after them."""
-    settings(device="cuda", dropout=0.2, **values)
     found = []
     with monkeypatch.context() as patch:
         if not graphs:
             patch.setattr(gpt.Replay, "__call__", lambda self, *inputs: self.function(*inputs))
-        machine = gpt.set_up_machine()
-        data = gpt.Data(gpt.prepare_if_missing("toy"), gpt.block_size)
-        model, forward, optimizers, scaler = gpt.build(data, machine, None)
-        backward, update = gpt.make_step(model, forward, optimizers, scaler, machine, 1)
+        data, model, machine, forward, backward, update = prepared(settings, dropout=0.2, **values)
         for step in range(12):
             batch = data.get_batch("train", step, gpt.batch_size)
             if step == 0 and machine.compile:
@@ -51,11 +56,7 @@ def test_recorded_steps_are_the_plain_ones(settings, monkeypatch, dtype, compile
 
 
 def test_a_recorded_step_with_a_gradient_that_is_not_finite_changes_nothing(settings):
-    settings(device="cuda", dtype="float32", compile=False)
-    machine = gpt.set_up_machine()
-    data = gpt.Data(gpt.prepare_if_missing("toy"), gpt.block_size)
-    model, forward, optimizers, scaler = gpt.build(data, machine, None)
-    backward, update = gpt.make_step(model, forward, optimizers, scaler, machine, 1)
+    data, model, _, _, backward, update = prepared(settings, dtype="float32", compile=False)
     for step in range(6):
         batch = data.get_batch("train", step, 4)
         before = [p.detach().clone() for p in model.parameters()]
@@ -71,12 +72,8 @@ def test_a_recorded_step_with_a_gradient_that_is_not_finite_changes_nothing(sett
 @pytest.mark.parametrize("graphs", [False, True])
 def test_no_step_waits_for_the_gpu(settings, monkeypatch, compiled, graphs):
     """Python hands out a step's work and goes on; only the first steps, which set up and record, may wait."""
-    settings(device="cuda", compile=compiled)
     monkeypatch.setattr(gpt, "cuda_graphs", graphs)
-    machine = gpt.set_up_machine()
-    data = gpt.Data(gpt.prepare_if_missing("toy"), gpt.block_size)
-    model, forward, optimizers, scaler = gpt.build(data, machine, None)
-    backward, update = gpt.make_step(model, forward, optimizers, scaler, machine, 1)
+    data, model, machine, forward, backward, update = prepared(settings, compile=compiled)
     for step in range(6):
         batch = data.get_batch("train", step, gpt.batch_size)
         if step == 0 and compiled:
