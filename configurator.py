@@ -5,6 +5,7 @@ file is plain Python that assigns to the same names; it starts from their curren
 them (`if device_type == "cpu": ...`). Flags win over files wherever they stand. Both pass one check: known
 name, right type.
 """
+
 import ast
 import difflib
 import errno
@@ -38,7 +39,10 @@ def read_settings(source):
             if isinstance(node, ast.AnnAssign):
                 name, types_ = ast.unparse(node.target), ast.unparse(node.annotation).split(" | ")
             else:
-                name, types_ = ast.unparse(node.targets[0]), [type(ast.literal_eval(node.value)).__name__]
+                name, types_ = (
+                    ast.unparse(node.targets[0]),
+                    [type(ast.literal_eval(node.value)).__name__],
+                )
             kind = {"bool": bool, "int": int, "float": float, "str": str}[types_[0]]
             settings[name] = Setting(kind, "None" in types_, comment[1])
     return settings
@@ -48,10 +52,16 @@ def checked(settings, name, value):
     """Return value as the setting `name` takes it. Raises ValueError for an unknown name or a wrong type."""
     if name not in settings:
         close = difflib.get_close_matches(name, settings, 1)
-        hint = f"did you mean {close[0]}?" if close else "--help lists all; names of your own begin with _"
+        hint = (
+            f"did you mean {close[0]}?"
+            if close
+            else "--help lists all; names of your own begin with _"
+        )
         raise ValueError(f"unknown setting {name!r}: {hint}")
     kind = settings[name].type
-    if (kind is bool and type(value) is int and value in (0, 1)) or (kind is float and type(value) is int):
+    if (kind is bool and type(value) is int and value in (0, 1)) or (
+        kind is float and type(value) is int
+    ):
         value = kind(value)
     if type(value) is float and not math.isfinite(value):
         raise ValueError(f"{name} is {value}: expected a finite number")
@@ -108,7 +118,9 @@ def read_config(path, settings, names):
         raise ValueError(f"{path}, line {e.lineno}: {e.msg}") from e
     except Exception as e:  # a config file may raise anything
         raise ValueError(f"{path}: {type(e).__name__}: {e}") from e
-    changed = {k: v for k, v in after.items() if k[0] != "_" and (k not in names or v is not names[k])}
+    changed = {
+        k: v for k, v in after.items() if k[0] != "_" and (k not in names or v is not names[k])
+    }
     helpers = {k for k, v in changed.items() if isinstance(v, types.ModuleType) or callable(v)}
     try:
         return {k: checked(settings, k, v) for k, v in changed.items() if k not in helpers}
@@ -121,7 +133,9 @@ def find_config(word, script):
     for path in (Path(word), Path(script).parent / word):
         if path.is_file():
             return path
-    raise FileNotFoundError(f"config file {word} does not exist (settings are given as --key=value)")
+    raise FileNotFoundError(
+        f"config file {word} does not exist (settings are given as --key=value)"
+    )
 
 
 def configure(script, argv, derive=dict, word_setting=None):
@@ -136,7 +150,9 @@ def configure(script, argv, derive=dict, word_setting=None):
     if word_setting and words:
         flags[word_setting] = words.pop(0)
         if words:
-            raise ValueError(f"{words[0]!r} is one word too many: settings are given as --key=value")
+            raise ValueError(
+                f"{words[0]!r} is one word too many: settings are given as --key=value"
+            )
     script.update(flags)
     for word in words:
         names = {name: script[name] for name in settings} | derive()
@@ -145,7 +161,9 @@ def configure(script, argv, derive=dict, word_setting=None):
 
 def help_text(script):
     lines = [script["__doc__"].strip(), ""]
-    for name, setting in read_settings(Path(script["__file__"]).read_text(encoding="utf-8")).items():
+    for name, setting in read_settings(
+        Path(script["__file__"]).read_text(encoding="utf-8")
+    ).items():
         flag = f"--{name}={script[name]!r}"
         lines += textwrap.wrap(f"{flag:36} {setting.help}", 110, subsequent_indent=" " * 37)
     return "\n".join(lines)
@@ -158,7 +176,9 @@ def run_script(script, main, derive=dict, word_setting=None):
     signal}. With TRACEBACK=1 in the environment, mistakes show where they were found.
     """
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character must not end a run
+        sys.stdout.reconfigure(
+            errors="replace"
+        )  # a terminal that lacks a character must not end a run
     try:
         if {"-h", "--help"} & set(sys.argv[1:]):
             print(help_text(script), flush=True)

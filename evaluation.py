@@ -1,9 +1,10 @@
 """evaluation.py: a model's loss on a data set's whole validation split, or on any text.
 
-    python gpt.py --eval_only=True --out_dir=out/shakespeare             the run's best.pt
-    python gpt.py --eval_only=True --init_from=gpt2 --dataset=NAME       another model, on data in its tokens
-    python gpt.py --eval_text=FILE --init_from=gpt2 --eval_stride=512    a text, in overlapping windows
+python gpt.py --eval_only=True --out_dir=out/shakespeare             the run's best.pt
+python gpt.py --eval_only=True --init_from=gpt2 --dataset=NAME       another model, on data in its tokens
+python gpt.py --eval_text=FILE --init_from=gpt2 --eval_stride=512    a text, in overlapping windows
 """
+
 import copy
 import signal
 import tempfile
@@ -40,7 +41,9 @@ def text_data(gpt, tokenizer, block_size, folder):
         gpt.write_dataset(folder, text, begun, gpt.eval_text, val_fraction=1)
         data = gpt.Data(folder, block_size, ["val"])
     except (OSError, ValueError) as e:
-        raise ValueError(f"eval_text {gpt.eval_text} is unfit ({e}): take UTF-8 of 2 tokens or more") from e
+        raise ValueError(
+            f"eval_text {gpt.eval_text} is unfit ({e}): take UTF-8 of 2 tokens or more"
+        ) from e
     overlap(data, gpt.eval_stride)
     data.meta["val_tokens"] -= len(begin)
     return data
@@ -48,7 +51,9 @@ def text_data(gpt, tokenizer, block_size, folder):
 
 def evaluate_only(gpt, machine):
     """Return the figures of init_from, or else out_dir/best.pt, on eval_text or the full validation split."""
-    folder = Path(gpt.dataset) if gpt.eval_text else machine.first(gpt.prepare_if_missing, gpt.dataset)
+    folder = (
+        Path(gpt.dataset) if gpt.eval_text else machine.first(gpt.prepare_if_missing, gpt.dataset)
+    )
     best = Path(gpt.out_dir or gpt.HERE / "out" / folder.name) / "best.pt"
     given = gpt.init_from not in ("scratch", "resume", "auto")
     path = gpt.init_from if given else best

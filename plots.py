@@ -8,6 +8,7 @@
 
 loss.png and attention.png need matplotlib: pip install matplotlib.
 """
+
 import contextlib
 import importlib
 import importlib.util
@@ -53,7 +54,10 @@ def read_log(path):
         for name, value in values.items():
             if isinstance(value, int | float):
                 found.setdefault(name, {})[values["step"]] = value  # a resumed run repeats steps
-    return {name: (sorted(by_step), [by_step[k] for k in sorted(by_step)]) for name, by_step in found.items()}
+    return {
+        name: (sorted(by_step), [by_step[k] for k in sorted(by_step)])
+        for name, by_step in found.items()
+    }
 
 
 def loss_figure(log, title=""):
@@ -63,18 +67,25 @@ def loss_figure(log, title=""):
     figure = Figure(figsize=(8, 6), dpi=100, layout="constrained", facecolor="white")
     top, rate, speed = figure.subplots(3, 1, sharex=True, height_ratios=(3, 1, 1))
     top.set_title(title, fontsize=10, parse_math=False)
-    for name, label, style in (("loss", "training, by batch", "-"), ("val_loss", "validation", "o-")):
+    for name, label, style in (
+        ("loss", "training, by batch", "-"),
+        ("val_loss", "validation", "o-"),
+    ):
         steps, values = log.get(name, ([], []))
         marker = "o-" if len(steps) < 3 else style
         top.plot(steps, values, marker, label=label, linewidth=1.5, markersize=4)
     if "val_loss" in log:
         best = min(log["val_loss"][1])
-        top.axhline(best, color="gray", linewidth=0.8, linestyle=":", label=f"lowest validation {best:.4f}")
+        top.axhline(
+            best, color="gray", linewidth=0.8, linestyle=":", label=f"lowest validation {best:.4f}"
+        )
     if "full_val_loss" in log:
         steps, (loss,) = log["full_val_loss"][0][-1:], log["full_val_loss"][1][-1:]
         top.plot(steps, [loss], "k*", label=f"full validation split {loss:.4f}")
-    losses, later = (sorted(filter(math.isfinite, values)) for values in (
-        log.get("loss", ([], []))[1], log.get("val_loss", ([], []))[1][1:]))
+    losses, later = (
+        sorted(filter(math.isfinite, values))
+        for values in (log.get("loss", ([], []))[1], log.get("val_loss", ([], []))[1][1:])
+    )
     if len(losses) >= 20:  # the first steps' losses would flatten the rest
         high = max([losses[int(0.95 * len(losses))], *later])
         top.set_ylim(min([*losses, *later]) - 0.05, high + 0.1)
@@ -165,7 +176,10 @@ def unharmful(name, write):
             write(values)
         except Exception as e:  # noqa: BLE001  # libraries fail in many ways, a disk is full
             failed = True
-            print(f"{name}: no longer written ({type(e).__name__}: {' '.join(str(e).split())})", flush=True)
+            print(
+                f"{name}: no longer written ({type(e).__name__}: {' '.join(str(e).split())})",
+                flush=True,
+            )
 
     return attempt
 
@@ -197,7 +211,9 @@ def next_probabilities(model, ids):
 def bars(probabilities, tokenizer, n=20):
     """Return a text: a line with token, probability and bar for each of the n likeliest tokens."""
     found, ids = probabilities.topk(min(n, len(probabilities)))
-    names = [repr(tokenizer.decode_bytes([i]).decode(errors="backslashreplace")) for i in ids.tolist()]
+    names = [
+        repr(tokenizer.decode_bytes([i]).decode(errors="backslashreplace")) for i in ids.tolist()
+    ]
     width, rest = max(map(len, [*names, "others"])), 1 - float(found.sum())
     lines = [
         f"{name:>{width}} {p:7.2%} {'#' * round(50 * p / float(found[0]))}"
@@ -265,13 +281,19 @@ def attention_figure(weights, tokens, most=8):
             axes.tick_params(length=0)
             axes.grid(visible=False)
             if len(tokens) <= 40:
-                axes.set_xticks(range(len(tokens)), labels, fontsize=6, family="monospace", parse_math=False)
-                axes.set_yticks(range(len(tokens)), labels, fontsize=6, family="monospace", parse_math=False)
+                axes.set_xticks(
+                    range(len(tokens)), labels, fontsize=6, family="monospace", parse_math=False
+                )
+                axes.set_yticks(
+                    range(len(tokens)), labels, fontsize=6, family="monospace", parse_math=False
+                )
                 if max(map(len, labels)) > 2:
                     axes.tick_params(axis="x", rotation=90)
     figure.supxlabel("token that is looked at", fontsize=9)
     figure.supylabel("token that looks", fontsize=9)
-    figure.colorbar(image, ax=grid, label="attention weight", shrink=min(1, 3 / len(layers)), aspect=30)
+    figure.colorbar(
+        image, ax=grid, label="attention weight", shrink=min(1, 3 / len(layers)), aspect=30
+    )
     return figure
 
 
@@ -283,8 +305,10 @@ def show(model, tokenizer, ids, kind, path):
     from gpt import context_length
 
     if kind not in ("", "attention"):
-        raise ValueError(f"show is {kind!r}: it must be attention or, for the next token, empty; the prompt "
-                         "goes to --prompt")
+        raise ValueError(
+            f"show is {kind!r}: it must be attention or, for the next token, empty; the prompt "
+            "goes to --prompt"
+        )
     ids = ids[-context_length(len(ids), model.config.block_size) :]
     if kind == "":
         print(f"next token after {tokenizer.decode(ids[-60:])!r}, at temperature 1:")

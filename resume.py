@@ -1,9 +1,10 @@
 """resume.py: go on with what has been trained: a run's newest checkpoint, or a model to finetune.
 
-    python gpt.py --init_from=resume            go on with the run in out_dir
-    python gpt.py --init_from=auto              the same if there is one, else begin: for jobs that restart
-    python gpt.py config/finetune_chat.py       another model, further; see pretrained.py
+python gpt.py --init_from=resume            go on with the run in out_dir
+python gpt.py --init_from=auto              the same if there is one, else begin: for jobs that restart
+python gpt.py config/finetune_chat.py       another model, further; see pretrained.py
 """
+
 import errno
 import re
 from dataclasses import asdict
@@ -12,7 +13,11 @@ import torch
 
 from scaling import shard
 
-FREE = "dropout", "train_temperature", "gradient_checkpointing"  # of GPTConfig: shape no weight, no average
+FREE = (
+    "dropout",
+    "train_temperature",
+    "gradient_checkpointing",
+)  # of GPTConfig: shape no weight, no average
 
 
 def newest_checkpoint(gpt, out):
@@ -27,10 +32,14 @@ def newest_checkpoint(gpt, out):
             return path, gpt.read_checkpoint(path)
         except ValueError as e:
             unread = getattr(e.__cause__, "errno", None) in (errno.EIO, errno.EACCES, errno.ESTALE)
-            if before is None or unread or isinstance(e.__cause__, MemoryError):  # not the file's fault
+            if (
+                before is None or unread or isinstance(e.__cause__, MemoryError)
+            ):  # not the file's fault
                 raise
             kept = path.rename(f"{path}.damaged")
-            print(f"{path} is damaged ({e.__cause__!r}): {before.name} is taken, it is now {kept.name}")
+            print(
+                f"{path} is damaged ({e.__cause__!r}): {before.name} is taken, it is now {kept.name}"
+            )
 
 
 def read_run(gpt, out, machine, new):
@@ -50,7 +59,9 @@ def read_run(gpt, out, machine, new):
     state = found.get("state") or gpt.read_checkpoint(path)
     for name, value in ({"optimizers": [], "scaler": {}, "config": {}} | new).items():
         if type(state.get(name)) is not type(value) or (name in new and not state[name] >= 0):
-            raise ValueError(f"{path} does not hold a run to resume ({name}): best.pt, say, is for use only")
+            raise ValueError(
+                f"{path} does not hold a run to resume ({name}): best.pt, say, is for use only"
+            )
     return state
 
 
@@ -62,7 +73,9 @@ def same_ids(a, b):
 
 def check_tokenizer(data, tokenizer):
     if not same_ids(data.tokenizer, tokenizer):
-        raise ValueError(f"{data.folder} has another tokenizer than the model: prepare it --tokenizer=MODEL")
+        raise ValueError(
+            f"{data.folder} has another tokenizer than the model: prepare it --tokenizer=MODEL"
+        )
 
 
 def check_settings(gpt, model, state):
@@ -72,8 +85,12 @@ def check_settings(gpt, model, state):
     then = state | state["model_args"] | {"block_size": state["config"].get("block_size")}
     names = now.keys() & then.keys() - {*FREE}
     if differ := sorted(name for name in names if now[name] != then[name]):
-        found = "; ".join(f"{name} is {now[name]}, in the checkpoint {then[name]}" for name in differ)
-        raise ValueError(f"{found}: go on with " + " ".join(f"--{name}={then[name]}" for name in differ))
+        found = "; ".join(
+            f"{name} is {now[name]}, in the checkpoint {then[name]}" for name in differ
+        )
+        raise ValueError(
+            f"{found}: go on with " + " ".join(f"--{name}={then[name]}" for name in differ)
+        )
 
 
 def trained_model(gpt, data, state, out):
@@ -84,7 +101,9 @@ def trained_model(gpt, data, state, out):
         from pretrained import start_finetuning
 
         changes = {name: getattr(gpt, name) for name in ("block_size", *FREE)}
-        model, tokenizer = start_finetuning(base, state, out, gpt.lora_rank, gpt.optimizer, **changes)
+        model, tokenizer = start_finetuning(
+            base, state, out, gpt.lora_rank, gpt.optimizer, **changes
+        )
     else:
         model, tokenizer = gpt.GPT(gpt.model_config(data.meta["vocab_size"])), None
     try:
@@ -92,8 +111,15 @@ def trained_model(gpt, data, state, out):
         check_tokenizer(data, tokenizer)
         if state:
             check_settings(gpt, model, state)
-            model.load_state_dict(state["model"], strict=not gpt.lora_rank)  # or else the adapters alone
-    except (AttributeError, KeyError, RuntimeError, TypeError) as e:  # as many as ways to be damaged
+            model.load_state_dict(
+                state["model"], strict=not gpt.lora_rank
+            )  # or else the adapters alone
+    except (
+        AttributeError,
+        KeyError,
+        RuntimeError,
+        TypeError,
+    ) as e:  # as many as ways to be damaged
         raise ValueError(f"the checkpoint does not fit this model ({type(e).__name__}): {e}") from e
     return model
 
@@ -114,7 +140,9 @@ def go_on(optimizers, scaler, state, machine):
                 shapes = {k: () if k == "step" else params[i].shape for k in names}
                 if {k: v.shape for k, v in of.items()} != shapes:
                     raise ValueError(f"averages of parameter {i} have other names or shapes")
-                averages[i] = {k: shard(v, params[i]) for k, v in of.items()} if machine.sharded else of
+                averages[i] = (
+                    {k: shard(v, params[i]) for k, v in of.items()} if machine.sharded else of
+                )
             o.load_state_dict({"state": averages, "param_groups": o.state_dict()["param_groups"]})
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e:
         raise ValueError(f"the checkpoint's optimizers do not fit ({type(e).__name__}: {e})") from e

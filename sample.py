@@ -10,6 +10,7 @@
 
 It needs nothing but a checkpoint of gpt.py: the tokenizer is in it.
 """
+
 import codecs
 import contextlib
 import math
@@ -44,7 +45,9 @@ checkpoint = ""  # checkpoint file; empty: that of out_dir
 out_dir = ""  # a run's folder; empty: the newest in out/, or else that in models/
 init_from = ""  # instead: a Hugging Face folder or hub id, as gpt2, or a checkpoint
 block_size = 2048  # context length, at most, of a model from a Hugging Face folder or id, in tokens
-show: str | None = None  # --show: the likeliest next tokens instead of a sample; --show=attention: a picture
+show: str | None = (
+    None  # --show: the likeliest next tokens instead of a sample; --show=attention: a picture
+)
 export = ""  # only write the model to this new folder, in Hugging Face's format, in float32 or as dtype says
 output = ""  # write the samples, or attention.png, to this file; empty: to the screen, as they come
 device = "auto"  # auto: cuda, else mps, else cpu | or any torch device
@@ -54,7 +57,15 @@ compile = False  # compile the step from token to token: up to a minute to begin
 cuda_graphs = True  # on a GPU record that step, and replay it: no kernel waits for Python
 
 HERE = Path(__file__).resolve().parent
-TUNABLE = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_tokens")  # while it runs
+TUNABLE = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "max_tokens",
+)  # while it runs
+
 
 # ---- From text to text -------------------------------------------------------------------------------------
 def read_prompt():
@@ -67,6 +78,7 @@ def read_prompt():
         raise ValueError(f"the prompt file {path} is not UTF-8 text (byte {e.start})") from e
     except OSError as e:
         raise FileNotFoundError(f"the prompt file {path} cannot be read: {e.strerror}") from e
+
 
 def sampling():
     """Return the sampling settings as keywords of generate_text. Raises ValueError for one out of range."""
@@ -82,17 +94,31 @@ def sampling():
     ):
         if not fits:
             raise ValueError(f"{name} is {globals()[name]}: it must be {meaning}")
-    return {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
-            "repetition_penalty": repetition_penalty, "max_tokens": max_tokens,
-            "stop": [s for s in stop.split("||") if s]}
+    return {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "max_tokens": max_tokens,
+        "stop": [s for s in stop.split("||") if s],
+    }
+
 
 def warn_about_length(n, block_size):
     """Say so when not all of the prompt, or not all of the text to come, fits the model's context."""
     if n > block_size:
         seen = context_length(n, block_size)
-        print(f"note: the prompt has {n} tokens, of which the model sees the last {seen}", file=sys.stderr)
+        print(
+            f"note: the prompt has {n} tokens, of which the model sees the last {seen}",
+            file=sys.stderr,
+        )
     elif n + max_tokens > block_size:
-        print(f"note: the model sees {block_size} tokens at most and forgets the oldest", file=sys.stderr)
+        print(
+            f"note: the model sees {block_size} tokens at most and forgets the oldest",
+            file=sys.stderr,
+        )
+
 
 def encode_parts(tokenizer, parts):
     """Return the ids of texts that follow each other, as a list, after tokenizer.begin, if any.
@@ -110,16 +136,20 @@ def encode_parts(tokenizer, parts):
     ids += tokenizer.encode(plain)
     return ids if tokenizer.begin in (None, *ids[:1]) else [tokenizer.begin, *ids]
 
+
 def encode_prompt(tokenizer, text):
     return encode_parts(tokenizer, [(text, True)])
+
 
 def penalize(logits, seen, penalty):
     """Divide the positive and multiply the negative logits of ids where `seen` is True (arXiv:1909.05858)."""
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
+
 def penalizing(ids, penalty):
     """Return sample_next for one text that begins with ids, all of whose tokens so far it penalizes."""
     seen = torch.zeros(1, 0, dtype=torch.bool)
+
     def pick(logits, **sampling):
         nonlocal seen
         if not seen.numel():
@@ -128,16 +158,22 @@ def penalizing(ids, penalty):
         last = sample_next(penalize(logits, seen, penalty), **sampling)
         seen.scatter_(1, last[:, None], True)
         return last
+
     return pick
 
-def generate_text(model, tokenizer, prompt, max_tokens, stop=(), repetition_penalty=1.0, **sampling):
+
+def generate_text(
+    model, tokenizer, prompt, max_tokens, stop=(), repetition_penalty=1.0, **sampling
+):
     """Yield the text that continues prompt, a text or ids, piece by piece, up to max_tokens or one of the
     strings `stop`, of which <|endoftext|> means tokenizer.end too, whatever its name."""
     ids = encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else prompt
     if repetition_penalty != 1:
         sampling["pick"] = penalizing(ids, repetition_penalty)
     end = tokenizer.end if "<|endoftext|>" in stop else None
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # waits for the rest of a split character
+    decoder = codecs.getincrementaldecoder("utf-8")(
+        "replace"
+    )  # waits for the rest of a split character
     text = ""
     for last in model.generate([ids], max_tokens, **sampling):
         if (token := int(last)) == end:
@@ -151,15 +187,19 @@ def generate_text(model, tokenizer, prompt, max_tokens, stop=(), repetition_pena
         text = text[len(text) - held :]
     yield text + decoder.decode(b"", final=True)
 
+
 def write_sample(model, tokenizer, generator, forward, file, text):
     """Write text and its continuation to file, piece by piece. Raises ValueError for an unknown character."""
     options = sampling()
     warn_about_length(len(encode_prompt(tokenizer, text)), model.config.block_size)
     file.write(text)
-    for piece in generate_text(model, tokenizer, text, generator=generator, forward=forward, **options):
+    for piece in generate_text(
+        model, tokenizer, text, generator=generator, forward=forward, **options
+    ):
         file.write(piece)
         file.flush()
     file.write("\n")
+
 
 # ---- The model ---------------------------------------------------------------------------------------------
 def find_checkpoint():
@@ -167,25 +207,34 @@ def find_checkpoint():
     if checkpoint or init_from:
         return checkpoint or init_from
     folders = [Path(out_dir)] if out_dir else (HERE / "out").glob("*/")
-    found = [path for folder in folders for path in folder.glob("*.pt") if path.stem in ("best", "ckpt")]
+    found = [
+        path for folder in folders for path in folder.glob("*.pt") if path.stem in ("best", "ckpt")
+    ]
     if not out_dir:
         found = found or [*(HERE / "models").glob("*/best.pt")]  # one comes with the files
     if not found:
-        raise FileNotFoundError(f"{out_dir or HERE / 'out'} holds no checkpoint: train a model first, as by "
-                                "python gpt.py config/train_shakespeare.py")
+        raise FileNotFoundError(
+            f"{out_dir or HERE / 'out'} holds no checkpoint: train a model first, as by "
+            "python gpt.py config/train_shakespeare.py"
+        )
     newest = max(found, key=lambda path: path.stat().st_mtime)
     best = newest.with_name("best.pt")
     return best if best in found else newest
 
+
 class RowLinear(nn.Linear):
     """nn.Linear that reads the weights for a single row, as in generating, faster than BLAS does on a CPU."""
+
     def forward(self, x):
-        alone = x.numel() == x.size(-1) and x.dtype == self.weight.dtype and not torch.is_grad_enabled()
+        alone = (
+            x.numel() == x.size(-1) and x.dtype == self.weight.dtype and not torch.is_grad_enabled()
+        )
         if alone and torch.compiler.is_compiling():  # the compiler makes one loop of it
             return (x.unsqueeze(-2) * self.weight).sum(-1) + (0 if self.bias is None else self.bias)
         if alone and x.is_cpu and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return super().forward(x)
+
 
 def speed_up_rows(model):
     """Make every nn.Linear of a model a RowLinear, in place; return the model."""
@@ -194,9 +243,11 @@ def speed_up_rows(model):
             module.__class__ = RowLinear
     return model
 
+
 class Int8(nn.Module):
     """A matrix as int8 rows with a scale each, multiplied as by nn.Linear or, given ids, looked up as by
     nn.Embedding. The scale is the row's largest weight / 127, so that none is off by more than half of it."""
+
     def __init__(self, weight, bias=None):
         super().__init__()
         scale = weight.detach().abs().amax(1).clamp(min=1e-12) / 127
@@ -204,18 +255,23 @@ class Int8(nn.Module):
         self.register_buffer("rows", rows.round().to(torch.int8))  # (out, in)
         self.register_buffer("scale", scale)  # (out,)
         self.bias = bias
+
     weight = property(lambda self: self.rows * self.scale[:, None])  # as the loss takes it
+
     def forward(self, x):
         if x.dtype == torch.long:
             return self.rows[x] * self.scale[x].unsqueeze(-1)
         if x.is_cpu and x.dtype == torch.bfloat16:  # torch's kernel for float32 is slow
             y = torch.ops.aten._weight_int8pack_mm(x.flatten(0, -2), self.rows, self.scale)
             y = y.unflatten(0, x.shape[:-1])
-        elif x.numel() == x.size(-1) and torch.compiler.is_compiling():  # the compiler makes one loop of it
+        elif (
+            x.numel() == x.size(-1) and torch.compiler.is_compiling()
+        ):  # the compiler makes one loop of it
             y = (x.unsqueeze(-2) * self.rows).sum(-1) * self.scale
         else:
             y = F.linear(x, self.rows.to(x.dtype)) * self.scale
         return y if self.bias is None else y + self.bias
+
 
 def quantize_weights(model):
     """Replace a model's linear layers and its token embedding by Int8, which share a matrix if tied."""
@@ -225,9 +281,11 @@ def quantize_weights(model):
                 setattr(parent, name, Int8(child.weight, child.bias))
     model.wte = model.lm_head if model.config.tie_weights else Int8(model.wte.weight)
 
+
 def weight_bytes(model):
     """Return how many bytes the parameters and buffers take, but for the table of rotary angles."""
     return sum(t.nbytes for t in (*model.parameters(), *model.buffers()) if t is not model.rotary)
+
 
 def load_model(device):
     """Return (model, tokenizer, checkpoint), weights as dtype and quantize say, which it tells on stderr."""
@@ -245,11 +303,15 @@ def load_model(device):
     if quantize:
         quantize_weights(model)
         kind += f", int8 weights, {weight_bytes(model) / 2**20:.1f} MiB ({n / 2**19:.1f} MiB in bfloat16)"
-    print(f"{path}: {before}{n / 1e6:.2f}M parameters{loss}; {device.type}, {kind}", file=sys.stderr)
+    print(
+        f"{path}: {before}{n / 1e6:.2f}M parameters{loss}; {device.type}, {kind}", file=sys.stderr
+    )
     return speed_up_rows(model.to(device)), tokenizer, state
+
 
 # on a GPU kernels are tried in several shapes, and products of one row become the compiler's own loops
 COMPILE = {"dynamic": False, "options": {"coordinate_descent_tuning": True}}
+
 
 def compiled(model):
     """Return model.forward compiled, or where that fails, which is tried, as it is."""
@@ -261,16 +323,21 @@ def compiled(model):
         return model.forward
     return forward
 
+
 # ---- At the keyboard ---------------------------------------------------------------------------------------
 class Chat:
     """A conversation by the tokenizer's template; turns: a question, its answer, the next question, ..."""
+
     def __init__(self, model, tokenizer, generator, forward):
         self.model, self.tokenizer, self.turns, self.forgetful = model, tokenizer, [], False
         self.options = {"generator": generator, "forward": forward}
         lacking = {*re.findall(r"<\|\w+\|>", "".join(tokenizer.chat))} - tokenizer.special.keys()
         if lacking and tokenizer.state["chars"]:  # others spell them, as prepare.py does
-            raise ValueError(f"the tokenizer lacks {' and '.join(sorted(lacking))}: --chat takes a model "
-                             "trained on messages, --interactive any")
+            raise ValueError(
+                f"the tokenizer lacks {' and '.join(sorted(lacking))}: --chat takes a model "
+                "trained on messages, --interactive any"
+            )
+
     def encode(self, turns):
         """Return the ids of system text and turns, in which names of special tokens are mere text."""
         said = [(0, system)] * bool(system) + [(1 + i % 2, text) for i, text in enumerate(turns)]
@@ -279,20 +346,26 @@ class Chat:
             before, _, after = self.tokenizer.chat[role].partition("%s")
             parts += [(before, True), (text, False), (after, True)]
         return encode_parts(self.tokenizer, parts)
+
     def ask(self, question):
         """Add a question to turns, without the oldest ones where room lacks; return the ids to continue."""
         turns, block_size = [*self.turns, question], self.model.config.block_size
         room = min(max_tokens, block_size // 2)
         while len(ids := self.encode(turns)) + room > block_size:
             if len(turns) == 1:
-                raise ValueError(f"{len(ids)} tokens of message and system text and {room} for the answer "
-                                 f"exceed block_size {block_size}: shorten the message or lower max_tokens")
+                raise ValueError(
+                    f"{len(ids)} tokens of message and system text and {room} for the answer "
+                    f"exceed block_size {block_size}: shorten the message or lower max_tokens"
+                )
             turns = turns[2:]
         if len(turns) < len(self.turns) and not self.forgetful:
             self.forgetful = True
-            print(f"note: beyond {block_size} tokens the oldest turns are forgotten", file=sys.stderr)
+            print(
+                f"note: beyond {block_size} tokens the oldest turns are forgotten", file=sys.stderr
+            )
         self.turns = turns
         return ids
+
     def answer(self, question):
         """Print the answer as it comes, and remember it, whole or not."""
         ids, options = self.ask(question), sampling() | self.options
@@ -304,6 +377,7 @@ class Chat:
             self.turns[-1] += piece
             print(piece, end="", flush=True)
         print()
+
     def command(self, line):
         """Begin a new conversation by /reset, or by /system with another system text; or change a setting."""
         global system
@@ -315,11 +389,14 @@ class Chat:
             system = text.strip()
         self.turns, self.forgetful = [], False
 
+
 def change_setting(line):
     """Set one of TUNABLE by a line such as "/top_k 50"; for others raise ValueError and change nothing."""
     words = line[1:].replace("=", " ").split()
     if len(words) != 2 or words[0] not in TUNABLE:
-        raise ValueError("; ".join(f"/{name} {globals()[name]}" for name in TUNABLE) + " can be changed")
+        raise ValueError(
+            "; ".join(f"/{name} {globals()[name]}" for name in TUNABLE) + " can be changed"
+        )
     name, before = words[0], globals()[words[0]]
     try:
         globals()[name] = type(before)(words[1])
@@ -328,11 +405,15 @@ def change_setting(line):
         globals()[name] = before
         raise ValueError(f"{name} stays {before}: {e}") from e
 
+
 def interact(greeting, respond, command):
     """Pass lines from the keyboard to respond or, from a slash on, command, until one or their end leaves."""
     with contextlib.suppress(ImportError):  # Windows has none
         import readline  # noqa: F401  # input() now edits lines and recalls them with the arrow keys
-    print(greeting, "/temperature 0.5 changes a setting, / lists them; quit, exit, q or Ctrl-D leaves.")
+    print(
+        greeting,
+        "/temperature 0.5 changes a setting, / lists them; quit, exit, q or Ctrl-D leaves.",
+    )
     while True:
         try:
             line = input("> ")
@@ -348,40 +429,56 @@ def interact(greeting, respond, command):
             print()
             return
 
+
 def main():
     sampling()
     if dtype not in ("auto", "float32", "bfloat16"):
         raise ValueError(f"dtype is {dtype!r}: it must be auto, float32 or bfloat16")
     if quantize not in ("", "int8") or (quantize and export):
-        raise ValueError(f"quantize is {quantize!r}: it must be int8, or empty for weights as they are; only "
-                         "these are exported")
+        raise ValueError(
+            f"quantize is {quantize!r}: it must be int8, or empty for weights as they are; only "
+            "these are exported"
+        )
     gpt.cuda_graphs = cuda_graphs
     chosen = pick_device(device)
     model, tokenizer, state = load_model(chosen)
     if export:
         import pretrained
+
         pretrained.export(model, tokenizer, state, export)
         return print(f"wrote {export}, in Hugging Face's format", file=sys.stderr)
     forward = compiled(model) if compile else model.forward
     run = model, tokenizer, torch.Generator(chosen).manual_seed(seed), forward
     if chat:
         talk = Chat(*run)
-        return interact("Type a message. /reset begins a new conversation, /system TEXT one with that system "
-                        "text, /system one without.", talk.answer, talk.command)
+        return interact(
+            "Type a message. /reset begins a new conversation, /system TEXT one with that system "
+            "text, /system one without.",
+            talk.answer,
+            talk.command,
+        )
     if interactive:
-        return interact("Type how a text begins.", partial(write_sample, *run, sys.stdout), change_setting)
+        return interact(
+            "Type how a text begins.", partial(write_sample, *run, sys.stdout), change_setting
+        )
     text, began = read_prompt(), time.time()
     ids = encode_prompt(tokenizer, text)  # before anything is written
     if show is not None:
         import plots
+
         return plots.show(model, tokenizer, ids, show, output or "attention.png")
-    with open(output, "w", encoding="utf-8") if output else contextlib.nullcontext(sys.stdout) as file:
+    with (
+        open(output, "w", encoding="utf-8")
+        if output
+        else contextlib.nullcontext(sys.stdout) as file
+    ):
         for i in range(num_samples):
             if i:
                 file.write("-" * 80 + "\n")
             write_sample(*run, file, text)
     if output:
         print(f"wrote {output} in {time.time() - began:.1f} s", file=sys.stderr)
+
 
 if __name__ == "__main__":
     from configurator import run_script

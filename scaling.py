@@ -1,9 +1,10 @@
 """scaling.py: when one GPU is not enough: DDP, FSDP2, smaller micro-batches, and the plan of a run.
 
-    torchrun --standalone --nproc_per_node=8 gpt.py config/train_1b.py --fsdp=True
-    python gpt.py config/train_1b.py --dry_run=True          memory, time and FLOPs of a run
-    python scaling.py                                        from which size on to use FSDP: README's table
+torchrun --standalone --nproc_per_node=8 gpt.py config/train_1b.py --fsdp=True
+python gpt.py config/train_1b.py --dry_run=True          memory, time and FLOPs of a run
+python scaling.py                                        from which size on to use FSDP: README's table
 """
+
 import gc
 import math
 import os
@@ -23,12 +24,17 @@ from torch.utils._pytree import tree_map
 def join_processes(machine):
     """Join torchrun's other processes; also when it has started all of them again."""
     store = next(dist.rendezvous("env://"))[0]
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # it still holds the ended ones' addresses
+    if (
+        os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    ):  # it still holds the ended ones' addresses
         store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
     backend = "cpu:gloo,cuda:nccl" if machine.device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=machine.rank, world_size=machine.world_size)
     machine.reduce, machine.first, machine.leave = reduce, call_first, leave
-    machine.divide, machine.prepare = partial(divide, machine.world_size), partial(distributed, machine)
+    machine.divide, machine.prepare = (
+        partial(divide, machine.world_size),
+        partial(distributed, machine),
+    )
     machine.gather = gather if machine.sharded else machine.gather
 
 
@@ -54,7 +60,9 @@ def divide(world_size, n_micro, rows):
     mine = math.ceil(n_micro / world_size)
     rows, odd = divmod(rows * n_micro, n := world_size * mine)
     if odd:
-        raise ValueError(f"{world_size} processes: {n} must divide batch_size * gradient_accumulation_steps")
+        raise ValueError(
+            f"{world_size} processes: {n} must divide batch_size * gradient_accumulation_steps"
+        )
     return mine, rows
 
 
@@ -64,7 +72,9 @@ def distributed(machine, model):
     if machine.sharded:
         return fully_sharded(model, machine)
     forward = DistributedDataParallel(model.to(machine.device), gradient_as_bucket_view=True)
-    forward.broadcast_buffers = False  # none changes, and a process that repeats a forward must not wait
+    forward.broadcast_buffers = (
+        False  # none changes, and a process that repeats a forward must not wait
+    )
     return forward
 
 
@@ -74,7 +84,9 @@ def fully_sharded(model, machine):
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     if machine.dtype == torch.float16:
-        raise ValueError("dtype is float16, whose scaling does not go with fsdp: use bfloat16 or float32")
+        raise ValueError(
+            "dtype is float16, whose scaling does not go with fsdp: use bfloat16 or float32"
+        )
     mesh = dist.init_device_mesh(machine.device.type, (machine.world_size,))
     policy = MixedPrecisionPolicy(machine.dtype, torch.float32, cast_forward_inputs=False)
     for part in (*model.h, model):
@@ -121,12 +133,16 @@ def memory(model, rows, machine, optimizer, n_micro=1, **changes):
         state -= 4 * sum(p.numel() for p in model.h.parameters() if p.ndim == 2)
     block = 12 * c.n_embd + 4 * c.n_kv_head * c.head_dim + (4 if c.use_swiglu else 2) * c.mlp_hidden
     blocks = c.n_layer * c.n_embd + block if c.gradient_checkpointing else c.n_layer * block
-    gradients = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad) if n_micro > 1 else 0
+    gradients = (
+        4 * sum(p.numel() for p in model.parameters() if p.requires_grad) if n_micro > 1 else 0
+    )
     if machine.sharded:
         state = (state - gradients) / machine.world_size + gradients
     elif machine.world_size > 1:
         state += gradients
-    logits = min(rows * c.block_size * c.vocab_size, 2**27 if machine.device.type == "cuda" else 2**25)
+    logits = min(
+        rows * c.block_size * c.vocab_size, 2**27 if machine.device.type == "cuda" else 2**25
+    )
     head = 4 * c.vocab_size * c.n_embd + 16 * logits
     return state, rows * c.block_size * size * (blocks + 2 * c.n_embd) + head
 
@@ -149,7 +165,9 @@ def cut(batches, model, forward, machine, optimizer):
     if rows == 1 or waiting:
         raise ValueError(out_of_memory(model, machine, rows, optimizer, len(batches)))
     parts = next(n for n in range(2, rows + 1) if rows % n == 0)
-    print(f"memory is full: from here on a step has {len(batches) * parts} micro-batches of {rows // parts}")
+    print(
+        f"memory is full: from here on a step has {len(batches) * parts} micro-batches of {rows // parts}"
+    )
     return [part for batch in batches for part in zip(*(tensor.chunk(parts) for tensor in batch))]
 
 
@@ -164,7 +182,9 @@ def out_of_memory(model, machine, rows, optimizer, n_micro=1):
 
     ways = []
     if rows > 1:
-        ways.append(f"half the batch_size, twice the gradient_accumulation_steps {spelled(activations / 2)}")
+        ways.append(
+            f"half the batch_size, twice the gradient_accumulation_steps {spelled(activations / 2)}"
+        )
     if not config.gradient_checkpointing:
         ways.append(f"--gradient_checkpointing=True {spelled(spared(gradient_checkpointing=True))}")
     if config.block_size > 1:
@@ -232,7 +252,13 @@ memory   {spelled(state)} for weights, gradients and averages, about {spelled(ac
 step     {seconds:.3g} s, {tokens / seconds:,.0f} tokens/s
 in all   {steps:,} steps in {steps * seconds / 60:,.1f} minutes, {epochs:,.1f} epochs, {flops:.1e} FLOPs
          a dry run: nothing was written""")
-    return {"step": 0, "steps": steps, "tokens_per_step": tokens, "seconds_per_step": seconds, "flops": flops}
+    return {
+        "step": 0,
+        "steps": steps,
+        "tokens_per_step": tokens,
+        "seconds_per_step": seconds,
+        "flops": flops,
+    }
 
 
 # ---- From which size on to shard ---------------------------------------------------------------------------

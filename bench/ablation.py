@@ -43,7 +43,8 @@ def run(variant, seed, steps):
         command += ["--sample_tokens=0", f"--seed={seed}", f"--out_dir={out}", *variant.split()]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         lines = [
-            json.loads(line) for line in (Path(out) / "log.jsonl").read_text(encoding="utf-8").splitlines()
+            json.loads(line)
+            for line in (Path(out) / "log.jsonl").read_text(encoding="utf-8").splitlines()
         ]
     return lines[-1]["val_loss"], statistics.median(
         line["tokens_per_s"] for line in lines if "tokens_per_s" in line
@@ -55,7 +56,9 @@ def main():
     for name, variant in VARIANTS.items():
         if f["only"] in name:
             steps = f["steps"] // (2 if name in HALF else 1)
-            losses, speeds = zip(*(run(variant, 1337 + i, steps) for i in range(f["seeds"])), strict=True)
+            losses, speeds = zip(
+                *(run(variant, 1337 + i, steps) for i in range(f["seeds"])), strict=True
+            )
             record(
                 "ablation",
                 variant=name,

@@ -22,10 +22,15 @@ def hardware():
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
     name = next(
-        (line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+        (line.split(":")[1].strip() for line in lines if line.startswith("model name")),
+        platform.processor(),
     )
     level = torch.backends.cpu.get_cpu_capability()
-    bf16 = ", AVX512-BF16" if level == "AVX512" and torch.cpu._is_avx512_bf16_supported() else f", {level}"
+    bf16 = (
+        ", AVX512-BF16"
+        if level == "AVX512" and torch.cpu._is_avx512_bf16_supported()
+        else f", {level}"
+    )
     return f"{torch.get_num_threads()} cores of {name}{bf16}"
 
 
@@ -106,7 +111,9 @@ def commit():
     """Return the commit of the code that runs, with "-dirty" if more than results and README differ from it."""
 
     def git(*words):
-        return subprocess.run(["git", "-C", ROOT, *words], check=False, capture_output=True, text=True).stdout
+        return subprocess.run(
+            ["git", "-C", ROOT, *words], check=False, capture_output=True, text=True
+        ).stdout
 
     changed = git("status", "--porcelain", "-uno", "--", ":!bench/results.jsonl", ":!README.md")
     return git("rev-parse", "--short", "HEAD").strip() + ("-dirty" if changed else "")

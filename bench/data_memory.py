@@ -17,9 +17,7 @@ from pathlib import Path
 
 from common import ROOT, record
 
-SETTINGS = (
-    "--device=cpu --eval_interval=100000 --eval_iters=5 --sample_tokens=0 --log_interval=1000 --n_layer=1"
-)
+SETTINGS = "--device=cpu --eval_interval=100000 --eval_iters=5 --sample_tokens=0 --log_interval=1000 --n_layer=1"
 
 
 def write_data(folder, n_bytes):
@@ -36,7 +34,9 @@ def write_data(folder, n_bytes):
 
 def main():
     if "--child" in sys.argv:  # so that RUSAGE_CHILDREN is of one training only
-        subprocess.run([sys.executable, ROOT / "gpt.py", *sys.argv[2:]], check=True, stdout=sys.stderr)
+        subprocess.run(
+            [sys.executable, ROOT / "gpt.py", *sys.argv[2:]], check=True, stdout=sys.stderr
+        )
         print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)
         return
     parser = argparse.ArgumentParser()

@@ -24,7 +24,13 @@ from sample import COMPILE, speed_up_rows
 SHAPES = {
     "shakespeare": {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "vocab_size": 65},
     "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "vocab_size": 50304},
-    "1b": {"n_layer": 22, "n_head": 16, "n_embd": 2048, "block_size": 1024, "vocab_size": 50304},  # train_1b
+    "1b": {
+        "n_layer": 22,
+        "n_head": 16,
+        "n_embd": 2048,
+        "block_size": 1024,
+        "vocab_size": 50304,
+    },  # train_1b
 }
 
 
@@ -38,7 +44,9 @@ def peer(case, idx, dtype):
 
 def gpt_fast(case, idx, dtype):
     sys.path.insert(0, case["gptfast"])
-    sys.modules["tokenizer"] = types.SimpleNamespace(get_tokenizer=None)  # which would need sentencepiece
+    sys.modules["tokenizer"] = types.SimpleNamespace(
+        get_tokenizer=None
+    )  # which would need sentencepiece
     import generate
     import model as model_py
 
@@ -61,7 +69,9 @@ def gpt_fast(case, idx, dtype):
 
     def run(n):
         positions = torch.arange(idx.size(1), device=idx.device)
-        last = generate.prefill(model, idx, positions, temperature=0.8, top_k=200).view(len(idx), -1)
+        last = generate.prefill(model, idx, positions, temperature=0.8, top_k=200).view(
+            len(idx), -1
+        )
         at = torch.tensor([idx.size(1)], device=idx.device, dtype=torch.int)
         show = {"callback": lambda ids: ids.tolist(), "temperature": 0.8, "top_k": 200}
         generate.decode_n_tokens(model, last, at, n - 1, **show)
@@ -125,7 +135,12 @@ def prepare(case):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     idx = torch.randint(case["sizes"]["vocab_size"], (case["batch_size"], 8), device=device)
-    maker = {"nanogpt": peer, "transformers": transformers_generate, "gptfast": gpt_fast, "ours": ours}
+    maker = {
+        "nanogpt": peer,
+        "transformers": transformers_generate,
+        "gptfast": gpt_fast,
+        "ours": ours,
+    }
     with torch.no_grad():
         generate = maker[case["who"]](case, idx, getattr(torch, case["dtype"]))
 
@@ -157,11 +172,19 @@ def cases(f):
     sizes = SHAPES[f["shape"]]
     tokens = min(f["tokens"], sizes["block_size"] - 8)  # what the others' caches hold
     base = {key: f[key] for key in ("batch_size", "tokens", "nanogpt", "gptfast")}
-    base |= {"who": "ours", "sizes": sizes, "n_kv_head": f["n_kv_head"] or sizes["n_head"], "compile": False}
+    base |= {
+        "who": "ours",
+        "sizes": sizes,
+        "n_kv_head": f["n_kv_head"] or sizes["n_head"],
+        "compile": False,
+    }
     found = {}
     for dtype in ("float32", "bfloat16") if not torch.cuda.is_available() else ("bfloat16",):
         for compiled in (False, True):
-            found[f"ours {dtype}{', compiled' * compiled}"] = base | {"dtype": dtype, "compile": compiled}
+            found[f"ours {dtype}{', compiled' * compiled}"] = base | {
+                "dtype": dtype,
+                "compile": compiled,
+            }
         if f["nanogpt"]:
             found[f"nanoGPT {dtype}"] = base | {"who": "nanogpt", "dtype": dtype}
         if f["transformers"]:
@@ -169,7 +192,12 @@ def cases(f):
             found[f"transformers {dtype}"] = theirs
             found[f"transformers {dtype}, compiled"] = theirs | {"compile": True}
         if f["gptfast"]:
-            theirs = base | {"who": "gptfast", "dtype": "bfloat16", "tokens": tokens, "compile": True}
+            theirs = base | {
+                "who": "gptfast",
+                "dtype": "bfloat16",
+                "tokens": tokens,
+                "compile": True,
+            }
             found["gpt-fast bfloat16, compiled"] = theirs
     return {name: (__file__, case) for name, case in found.items()}
 
@@ -181,14 +209,20 @@ def report(f, found):
         print(f"{name:32s} {speed:10,.1f} tokens/s")
     config = gpt.GPTConfig(**sizes, n_kv_head=f["n_kv_head"] or sizes["n_head"])
     with torch.device("meta"):
-        n_read = gpt.GPT(config).n_params() - config.vocab_size * config.n_embd * (not config.tie_weights)
+        n_read = gpt.GPT(config).n_params() - config.vocab_size * config.n_embd * (
+            not config.tie_weights
+        )
     lengths = [gpt.context_length(n, config.block_size) for n in range(8, 8 + f["tokens"])]
-    n_seen = f["batch_size"] * sum(lengths) / len(lengths)  # tokens whose keys and values are read, on average
+    n_seen = (
+        f["batch_size"] * sum(lengths) / len(lengths)
+    )  # tokens whose keys and values are read, on average
     n_cached = n_seen * 2 * config.n_layer * config.n_kv_head * config.head_dim
     bandwidth, shares = copy_bandwidth(), {}
     for name, speed in medians.items():
         size = 2 if "bfloat16" in name else 4
-        read = n_read * size + n_cached * (size if torch.cuda.is_available() else 4)  # on a CPU float32
+        read = n_read * size + n_cached * (
+            size if torch.cuda.is_available() else 4
+        )  # on a CPU float32
         if name.startswith("ours"):
             shares[name] = round(read * speed / f["batch_size"] / bandwidth, 3)
     record(
@@ -202,14 +236,24 @@ def report(f, found):
             f"{mine} / {name}": ratios(found[mine], found[name])
             for mine, a in known.items()
             for name, b in known.items()
-            if a["who"] == "ours" != b["who"] and a["dtype"] == b["dtype"] and {mine, name} <= found.keys()
+            if a["who"] == "ours" != b["who"]
+            and a["dtype"] == b["dtype"]
+            and {mine, name} <= found.keys()
             if a["compile"] == b["compile"] or (a["compile"] and b["who"] == "nanogpt")
         },
     )
 
 
-DEFAULTS = {"nanogpt": "", "gptfast": "", "transformers": 1, "shape": "shakespeare", "batch_size": 1, "tokens": 1000,
-            "runs": 3, "n_kv_head": 0}
+DEFAULTS = {
+    "nanogpt": "",
+    "gptfast": "",
+    "transformers": 1,
+    "shape": "shakespeare",
+    "batch_size": 1,
+    "tokens": 1000,
+    "runs": 3,
+    "n_kv_head": 0,
+}
 
 
 def main():

@@ -23,14 +23,23 @@ def main():
     plans = {
         "training gpt2": (train_speed, train | {"shape": "gpt2", "batch_size": rows}),
         "training medium": (train_speed, train | {"shape": "medium", "batch_size": rows}),
-        "training large": (train_speed, train | {"shape": "large", "batch_size": max(1, rows // 4)}),
+        "training large": (
+            train_speed,
+            train | {"shape": "large", "batch_size": max(1, rows // 4)},
+        ),
         "memory gpt2": (memory, {"nanogpt": f["nanogpt"], "shape": "gpt2", "batch_size": rows}),
         "generating gpt2": (decode_speed, decode | {"shape": "gpt2"}),
         "generating 1b": (decode_speed, decode | {"shape": "1b", "n_kv_head": 4}),
-        "generating gpt2 64": (decode_speed, {"transformers": 0, "shape": "gpt2", "batch_size": 64}),
+        "generating gpt2 64": (
+            decode_speed,
+            {"transformers": 0, "shape": "gpt2", "batch_size": 64},
+        ),
     }
     small = {"shape": "shakespeare", "n_kv_head": 0} if f["small"] else {}
-    plans = {name: (module, module.DEFAULTS | options | small) for name, (module, options) in plans.items()}
+    plans = {
+        name: (module, module.DEFAULTS | options | small)
+        for name, (module, options) in plans.items()
+    }
     cases = {
         f"{plan}: {name}": case
         for plan, (module, options) in plans.items()
@@ -39,7 +48,11 @@ def main():
     }
     found = in_turn(cases, f["runs"])
     for plan, (module, options) in plans.items():
-        mine = {name.removeprefix(f"{plan}: "): n for name, n in found.items() if name.startswith(f"{plan}: ")}
+        mine = {
+            name.removeprefix(f"{plan}: "): n
+            for name, n in found.items()
+            if name.startswith(f"{plan}: ")
+        }
         if f["small"]:
             module.record = lambda *bench, **figures: print(*bench, figures)
         if mine:

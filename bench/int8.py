@@ -23,8 +23,21 @@ from common import ROOT, flags, ratios, record
 import gpt
 import sample
 
-GPT2 = {"n_layer": 12, "n_head": 12, "n_kv_head": 12, "n_embd": 768, "block_size": 1024, "vocab_size": 50304}
-GPT2 |= {"bias": True, "use_rope": False, "use_rms_norm": False, "use_swiglu": False, "dropout": 0.0}
+GPT2 = {
+    "n_layer": 12,
+    "n_head": 12,
+    "n_kv_head": 12,
+    "n_embd": 768,
+    "block_size": 1024,
+    "vocab_size": 50304,
+}
+GPT2 |= {
+    "bias": True,
+    "use_rope": False,
+    "use_rms_norm": False,
+    "use_swiglu": False,
+    "dropout": 0.0,
+}
 VARIANTS = {
     "float32": (torch.float32, False),
     "bfloat16": (torch.bfloat16, False),
@@ -87,7 +100,13 @@ def report(shape, model, device, rounds, **figures):
 
 def trained(folder):
     """Return the checkpoint of 400 steps of gpt.py's default recipe, about a minute."""
-    command = [sys.executable, ROOT / "gpt.py", "--max_iters=400", "--sample_tokens=0", f"--out_dir={folder}"]
+    command = [
+        sys.executable,
+        ROOT / "gpt.py",
+        "--max_iters=400",
+        "--sample_tokens=0",
+        f"--out_dir={folder}",
+    ]
     subprocess.run(command, check=True)
     return folder / "best.pt"
 
@@ -98,7 +117,9 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         path = f["checkpoint"] or trained(Path(folder))
         model, _, state = gpt.load_checkpoint(path)
-    found = losses(model, Path(f["data"] or ROOT / "data" / state["config"]["dataset"]), device, f["batches"])
+    found = losses(
+        model, Path(f["data"] or ROOT / "data" / state["config"]["dataset"]), device, f["batches"]
+    )
     change = {name: round(loss / found["float32"] - 1, 6) for name, loss in found.items()}
     found = {name: round(loss, 5) for name, loss in found.items()}
     print(json.dumps({"val_loss": found, "change": change}))

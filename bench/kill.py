@@ -24,17 +24,27 @@ from common import ROOT, flags, record
 
 SIZES = "--n_layer=2 --n_embd=64 --n_head=4 --block_size=32 --batch_size=4 --dropout=0.1 --dtype=float32"
 RUN = "--dataset=pydoc --device=cpu --compile=False --eval_interval=10 --eval_iters=1 --log_interval=100000"
-SCHEDULE = (
-    "--lr_schedule=constant --sample_tokens=0 --init_from=auto"  # which does not depend on the last step
-)
+SCHEDULE = "--lr_schedule=constant --sample_tokens=0 --init_from=auto"  # which does not depend on the last step
 
 
 def command(out, steps, processes):
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     torchrun += ["--max-restarts=1000", "--monitor-interval=0.1"]
-    words = [*SIZES.split(), *RUN.split(), *SCHEDULE.split(), f"--out_dir={out}", f"--max_iters={steps}"]
+    words = [
+        *SIZES.split(),
+        *RUN.split(),
+        *SCHEDULE.split(),
+        f"--out_dir={out}",
+        f"--max_iters={steps}",
+    ]
     more = ["--gradient_accumulation_steps=2"] if processes > 1 else []
-    return [sys.executable, *(torchrun if processes > 1 else []), str(ROOT / "gpt.py"), *words, *more]
+    return [
+        sys.executable,
+        *(torchrun if processes > 1 else []),
+        str(ROOT / "gpt.py"),
+        *words,
+        *more,
+    ]
 
 
 def start(out, steps, processes):
@@ -76,7 +86,9 @@ def wait(out, draw):
 
 def workers(process):
     """Return the process ids of torchrun's children that run gpt.py."""
-    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=False)
+    found = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=False
+    )
     return [int(word) for word in found.stdout.split()]
 
 
@@ -128,7 +140,9 @@ def main():
     different = [name for name in a["model"] if not torch.equal(a["model"][name], b["model"][name])]
     for x, y in zip(a["optimizers"], b["optimizers"], strict=True):
         for i, averages in x["state"].items():
-            different += [f"{i} {k}" for k, v in averages.items() if not torch.equal(v, y["state"][i][k])]
+            different += [
+                f"{i} {k}" for k, v in averages.items() if not torch.equal(v, y["state"][i][k])
+            ]
     assert a["step"] == b["step"] == end
     shutil.rmtree(folder)
     record(

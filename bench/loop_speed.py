@@ -39,7 +39,12 @@ def load(path, name, settings, clock):
     for key, value in (SIZES | settings).items():
         setattr(module, key, value)
     module.time = types.SimpleNamespace(time=clock, strftime=time.strftime)
-    module.eval_interval, module.eval_iters, module.sample_tokens, module.log_interval = 10**6, 1, 0, 2
+    module.eval_interval, module.eval_iters, module.sample_tokens, module.log_interval = (
+        10**6,
+        1,
+        0,
+        2,
+    )
     return module
 
 
@@ -67,7 +72,10 @@ def main():
     for run in range(f["runs"] + 1):
         for name in sorted(versions, reverse=run % 2 == 0):
             found[name].append(speed(versions[name], f["steps"]))
-        print(f"pair {run}: this is {found['this'][-1] / found['other'][-1]:.3f} of the other", flush=True)
+        print(
+            f"pair {run}: this is {found['this'][-1] / found['other'][-1]:.3f} of the other",
+            flush=True,
+        )
     found = {name: speeds[1:] for name, speeds in found.items()}  # the first pair warms up
     record(
         "loop_speed",

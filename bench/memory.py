@@ -39,7 +39,12 @@ def ours(case, device):
 
 def resident(name):
     """Return this process's VmRSS, resident memory, or VmHWM, its peak, in MiB."""
-    return int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))[1]) / 1024
+    return (
+        int(
+            re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))[1]
+        )
+        / 1024
+    )
 
 
 def prepare(case):
@@ -63,7 +68,9 @@ def prepare(case):
             torch.cuda.synchronize()
             return torch.cuda.max_memory_allocated() / 2**20
         ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak is now what is resident
+        Path("/proc/self/clear_refs").write_text(
+            "5", encoding="utf-8"
+        )  # the peak is now what is resident
         before = resident("VmRSS")
         step(case["batch_size"], case["sizes"]["block_size"])
         return resident("VmHWM") - before
@@ -76,7 +83,13 @@ def prepare(case):
 
 def cases(f):
     sizes, more = SHAPES[f["shape"]]
-    base = {"sizes": sizes, "more": more, "batch_size": f["batch_size"], "nanogpt": "", "checkpointing": False}
+    base = {
+        "sizes": sizes,
+        "more": more,
+        "batch_size": f["batch_size"],
+        "nanogpt": "",
+        "checkpointing": False,
+    }
     base["compile"] = bool(f["compile"]) or torch.cuda.is_available()
     found = {"ours": base, "ours, gradient_checkpointing": base | {"checkpointing": True}}
     if f["nanogpt"]:

@@ -56,7 +56,9 @@ def memory_of(pid):
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="utf-8").split()
     for process in (pid, *children):
         lines = Path(f"/proc/{process}/smaps_rollup").read_text(encoding="utf-8").splitlines()
-        sizes = {line.split(":")[0]: int(line.split()[1]) for line in lines[1:] if line.endswith("kB")}
+        sizes = {
+            line.split(":")[0]: int(line.split()[1]) for line in lines[1:] if line.endswith("kB")
+        }
         rss, pss = rss + sizes["Rss"], pss + sizes["Pss"]
     return rss / 1024, pss / 1024
 
@@ -64,7 +66,13 @@ def memory_of(pid):
 def run_prepare(*arguments):
     """Run prepare.py; return (seconds, its output, peak resident MiB, peak proportional MiB)."""
     with tempfile.TemporaryDirectory() as data, tempfile.TemporaryFile("w+") as out:
-        command = [sys.executable, ROOT / "prepare.py", *arguments, f"--data_dir={data}", "--name=x"]
+        command = [
+            sys.executable,
+            ROOT / "prepare.py",
+            *arguments,
+            f"--data_dir={data}",
+            "--name=x",
+        ]
         began, peaks = time.time(), (0.0, 0.0)
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
         while process.poll() is None:
@@ -78,7 +86,12 @@ def run_prepare(*arguments):
         text = out.read()
         if process.returncode:
             raise SystemExit(text)
-        return seconds, text, *peaks, json.loads((Path(data) / "x" / "meta.json").read_text(encoding="utf-8"))
+        return (
+            seconds,
+            text,
+            *peaks,
+            json.loads((Path(data) / "x" / "meta.json").read_text(encoding="utf-8")),
+        )
 
 
 def bench_bpe(title, path, vocab_size):
@@ -114,9 +127,12 @@ def bench_tokenize(folder, runs):
         ratios.append(one_thread / seconds)
         results.append((one_thread, seconds, rss, pss))
         print(
-            f"one thread {one_thread:.1f} s, prepare.py {seconds:.1f} s: {ratios[-1]:.2f} times", flush=True
+            f"one thread {one_thread:.1f} s, prepare.py {seconds:.1f} s: {ratios[-1]:.2f} times",
+            flush=True,
         )
-    one_thread, seconds, rss, pss = (round(statistics.median(column), 1) for column in zip(*results))
+    one_thread, seconds, rss, pss = (
+        round(statistics.median(column), 1) for column in zip(*results)
+    )
     record(
         "prepare_tokenize",
         gigabytes=round((meta["train_bytes"] + meta["val_bytes"]) / 1e9, 2),
@@ -142,7 +158,9 @@ def main():
             if options.small:
                 bench_bpe(Path(options.small).name, options.small, 4096)
             write_sources(Path(temporary) / "bpe", 110_000_000)  # a tenth is for validation
-            bench_bpe("Python, C and text of the installed packages", Path(temporary) / "bpe", 32768)
+            bench_bpe(
+                "Python, C and text of the installed packages", Path(temporary) / "bpe", 32768
+            )
         if "tokenize" in options.parts:
             write_sources(Path(temporary) / "gb", options.gb * 1e9)
             bench_tokenize(Path(temporary) / "gb", options.runs)

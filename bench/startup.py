@@ -18,7 +18,9 @@ def seconds(command, until=None):
     """Return the seconds until a process ends, or until its output holds more than `until`; then it is stopped."""
     began = time.perf_counter()
     command = [sys.executable, *command]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as process:
         seen = b""
         while until is None or not seen.partition(until)[2]:
             byte = process.stdout.read1(1)
@@ -45,8 +47,14 @@ def main():
                 b"step      1",
             ),
             "sample.py: first character": (["sample.py", "--prompt=ROMEO:"], b"ROMEO:"),
-            "config/debug.py, to its end": (["gpt.py", "config/debug.py", f"--out_dir={out}/debug"], None),
-            "20 characters, to the end": (["sample.py", "--prompt=ROMEO:", "--max_tokens=20"], None),
+            "config/debug.py, to its end": (
+                ["gpt.py", "config/debug.py", f"--out_dir={out}/debug"],
+                None,
+            ),
+            "20 characters, to the end": (
+                ["sample.py", "--prompt=ROMEO:", "--max_tokens=20"],
+                None,
+            ),
         }
         found = {name: [] for name in waits}
         for _ in range(5):

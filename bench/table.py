@@ -14,7 +14,11 @@ CONFIG_SINCE = "2026-11-26"  # results before are of config/train_shakespeare.py
 
 def latest(bench, isa="", **wanted):
     """Return the last result of a bench, on hardware with isa in its name, whose figures are as wanted, or None."""
-    found = [line for line in results(bench) if isa in line["hardware"] and wanted.items() <= line.items()]
+    found = [
+        line
+        for line in results(bench)
+        if isa in line["hardware"] and wanted.items() <= line.items()
+    ]
     return found[-1] if found else None
 
 
@@ -29,7 +33,13 @@ def rows():
         what = "whole command to the loss at which nanoGPT's recipe for a CPU (0.8M parameters) ends, by its "
         what += f"estimator; ours has {r['params'] / 1e6:.1f}M"
         ours = f"{r['wall_s']} s ({r['estimates']['64']})"
-        yield what, ours, f"{r['nanogpt_wall_s']} s ({r['nanogpt_estimate_64']})", spread(r["time_ratio"]), r
+        yield (
+            what,
+            ours,
+            f"{r['nanogpt_wall_s']} s ({r['nanogpt_estimate_64']})",
+            spread(r["time_ratio"]),
+            r,
+        )
     for isa in ("AVX512-BF16", "AVX2"):
         r = latest("train_speed", isa, shape="shakespeare", batch_size=64) or {"ratios": {}}
         for name in (name for name in r["ratios"] if "ours" not in name):
@@ -40,10 +50,14 @@ def rows():
     for pair, ratio in r["ratios"].items():
         mine, name = pair.split(" / ")
         ours, theirs = r["tokens_per_s"][mine], r["tokens_per_s"][name]
-        what = f"generating, {mine.removeprefix('ours ')}, tokens/s, 10.7M parameters, beside {name}"
+        what = (
+            f"generating, {mine.removeprefix('ours ')}, tokens/s, 10.7M parameters, beside {name}"
+        )
         yield what, f"{ours:,.0f}", f"{theirs:,.0f}", spread(ratio), r
     for compiled in (False, True):
-        if (r := latest("memory", "cores", shape="gpt2", compile=compiled)) and "nanoGPT" in r["mib"]:
+        if (r := latest("memory", "cores", shape="gpt2", compile=compiled)) and "nanoGPT" in r[
+            "mib"
+        ]:
             what = f"memory of a step, {'compiled' if compiled else 'eager'}, 124M parameters, "
             what += f"{r['batch_size']} x 1,024 tokens, beside nanoGPT (less is better)"
             ours, theirs = r["mib"]["ours"], r["mib"]["nanoGPT"]
@@ -62,11 +76,21 @@ def gpu_rows():
         yield what, ours, theirs, spread(r["time_ratio"]), r
         what = "from the first evaluation to the last of it, nanoGPT's compiling included"
         yield what, f"{r['train_s']} s", f"{r['nanogpt_train_s']} s", spread(r["train_ratio"]), r
-    for shape, size in (("gpt2", "124M"), ("medium", "81M, nanoGPT's 87M"), ("large", "350M, nanoGPT's 380M")):
+    for shape, size in (
+        ("gpt2", "124M"),
+        ("medium", "81M, nanoGPT's 87M"),
+        ("large", "350M, nanoGPT's 380M"),
+    ):
         if (r := latest("train_speed", "NVIDIA", shape=shape)) and "nanoGPT" in r["ratios"]:
             what = f"training, compiled, tokens/s, {size} parameters, {r['batch_size']} rows (mfu {r['mfu']:.0%})"
             ours, theirs = r["tokens_per_s"]["ours"], r["tokens_per_s"]["nanoGPT"]
-            yield f"{what}, beside nanoGPT", f"{ours:,}", f"{theirs:,}", spread(r["ratios"]["nanoGPT"]), r
+            yield (
+                f"{what}, beside nanoGPT",
+                f"{ours:,}",
+                f"{theirs:,}",
+                spread(r["ratios"]["nanoGPT"]),
+                r,
+            )
     if (r := latest("memory", "NVIDIA", shape="gpt2")) and "nanoGPT" in r["ratios"]:
         what = f"memory of a step, compiled, 124M parameters, {r['batch_size']} x 1,024 tokens, beside nanoGPT (less is better)"
         ours, theirs = r["mib"]["ours"], r["mib"]["nanoGPT"]
@@ -104,7 +128,11 @@ def table(found, short=False):
 
 def curve():
     """Return the lines of the table of time and loss."""
-    lines = [line for line in results("time_to_loss") if line["date"] >= CONFIG_SINCE and line["runs"] > 2]
+    lines = [
+        line
+        for line in results("time_to_loss")
+        if line["date"] >= CONFIG_SINCE and line["runs"] > 2
+    ]
     found = {(line["hardware"], line["command"]): line for line in lines}
     lines = [
         "| command | processor | wall time | loss, full validation split: mean (each seed) | windows of 256 |",
@@ -138,7 +166,10 @@ def sweep():
     found = {(line["rate"], line["n_layer"], line["n_embd"]): line for line in results("sweep")}
     if not found:
         return []
-    lines = ["| rate | layers x width | half the default | default | twice |", "|---|---|---|---|---|"]
+    lines = [
+        "| rate | layers x width | half the default | default | twice |",
+        "|---|---|---|---|---|",
+    ]
     for rate, n_layer, n_embd in sorted(found, reverse=True):
         losses = found[rate, n_layer, n_embd]["losses"].items()
         cells = " | ".join(f"{value}: {loss:.4f}" for value, loss in losses)

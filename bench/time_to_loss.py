@@ -46,7 +46,9 @@ def estimate(loss, tokens, window, n=2400):
     generator = torch.Generator().manual_seed(1337)
     starts = torch.randint(len(tokens) - window - 1, (n, 1), generator=generator).to(tokens.device)
     parts = tokens[starts + torch.arange(window + 1, device=tokens.device)].split(60)
-    return statistics.mean(float(loss(part[:, :-1].contiguous(), part[:, 1:].contiguous())) for part in parts)
+    return statistics.mean(
+        float(loss(part[:, :-1].contiguous(), part[:, 1:].contiguous())) for part in parts
+    )
 
 
 def run_ours(command, seed):
@@ -56,16 +58,24 @@ def run_ours(command, seed):
     with tempfile.TemporaryDirectory() as out:
         began = time.time()
         command = [sys.executable, ROOT / "gpt.py", *command, f"--seed={seed}", f"--out_dir={out}"]
-        cache = str(Path(out) / "cache")  # or else a second run would find what the first has compiled
+        cache = str(
+            Path(out) / "cache"
+        )  # or else a second run would find what the first has compiled
         subprocess.run(command, check=True, env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache})
         wall_s = time.time() - began
         log = (Path(out) / "log.jsonl").read_text(encoding="utf-8")
         lines = [json.loads(line) for line in log.splitlines()]
         model = gpt.load_checkpoint(Path(out) / "best.pt")[0]
-    evaluations = [line["elapsed_s"] for line in lines if "val_loss" in line and "perplexity" not in line]
+    evaluations = [
+        line["elapsed_s"] for line in lines if "val_loss" in line and "perplexity" not in line
+    ]
     settings = lines[0]["config"]
-    data = gpt.Data(Path(gpt.data_dir or ROOT / "data") / settings["dataset"], settings["block_size"])
-    tokens = torch.from_numpy(data.tokens["val"][np.arange(len(data.tokens["val"]))].astype(np.int64))
+    data = gpt.Data(
+        Path(gpt.data_dir or ROOT / "data") / settings["dataset"], settings["block_size"]
+    )
+    tokens = torch.from_numpy(
+        data.tokens["val"][np.arange(len(data.tokens["val"]))].astype(np.int64)
+    )
     machine = gpt.set_up_machine()
     model.to(machine.device)
 
@@ -74,7 +84,12 @@ def run_ours(command, seed):
 
     windows = [n for n in (64, 256) if n <= model.config.block_size]
     estimates = {n: estimate(loss, tokens, n) for n in windows}
-    return wall_s, evaluations[-1] - evaluations[0], lines[-1] | {"params": model.n_params()}, estimates
+    return (
+        wall_s,
+        evaluations[-1] - evaluations[0],
+        lines[-1] | {"params": model.n_params()},
+        estimates,
+    )
 
 
 def run_nanogpt(path, until):
@@ -97,7 +112,9 @@ def run_nanogpt(path, until):
             "PYTHONUNBUFFERED": "1",
         }
         command = [sys.executable, "train.py", *RECIPE.split()]
-        with subprocess.Popen(command, cwd=copy, stdout=subprocess.PIPE, text=True, env=environment) as run:
+        with subprocess.Popen(
+            command, cwd=copy, stdout=subprocess.PIPE, text=True, env=environment
+        ) as run:
             for line in run.stdout:
                 if found := re.match(r"step (\d+): train loss .*, val loss (.*)", line):
                     evaluations.append(time.time())
@@ -111,7 +128,9 @@ def run_nanogpt(path, until):
         model = model_py.GPT(model_py.GPTConfig(**state["model_args"]))
         model.load_state_dict({k.removeprefix("_orig_mod."): v for k, v in state["model"].items()})
         model.to(DEVICE).eval()
-        tokens = torch.from_numpy(np.fromfile(data / "val.bin", np.uint16).astype(np.int64)).to(DEVICE)
+        tokens = torch.from_numpy(np.fromfile(data / "val.bin", np.uint16).astype(np.int64)).to(
+            DEVICE
+        )
         own = estimate(lambda x, y: model(x, y)[1], tokens, WINDOW)
         return wall_s, evaluations[-1] - evaluations[0], own
 
@@ -131,8 +150,13 @@ def main():
             peer = run_nanogpt(options["nanogpt"], float(options["until"]))
         found.append((*run_ours(command, 1337 + run), *peer))
         wall_s, train_s, figures, estimates, *theirs = found[-1]
-        print(f"run {run + 1}: {wall_s:.1f} s, {train_s:.1f} s, {figures}, {estimates}, nanoGPT {theirs}", flush=True)
-    walls, trains, finals, estimates, peer_walls, peer_trains, peer_losses = zip(*found, strict=True)
+        print(
+            f"run {run + 1}: {wall_s:.1f} s, {train_s:.1f} s, {figures}, {estimates}, nanoGPT {theirs}",
+            flush=True,
+        )
+    walls, trains, finals, estimates, peer_walls, peer_trains, peer_losses = zip(
+        *found, strict=True
+    )
     more = {}
     if options["nanogpt"]:
         more = {

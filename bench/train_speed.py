@@ -74,7 +74,10 @@ def ours(case, device):
     gpt.compile, gpt.optimizer = case["compile"], case["optimizer"]
     machine = gpt.set_up_machine()
     model = gpt.GPT(gpt.model_config(case["sizes"]["vocab_size"])).to(device)
-    optimizers, scaler = gpt.make_optimizers(model, machine), torch.amp.GradScaler("cuda", enabled=False)
+    optimizers, scaler = (
+        gpt.make_optimizers(model, machine),
+        torch.amp.GradScaler("cuda", enabled=False),
+    )
     backward, update = gpt.make_step(model, model, optimizers, scaler, machine, case["accumulate"])
 
     def step(batches):
@@ -96,7 +99,9 @@ def make_batches(case):
         return [data.get_batch("train", i, case["batch_size"]) for i in range(case["accumulate"])]
     shape = (case["batch_size"], case["sizes"]["block_size"] + 1)
     batches = torch.randint(case["sizes"]["vocab_size"], (case["accumulate"], *shape))
-    return [(b[:, :-1].contiguous(), b[:, 1:].contiguous(), torch.ones(b[:, 1:].shape)) for b in batches]
+    return [
+        (b[:, :-1].contiguous(), b[:, 1:].contiguous(), torch.ones(b[:, 1:].shape)) for b in batches
+    ]
 
 
 def prepare(case):
@@ -107,7 +112,10 @@ def prepare(case):
     step, batches = (peer if case["nanogpt"] else ours)(case, device), make_batches(case)
     wait, leave_memory = lambda: None, lambda: None
     if device.type == "cuda":
-        wait, leave_memory = torch.cuda.synchronize, torch.cuda.empty_cache  # to the other processes
+        wait, leave_memory = (
+            torch.cuda.synchronize,
+            torch.cuda.empty_cache,
+        )  # to the other processes
 
     def measure():
         for _ in range(2 if device.type == "cuda" else 1):
@@ -166,7 +174,15 @@ def report(f, found):
     )
 
 
-DEFAULTS = {"nanogpt": "", "shape": "shakespeare", "batch_size": 16, "steps": 6, "runs": 3, "accumulate": 1, "data": ""}
+DEFAULTS = {
+    "nanogpt": "",
+    "shape": "shakespeare",
+    "batch_size": 16,
+    "steps": 6,
+    "runs": 3,
+    "accumulate": 1,
+    "data": "",
+}
 
 
 def main():

@@ -16,7 +16,9 @@ import gpt
 import plots
 
 TEXT = "".join(
-    f"{i} times {j} is {i * j}, said the {'cat' if i % 2 else 'dog'}.\n" for i in range(40) for j in range(10)
+    f"{i} times {j} is {i * j}, said the {'cat' if i % 2 else 'dog'}.\n"
+    for i in range(40)
+    for j in range(10)
 )
 
 
@@ -37,7 +39,9 @@ def no_pictures(monkeypatch):
 def settings(monkeypatch, tmp_path):
     """Return a function that sets gpt.py's settings for one test; at first a tiny float32 run on `toy`."""
     chars = "".join(sorted(set(TEXT)))
-    gpt.write_dataset(tmp_path / "data" / "toy", TEXT, gpt.Tokenizer("char", chars), "made by the tests")
+    gpt.write_dataset(
+        tmp_path / "data" / "toy", TEXT, gpt.Tokenizer("char", chars), "made by the tests"
+    )
 
     def change(**values):
         for name, value in values.items():

@@ -71,8 +71,15 @@ def run_jobs(*jobs, timeout=120):
         for i, job in enumerate(jobs):
             files = [Path(folder) / f"{i}-{kind}" for kind in ("stdin", "stdout", "stderr")]
             for path in files:
-                path.write_text(job.get("stdin") or "" if path is files[0] else "", encoding="utf-8")
-            plain = {"code": "", "cwd": os.getcwd(), "timeout": timeout, "files": list(map(str, files))}
+                path.write_text(
+                    job.get("stdin") or "" if path is files[0] else "", encoding="utf-8"
+                )
+            plain = {
+                "code": "",
+                "cwd": os.getcwd(),
+                "timeout": timeout,
+                "files": list(map(str, files)),
+            }
             environment = {"OMP_NUM_THREADS": "1"} | job.get("env", {})
             whole.append(plain | job | {"env": environment, "argv": list(map(str, job["argv"]))})
             whole[-1]["cwd"] = str(whole[-1]["cwd"])
@@ -84,5 +91,6 @@ def run_jobs(*jobs, timeout=120):
             for job in whole
         ]
     return [
-        subprocess.CompletedProcess(job["argv"], code, *texts) for job, code, texts in zip(whole, codes, read)
+        subprocess.CompletedProcess(job["argv"], code, *texts)
+        for job, code, texts in zip(whole, codes, read)
     ]

@@ -35,7 +35,9 @@ def library_bpe(text, n_tokens):
     theirs = Tokenizer(models.BPE())
     theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=n_tokens, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=n_tokens, initial_alphabet=alphabet, show_progress=False
+    )
     theirs.train_from_iterator([text], trainer)
     return theirs
 

@@ -52,13 +52,40 @@ def finetuned(tmp_path_factory):
     folder, lines = tmp_path_factory.mktemp("chat"), []
     for name, (code, age) in conversations().items():
         said = zip(("user", "assistant") * 2, (name, code, "and?", age), strict=True)
-        lines.append(json.dumps({"messages": [{"role": role, "content": text} for role, text in said]}))
+        lines.append(
+            json.dumps({"messages": [{"role": role, "content": text} for role, text in said]})
+        )
     source = folder / "codes.jsonl"
-    source.write_text("\n".join([lines[0], *lines]), encoding="utf-8")  # the first is for validation
-    run = {"dataset": "codes", "data_dir": str(folder), "out_dir": str(folder / "out"), "device": "cpu"}
-    run |= {"n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 64, "block_size": 25, "dtype": "float32"}
-    run |= {"batch_size": 100, "max_iters": 120, "eval_interval": 120, "eval_iters": 1, "sample_tokens": 0}
-    made = {"input": str(source), "data_dir": str(folder), "val_fraction": 0.005, "tokenizer": "char"}
+    source.write_text(
+        "\n".join([lines[0], *lines]), encoding="utf-8"
+    )  # the first is for validation
+    run = {
+        "dataset": "codes",
+        "data_dir": str(folder),
+        "out_dir": str(folder / "out"),
+        "device": "cpu",
+    }
+    run |= {
+        "n_layer": 2,
+        "n_head": 4,
+        "n_kv_head": 2,
+        "n_embd": 64,
+        "block_size": 25,
+        "dtype": "float32",
+    }
+    run |= {
+        "batch_size": 100,
+        "max_iters": 120,
+        "eval_interval": 120,
+        "eval_iters": 1,
+        "sample_tokens": 0,
+    }
+    made = {
+        "input": str(source),
+        "data_dir": str(folder),
+        "val_fraction": 0.005,
+        "tokenizer": "char",
+    }
     with pytest.MonkeyPatch.context() as patch:
         for module, values in ((prepare, made), (gpt, run)):
             for name, value in values.items():
@@ -77,7 +104,9 @@ class Terminal:
 
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a shell's background jobs may have ignored
+            signal.signal(
+                signal.SIGINT, signal.SIG_DFL
+            )  # which a shell's background jobs may have ignored
             environment = os.environ | {"TERM": "dumb", "OMP_NUM_THREADS": "1", "COLUMNS": "500"}
             os.execve(sys.executable, [sys.executable, *map(str, arguments)], environment)
 
@@ -119,7 +148,9 @@ def test_a_dozen_conversations_at_a_terminal(finetuned):
     assert "best.pt: step 120" in greeting and "/reset" in greeting and "/system TEXT" in greeting
     answers = conversations()
     for name in list(answers)[::9]:
-        assert (talk.say(name), talk.say("and?")) == tuple(f"{answer}\n" for answer in answers[name])
+        assert (talk.say(name), talk.say("and?")) == tuple(
+            f"{answer}\n" for answer in answers[name]
+        )
         assert talk.say("/reset") == ""
     assert "can be changed" in talk.say("/")
     time.sleep(0.3)  # Python misses a Ctrl-C between showing the prompt and waiting for input
@@ -150,12 +181,16 @@ def bpe(chat=CHATML, **roles):
     tokens = [bytes([i]) for i in range(256)] + [b"\nh", b"he", b"ll", b"\nhe", b"hell"]
     ranks = " ".join(base64.b64encode(token).decode() for token in tokens)
     special = "<|endoftext|> <|im_start|> <|im_end|> <|begin|>"
-    return gpt.Tokenizer("bpe", ranks=ranks, pattern=r"\s?\w+|\W", special=special, chat=chat, **roles)
+    return gpt.Tokenizer(
+        "bpe", ranks=ranks, pattern=r"\s?\w+|\W", special=special, chat=chat, **roles
+    )
 
 
 def chat_of(tokenizer, block_size=1000, answers=()):
     """Return a Chat with a model that gives the answers, lists of ids, in turn; model.asked tells what it read."""
-    model = SimpleNamespace(config=SimpleNamespace(block_size=block_size), asked=[], left=list(answers))
+    model = SimpleNamespace(
+        config=SimpleNamespace(block_size=block_size), asked=[], left=list(answers)
+    )
 
     def generate(idx, max_tokens, **_):
         model.asked.append((idx[0], max_tokens))
@@ -177,7 +212,9 @@ def test_the_ids_are_those_of_the_rendered_conversation(system):
     rendered += "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\nhe<|im_end|>\n"
     rendered += "<|im_start|>user\nhell?<|im_end|>\n<|im_start|>assistant\n"
     expected = tokenizer.encoding.encode(rendered, allowed_special="all")
-    assert tokenizer.encoding.encode_single_token(b"\nhe") in expected  # apart, "\n" and "he" would not merge
+    assert (
+        tokenizer.encoding.encode_single_token(b"\nhe") in expected
+    )  # apart, "\n" and "he" would not merge
     assert talk.encode(["hello", "he", "hell?"]) == expected
 
 
@@ -198,11 +235,18 @@ def test_names_of_special_tokens_that_are_typed_are_text():
 def test_the_default_template_is_that_of_prepare():
     """What prepare.py writes of a conversation is what chat asks with, then the answer and its end."""
     tokenizer = gpt.Tokenizer("char", LETTERS, special=prepare.SPECIALS)
-    roles, texts = ("system", "user", "assistant", "user", "assistant"), ("mild", "who", "me", "and?", "you")
+    roles, texts = (
+        ("system", "user", "assistant", "user", "assistant"),
+        ("mild", "who", "me", "and?", "you"),
+    )
     messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
     ids = [[]]
     for text, _ in prepare.chat_document("here", messages, 255):
-        ids[-1] += [tokenizer.special[text]] if isinstance(text, prepare.Special) else tokenizer.encode(text)
+        ids[-1] += (
+            [tokenizer.special[text]]
+            if isinstance(text, prepare.Special)
+            else tokenizer.encode(text)
+        )
         ids += [[]] * (text == "<|endoftext|>")
         ids[-1] = list(ids[-1])
     sample.system, talk = "mild", chat_of(tokenizer)
@@ -222,7 +266,9 @@ def test_a_token_that_begins_every_text_begins_the_conversation_once():
 
 
 def letters(**roles):
-    return gpt.Tokenizer("char", LETTERS, special="<|endoftext|> <|user|> <|assistant|> <|eot|>", **roles)
+    return gpt.Tokenizer(
+        "char", LETTERS, special="<|endoftext|> <|user|> <|assistant|> <|eot|>", **roles
+    )
 
 
 def readable(tokenizer, ids):
@@ -287,7 +333,9 @@ def test_a_message_too_long_is_refused_and_forgotten(capsys):
     sample.max_tokens = 9
     talk = chat_of(tokenizer, 16, [tokenizer.encode("xy")] * 2)
     talk.answer("a")
-    with pytest.raises(ValueError, match=r"^9 tokens .* 8 for the answer exceed block_size 16: shorten"):
+    with pytest.raises(
+        ValueError, match=r"^9 tokens .* 8 for the answer exceed block_size 16: shorten"
+    ):
         talk.answer("aaaaaaa")
     assert talk.turns == ["a", "xy"] and len(talk.model.asked) == 1
     talk.answer("aaaaaa")  # 8, which are left for the answer too

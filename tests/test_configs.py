@@ -32,7 +32,9 @@ ROOT = Path(__file__).resolve().parent.parent
 def test_preset_is_as_large_as_its_name_says(names, vocab_size, promised):
     script = {k: getattr(gpt, k) for k in gpt.SETTINGS} | {"__file__": str(ROOT / "gpt.py")}
     files = [str(ROOT / "config" / f"{name}.py") for name in names]
-    configurator.configure(script, files, derive=lambda: {"device_type": "cuda", "native_bfloat16": True})
+    configurator.configure(
+        script, files, derive=lambda: {"device_type": "cuda", "native_bfloat16": True}
+    )
     fields = set(gpt.GPTConfig.__dataclass_fields__) & set(gpt.SETTINGS)
     with torch.device("meta"):
         model = gpt.GPT(gpt.GPTConfig(vocab_size=vocab_size, **{k: script[k] for k in fields}))
@@ -53,7 +55,9 @@ VOCABULARY = {  # tokens, special ones included
 }
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "config").glob("*train_*.py")) + ["debug"])
+@pytest.mark.parametrize(
+    "name", sorted(path.stem for path in (ROOT / "config").glob("*train_*.py")) + ["debug"]
+)
 def test_readme_tells_the_configs_sizes(name):
     """The numbers in its row: on a CPU, on one without bfloat16 where that differs, on a GPU; or one for all."""
     table = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## Config files\n")[1]
@@ -62,7 +66,9 @@ def test_readme_tells_the_configs_sizes(name):
     if len(files) > 1:
         stated = [stated[files.index(name)]]
     with_bfloat16, without, gpu = ("cpu", True), ("cpu", False), ("cuda", True)
-    numbers = stated * 3 if len(stated) == 1 else stated if len(stated) == 3 else [stated[0], *stated]
+    numbers = (
+        stated * 3 if len(stated) == 1 else stated if len(stated) == 3 else [stated[0], *stated]
+    )
     for (device, native), number in zip((with_bfloat16, without, gpu), numbers, strict=True):
         script = {k: getattr(gpt, k) for k in gpt.SETTINGS} | {"__file__": str(ROOT / "gpt.py")}
         derive = functools.partial(dict, device_type=device, native_bfloat16=native)
@@ -82,7 +88,12 @@ def test_readmes_table_of_memory_counts_the_configs_own_parameters(monkeypatch, 
     scaling.main()
     printed = capsys.readouterr().out
     assert printed in (ROOT / "README.md").read_text(encoding="utf-8")
-    for name, size in (("train_gpt2", "124M"), ("train_large", "351M"), ("train_1b", "1,073M"), ("gpt2_xl", "1,558M")):
+    for name, size in (
+        ("train_gpt2", "124M"),
+        ("train_large", "351M"),
+        ("train_1b", "1,073M"),
+        ("gpt2_xl", "1,558M"),
+    ):
         assert f"| `{name}.py` | {size} |" in printed
 
 
@@ -124,7 +135,9 @@ def test_shakespeare_is_sized_to_the_minutes(minutes, expected):
     config = str(ROOT / "config" / "train_shakespeare.py")
     for native, dtype, times in ((True, "auto", 1), (True, "float32", 4), (False, "auto", 4)):
         script = {k: getattr(gpt, k) for k in gpt.SETTINGS} | {"__file__": str(ROOT / "gpt.py")}
-        flags = [f"--max_minutes={times * minutes}"] if times * minutes != 2 else []  # 2: what it chooses
+        flags = (
+            [f"--max_minutes={times * minutes}"] if times * minutes != 2 else []
+        )  # 2: what it chooses
         derive = functools.partial(dict, device_type="cpu", native_bfloat16=native)
         configurator.configure(script, [config, f"--dtype={dtype}", *flags], derive=derive)
         names = "n_layer", "n_embd", "block_size", "dropout", "train_temperature"
@@ -132,10 +145,14 @@ def test_shakespeare_is_sized_to_the_minutes(minutes, expected):
         assert script["max_minutes"] == times * minutes
 
 
-@pytest.mark.parametrize(("flags", "expected"), [([], (1500, 0.2, 0.83)), (["--max_iters=350"], (350, 0.03, 0.9))])
+@pytest.mark.parametrize(
+    ("flags", "expected"), [([], (1500, 0.2, 0.83)), (["--max_iters=350"], (350, 0.03, 0.9))]
+)
 def test_shakespeare_on_a_gpu_takes_fewer_steps_with_less_dropout(flags, expected):
     script = {k: getattr(gpt, k) for k in gpt.SETTINGS} | {"__file__": str(ROOT / "gpt.py")}
     derive = functools.partial(dict, device_type="cuda", native_bfloat16=True)
-    configurator.configure(script, [str(ROOT / "config" / "train_shakespeare.py"), *flags], derive=derive)
+    configurator.configure(
+        script, [str(ROOT / "config" / "train_shakespeare.py"), *flags], derive=derive
+    )
     assert tuple(script[name] for name in ("max_iters", "dropout", "train_temperature")) == expected
     assert (script["max_minutes"], script["n_embd"], script["batch_size"]) == (0, 256, 32)

@@ -57,7 +57,9 @@ class WideTokenizer:
 def test_files_and_meta_of_a_small_text(tmp_path):
     """Twenty characters become 18 and 2 little-endian uint16, and the meta counts tokens and bytes."""
     text = "abcabcabcabcabcabcé\n"
-    meta = gpt.write_dataset(tmp_path / "new" / "toy", text, gpt.Tokenizer("char", "\nabcé"), "hand")
+    meta = gpt.write_dataset(
+        tmp_path / "new" / "toy", text, gpt.Tokenizer("char", "\nabcé"), "hand"
+    )
     folder = tmp_path / "new" / "toy"
     assert sorted(p.name for p in folder.iterdir()) == ["meta.json", "train.bin", "val.bin"]
     assert (folder / "train.bin").read_bytes() == b"\1\0\2\0\3\0" * 6
@@ -76,7 +78,9 @@ def test_files_and_meta_of_a_small_text(tmp_path):
     }
 
 
-@pytest.mark.parametrize(("vocab_size", "dtype", "letter"), [(65536, "uint16", "H"), (65537, "uint32", "I")])
+@pytest.mark.parametrize(
+    ("vocab_size", "dtype", "letter"), [(65536, "uint16", "H"), (65537, "uint32", "I")]
+)
 def test_a_large_vocabulary_takes_four_bytes(tmp_path, vocab_size, dtype, letter):
     """Up to 65,536 ids fit two bytes; one more takes four."""
     meta = gpt.write_dataset(tmp_path, "x" * 10, WideTokenizer(vocab_size), "tests")
@@ -89,14 +93,18 @@ def test_a_large_vocabulary_takes_four_bytes(tmp_path, vocab_size, dtype, letter
 
 def test_the_split_of_tiny_shakespeare(tmp_path):
     """A text of 1,115,394 characters is split into 1,003,854 and 111,540."""
-    meta = gpt.write_dataset(tmp_path, "ab" * (1_115_394 // 2), gpt.Tokenizer("char", "ab"), "tests")
+    meta = gpt.write_dataset(
+        tmp_path, "ab" * (1_115_394 // 2), gpt.Tokenizer("char", "ab"), "tests"
+    )
     assert (meta["train_tokens"], meta["val_tokens"]) == (1_003_854, 111_540)
     assert (tmp_path / "train.bin").stat().st_size == 2 * 1_003_854
 
 
 def test_val_fraction_moves_the_split(tmp_path):
     """A quarter of eight characters is two."""
-    meta = gpt.write_dataset(tmp_path, "abababab", gpt.Tokenizer("char", "ab"), "tests", val_fraction=0.25)
+    meta = gpt.write_dataset(
+        tmp_path, "abababab", gpt.Tokenizer("char", "ab"), "tests", val_fraction=0.25
+    )
     assert (meta["train_tokens"], meta["val_tokens"]) == (6, 2)
 
 
@@ -107,7 +115,12 @@ def test_older_token_files_are_removed(tmp_path):
         (tmp_path / f"{name}.bin").write_bytes(b"\1\0" * 50)
     (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
     gpt.write_dataset(tmp_path, "ab" * 50, gpt.Tokenizer("char", "ab"), "tests")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["meta.json", "notes.txt", "train.bin", "val.bin"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "meta.json",
+        "notes.txt",
+        "train.bin",
+        "val.bin",
+    ]
     x, _, w = gpt.Data(tmp_path, BLOCK).get_batch("val", 0, 1)
     assert (x.tolist(), w.tolist()) == ([[0, 1] * 4], [[1.0] * 8])
 
@@ -286,7 +299,9 @@ def test_a_file_of_another_length_than_meta_says_is_refused(tmp_path, split, n_b
     """A copy that was cut short, or a file that grew, is noticed before anything is read."""
     folder = write_tokens(tmp_path / "cut", 100, 50)
     content = (folder / f"{split}.bin").read_bytes()
-    (folder / f"{split}.bin").write_bytes(content[:n_bytes] if n_bytes < 0 else content + b"\0" * n_bytes)
+    (folder / f"{split}.bin").write_bytes(
+        content[:n_bytes] if n_bytes < 0 else content + b"\0" * n_bytes
+    )
     with pytest.raises(ValueError, match=rf"cut holds .* of .* tokens for {split}"):
         gpt.Data(folder, BLOCK)
 
@@ -483,7 +498,10 @@ def test_every_weighted_target_counts_once_and_sees_its_own_example_only(
     assert data.n_val_batches() == -(-len(data.starts["val"]) // 5)
     home = {c: i for i, example in enumerate(splits[split]) for text, _ in example for c in text}
     for epoch in range(2 if split == "train" else 1):
-        found, batches = {}, [data.get_batch(split, epoch * n_rows + row, 1) for row in range(n_rows)]
+        found, batches = (
+            {},
+            [data.get_batch(split, epoch * n_rows + row, 1) for row in range(n_rows)],
+        )
         for x, y, w in batches:
             inputs = x[0].tolist()
             for i in w[0].nonzero().flatten().tolist():
@@ -518,7 +536,9 @@ def test_weighted_epochs_have_the_same_rows_in_another_order(tmp_path, write_exa
 def test_weights_may_be_cut_elsewhere_than_tokens(tmp_path, write_examples, cuts):
     """Shards of tokens and of weights give the batches of whole files."""
     examples, alphabet = random_examples(4, 30)
-    folders = [write_examples(tmp_path / name, alphabet, train=examples, val=examples) for name in "ab"]
+    folders = [
+        write_examples(tmp_path / name, alphabet, train=examples, val=examples) for name in "ab"
+    ]
     n = (folders[0] / "train.weight.bin").stat().st_size
     for name, sizes, itemsize in (("train", cuts[0], 2), ("train.weight", cuts[1], 1)):
         shard(folders[1], name, [*sizes, n - sum(sizes)], itemsize)

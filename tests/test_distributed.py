@@ -59,7 +59,8 @@ def run_processes(world_size, *runs, code=WORKER):
     env = {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": str(world_size)}
     ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
     done = run_jobs(
-        *({"argv": ["-c", ROOT, jobs], "code": code, "env": env | rank} for rank in ranks), timeout=200
+        *({"argv": ["-c", ROOT, jobs], "code": code, "env": env | rank} for rank in ranks),
+        timeout=200,
     )
     assert [process.returncode for process in done] == [0] * world_size, done
     return [(process.stdout, process.stderr) for process in done]
@@ -74,13 +75,28 @@ def largest_difference(a, b):
 def test_two_processes_train_as_one(settings, tmp_path):
     """50 steps by DDP and FSDP2, Muon and AdamW, tied and not, give one process's losses and weights; evaluation
     batches (7) do not share out evenly. In bfloat16 FSDP's shares, and so the checkpoint, stay float32."""
-    settings(dtype="bfloat16", max_iters=20, out_dir=str(tmp_path / "rounded"), gradient_accumulation_steps=2)
+    settings(
+        dtype="bfloat16",
+        max_iters=20,
+        out_dir=str(tmp_path / "rounded"),
+        gradient_accumulation_steps=2,
+    )
     gpt.train()
-    short = {"dtype": "bfloat16", "max_iters": 20, "fsdp": True, "out_dir": str(tmp_path / "shared")}
-    short |= {
-        name: getattr(gpt, name) for name in ("eval_interval", "eval_iters", "tie_weights", "optimizer")
+    short = {
+        "dtype": "bfloat16",
+        "max_iters": 20,
+        "fsdp": True,
+        "out_dir": str(tmp_path / "shared"),
     }
-    short |= {"learning_rate": gpt.learning_rate, "gradient_checkpointing": False, "sample_tokens": 0}
+    short |= {
+        name: getattr(gpt, name)
+        for name in ("eval_interval", "eval_iters", "tie_weights", "optimizer")
+    }
+    short |= {
+        "learning_rate": gpt.learning_rate,
+        "gradient_checkpointing": False,
+        "sample_tokens": 0,
+    }
     settings(dtype="float32")
     cases = [("muon", False), ("muon", True), ("adamw", False), ("adamw", True)]
     compare(settings, tmp_path, 2, cases, more=[short])
@@ -95,30 +111,43 @@ def test_two_processes_train_compiled_as_one_does_plainly(settings, tmp_path):
     settings(batch_size=2, gradient_accumulation_steps=2, max_iters=6, eval_interval=3, dropout=0.0)
     settings(out_dir=str(tmp_path / "plain"))
     gpt.train()
-    runs = [{"compile": True, "fsdp": fsdp, "out_dir": str(tmp_path / str(fsdp))} for fsdp in (False, True)]
+    runs = [
+        {"compile": True, "fsdp": fsdp, "out_dir": str(tmp_path / str(fsdp))}
+        for fsdp in (False, True)
+    ]
     outputs = run_processes(2, *runs)
     assert outputs[0][0].count("\ncompiled in ") == 2
     for run in runs:
         assert largest_difference(Path(run["out_dir"]), tmp_path / "plain") < 1e-4
 
 
-@pytest.mark.skipif("FOUR" not in os.environ, reason="half a minute on two cores: FOUR=1 pytest runs it, too")
+@pytest.mark.skipif(
+    "FOUR" not in os.environ, reason="half a minute on two cores: FOUR=1 pytest runs it, too"
+)
 def test_four_processes_train_as_one(settings, tmp_path):
     compare(settings, tmp_path, 4, [("muon", False), ("muon", True)])
 
 
 def compare(settings, tmp_path, world_size, cases, more=()):
     """Train in one process and in several, for pairs of optimizer and fsdp, and compare losses and weights."""
-    settings(batch_size=4, gradient_accumulation_steps=2, max_iters=50, eval_interval=25, eval_iters=7)
+    settings(
+        batch_size=4, gradient_accumulation_steps=2, max_iters=50, eval_interval=25, eval_iters=7
+    )
     settings(sample_tokens=2, sample_at_eval=True)
-    adamw = {"optimizer": "adamw", "learning_rate": 2e-3, "tie_weights": True, "gradient_checkpointing": True}
+    adamw = {
+        "optimizer": "adamw",
+        "learning_rate": 2e-3,
+        "tie_weights": True,
+        "gradient_checkpointing": True,
+    }
     muon = {"optimizer": "muon"} | {name: getattr(gpt, name) for name in list(adamw)[1:]}
     changes = {"muon": muon, "adamw": adamw}
     for name in {name for name, _ in cases}:
         settings(**changes[name], out_dir=str(tmp_path / name))
         gpt.train()
     runs = [
-        changes[name] | {"fsdp": fsdp, "out_dir": str(tmp_path / f"{name}{fsdp}")} for name, fsdp in cases
+        changes[name] | {"fsdp": fsdp, "out_dir": str(tmp_path / f"{name}{fsdp}")}
+        for name, fsdp in cases
     ]
     outputs = run_processes(world_size, *runs, *more)
     assert all(out == "" for out, _ in outputs[1:])  # only the first process prints
@@ -130,7 +159,10 @@ def compare(settings, tmp_path, world_size, cases, more=()):
         assert largest_difference(out, tmp_path / name) < 1e-5, out
         a, b = (torch.load(path / "ckpt.pt", weights_only=True) for path in (out, tmp_path / name))
         assert a["model"].keys() == b["model"].keys()
-        assert all(type(w) is torch.Tensor and w.shape == b["model"][k].shape for k, w in a["model"].items())
+        assert all(
+            type(w) is torch.Tensor and w.shape == b["model"][k].shape
+            for k, w in a["model"].items()
+        )
         assert max(float((w - b["model"][k]).abs().max()) for k, w in a["model"].items()) < 1e-4
 
 
@@ -146,13 +178,17 @@ def test_one_of_two_processes_may_cut_its_micro_batches(settings, tmp_path):
 
 def test_checkpoints_interchange_in_all_directions(settings, tmp_path):
     """One run goes through one process, DDP and FSDP2 in every order of two, and ends as in one process."""
-    settings(batch_size=4, gradient_accumulation_steps=2, lr_decay_iters=30, eval_interval=5, dropout=0.1)
+    settings(
+        batch_size=4, gradient_accumulation_steps=2, lr_decay_iters=30, eval_interval=5, dropout=0.1
+    )
     settings(train_temperature=0.8)
 
     def several(names, max_iters):
         """Go on with these runs, by name and fsdp, in two processes."""
         more = {"init_from": "auto", "max_iters": max_iters}
-        run_processes(2, *(more | {"fsdp": fsdp, "out_dir": str(tmp_path / name)} for name, fsdp in names))
+        run_processes(
+            2, *(more | {"fsdp": fsdp, "out_dir": str(tmp_path / name)} for name, fsdp in names)
+        )
 
     def alone(name, max_iters):
         settings(init_from="auto", max_iters=max_iters, out_dir=str(tmp_path / name))
@@ -171,7 +207,11 @@ def test_checkpoints_interchange_in_all_directions(settings, tmp_path):
 def test_torchrun_starts_a_killed_run_again(settings, tmp_path):
     """From the newest checkpoint: also by the rendezvous of --standalone, whose store outlives the processes."""
     settings()
-    flags = [*toy_flags(tmp_path), f"--out_dir={tmp_path / 'out'}", "--gradient_accumulation_steps=2"]
+    flags = [
+        *toy_flags(tmp_path),
+        f"--out_dir={tmp_path / 'out'}",
+        "--gradient_accumulation_steps=2",
+    ]
     flags += [
         "--init_from=auto",
         "--max_iters=60",

@@ -68,7 +68,9 @@ def mistake(launch, tmp_path, capsys):
         *notes, last = err.splitlines()
         assert last.startswith("error: ")
         assert err.endswith("\n")
-        assert not notes or (script == "sample.py" and len(notes) == 1 and ".pt: step 2, " in notes[0])
+        assert not notes or (
+            script == "sample.py" and len(notes) == 1 and ".pt: step 2, " in notes[0]
+        )
         assert "Traceback" not in out + err
         for fragment in holds:
             assert fragment in last
@@ -159,7 +161,9 @@ GPT_MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "holds"), GPT_MISTAKES, ids=[case[0][-1] for case in GPT_MISTAKES])
+@pytest.mark.parametrize(
+    ("arguments", "holds"), GPT_MISTAKES, ids=[case[0][-1] for case in GPT_MISTAKES]
+)
 def test_gpt_refuses(mistake, arguments, holds):
     """Settings that are unknown, of the wrong type, or without meaning."""
     mistake("gpt.py", *arguments, holds=holds)
@@ -205,7 +209,9 @@ def spoil(tmp_path, **content):
 
 def test_a_data_set_that_is_spoiled(mistake, tmp_path):
     """Files that are empty, short or not as long as meta.json says, and a folder without meta.json."""
-    n = json.loads((tmp_path / "data" / "toy" / "meta.json").read_text(encoding="utf-8"))["train_tokens"]
+    n = json.loads((tmp_path / "data" / "toy" / "meta.json").read_text(encoding="utf-8"))[
+        "train_tokens"
+    ]
     spoil(tmp_path, train=b"")
     mistake("gpt.py", holds=["toy", f"0 of {n} tokens for train"])
     spoil(tmp_path, meta={"train_tokens": 0})
@@ -253,7 +259,13 @@ def test_a_file_that_is_no_checkpoint(mistake, checkpoint, script):
     checkpoint.with_name("best.pt").unlink()
     flags = ["--init_from=resume"] if script == "gpt.py" else []
     backwards, intruder = checkpoint.read_bytes()[::-1], Intruder(checkpoint.with_name("intruder"))
-    for content in (b"\0" * 1000, b"hello", pickle.dumps([1, 2], 2), pickle.dumps(intruder, 2), backwards):
+    for content in (
+        b"\0" * 1000,
+        b"hello",
+        pickle.dumps([1, 2], 2),
+        pickle.dumps(intruder, 2),
+        backwards,
+    ):
         checkpoint.write_bytes(content)
         mistake(script, *flags, holds=[str(checkpoint)])
     for other in ([1, 2], {"model": {}}, {"a": 1}, intruder):
@@ -452,7 +464,9 @@ def test_a_device_without_space(checkpoint):
 def test_training_on_a_full_disk_is_one_sentence(mistake, checkpoint, monkeypatch):
     """The run ends with exit code 2, and what was saved before it stays."""
     before = tree(checkpoint.parent)
-    monkeypatch.setattr(torch, "save", fail_midway(OSError(errno.ENOSPC, "No space left on device")))
+    monkeypatch.setattr(
+        torch, "save", fail_midway(OSError(errno.ENOSPC, "No space left on device"))
+    )
     mistake(
         "gpt.py",
         "--init_from=resume",
@@ -468,7 +482,9 @@ def test_training_on_a_full_disk_is_one_sentence(mistake, checkpoint, monkeypatc
 
 def test_the_first_checkpoint_of_a_run_on_a_full_disk(mistake, tmp_path, monkeypatch):
     """No part of a file is left behind."""
-    monkeypatch.setattr(torch, "save", fail_midway(OSError(errno.ENOSPC, "No space left on device")))
+    monkeypatch.setattr(
+        torch, "save", fail_midway(OSError(errno.ENOSPC, "No space left on device"))
+    )
     mistake("gpt.py", holds=["ckpt.pt", "No space left on device"], stays=False)
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["log.jsonl"]
 

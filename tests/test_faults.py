@@ -106,7 +106,9 @@ def test_max_bad_steps_in_a_row_end_the_run(settings, monkeypatch, tmp_path):
     """Two good steps between bad ones begin the count anew; the checkpoint before stays as it was."""
     settings(max_iters=40, eval_interval=5, max_bad_steps=3)
     seen = spoil_gradients(monkeypatch, steps={6, 7, 8, *range(11, 40)})
-    with pytest.raises(ValueError, match=r"4 gradients in a row are not finite: .*out by --init_from=resume"):
+    with pytest.raises(
+        ValueError, match=r"4 gradients in a row are not finite: .*out by --init_from=resume"
+    ):
         gpt.train()
     assert len(seen) == 15
     state = gpt.read_checkpoint(tmp_path / "out" / "ckpt.pt")
@@ -172,8 +174,12 @@ def limit_rows(monkeypatch, most, error=CUDA):
     return fitted
 
 
-@pytest.mark.parametrize("rows, most, left", [(8, 2, 2), (8, 7, 4), (9, 4, 3), (6, 1, 1), (5, 2, 1)])
-def test_micro_batches_are_cut_until_they_fit(settings, monkeypatch, tmp_path, capsys, rows, most, left):
+@pytest.mark.parametrize(
+    "rows, most, left", [(8, 2, 2), (8, 7, 4), (9, 4, 3), (6, 1, 1), (5, 2, 1)]
+)
+def test_micro_batches_are_cut_until_they_fit(
+    settings, monkeypatch, tmp_path, capsys, rows, most, left
+):
     """The losses and weights are those of a machine with memory enough, from the same global batches."""
     settings(batch_size=rows, gradient_accumulation_steps=2, max_iters=5, eval_interval=5)
     settings(out_dir=str(tmp_path / "enough"))
@@ -183,7 +189,9 @@ def test_micro_batches_are_cut_until_they_fit(settings, monkeypatch, tmp_path, c
     settings(out_dir=str(tmp_path / "short"))
     gpt.train()
     assert set(fitted) == {left} and len(fitted) == 5 * 2 * rows // left
-    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("memory is full")]
+    told = [
+        line for line in capsys.readouterr().out.splitlines() if line.startswith("memory is full")
+    ]
     assert told[-1].endswith(f"{2 * rows // left} micro-batches of {left}")
     for a, b in zip(losses(tmp_path / "enough"), losses(tmp_path / "short")):
         assert a.keys() == b.keys() and max(abs(a[step] - b[step]) for step in a) < 1e-5
@@ -243,8 +251,12 @@ def test_no_cut_while_other_processes_wait(settings, monkeypatch):
     model = gpt.GPT(gpt.model_config(20))
     batches = [[torch.zeros(4, 16)] * 3]
     ddp = SimpleNamespace(require_backward_grad_sync=True)
-    two = SimpleNamespace(world_size=2, sharded=False, dtype=torch.float32, device=torch.device("cpu"))
-    with pytest.raises(ValueError, match="half the batch_size, twice the gradient_accumulation_steps"):
+    two = SimpleNamespace(
+        world_size=2, sharded=False, dtype=torch.float32, device=torch.device("cpu")
+    )
+    with pytest.raises(
+        ValueError, match="half the batch_size, twice the gradient_accumulation_steps"
+    ):
         scaling.cut(batches, model, ddp, two, "adamw")
     ddp.require_backward_grad_sync = False
     assert [len(batch[0]) for batch in scaling.cut(batches, model, ddp, two, "adamw")] == [2, 2]
@@ -284,9 +296,18 @@ def saved_bytes(config, rows):
 def test_the_estimate_of_activations_is_near_what_autograd_keeps(changes):
     """Within a third, in float32, with 16 bytes a logit, which are not kept; with gradient_checkpointing, whose
     one block comes later, above it."""
-    base = {"block_size": 128, "vocab_size": 65, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 128}
+    base = {
+        "block_size": 128,
+        "vocab_size": 65,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_kv_head": 2,
+        "n_embd": 128,
+    }
     config = gpt.GPTConfig(**base | {"dropout": 0.0} | changes)
-    machine = SimpleNamespace(world_size=1, sharded=False, dtype=torch.float32, device=torch.device("cpu"))
+    machine = SimpleNamespace(
+        world_size=1, sharded=False, dtype=torch.float32, device=torch.device("cpu")
+    )
     model = gpt.GPT(config)
     state, estimated = scaling.memory(model, 8, machine, "adamw")
     kept = saved_bytes(config, 8) + 16 * 8 * 128 * config.vocab_size
@@ -300,16 +321,29 @@ def test_the_estimate_of_activations_is_near_what_autograd_keeps(changes):
 
 def test_the_plan_counts_gradients_twice_where_ddp_adds_up_several_micro_batches():
     """Weights, gradients, two averages and DDP's buckets; FSDP's shares of three, and the gradients whole."""
-    model = gpt.GPT(gpt.GPTConfig(vocab_size=8, block_size=8, n_layer=1, n_head=2, n_kv_head=1, n_embd=16))
+    model = gpt.GPT(
+        gpt.GPTConfig(vocab_size=8, block_size=8, n_layer=1, n_head=2, n_kv_head=1, n_embd=16)
+    )
     size = 4 * model.n_params()
-    for sharded, n_micro, expected in ((False, 1, 4), (False, 2, 5), (True, 1, 4 / 2), (True, 2, 3 / 2 + 1)):
-        machine = SimpleNamespace(world_size=2, sharded=sharded, dtype=torch.float32, device=torch.device("cpu"))
+    for sharded, n_micro, expected in (
+        (False, 1, 4),
+        (False, 2, 5),
+        (True, 1, 4 / 2),
+        (True, 2, 3 / 2 + 1),
+    ):
+        machine = SimpleNamespace(
+            world_size=2, sharded=sharded, dtype=torch.float32, device=torch.device("cpu")
+        )
         assert scaling.memory(model, 1, machine, "adamw", n_micro)[0] == expected * size
 
 
 def test_ways_out_of_full_memory_count_what_fsdp_would_take():
-    model = gpt.GPT(gpt.GPTConfig(vocab_size=8, block_size=8, n_layer=1, n_head=2, n_kv_head=1, n_embd=16))
-    machine = SimpleNamespace(world_size=4, sharded=False, dtype=torch.float32, device=torch.device("cpu"))
+    model = gpt.GPT(
+        gpt.GPTConfig(vocab_size=8, block_size=8, n_layer=1, n_head=2, n_kv_head=1, n_embd=16)
+    )
+    machine = SimpleNamespace(
+        world_size=4, sharded=False, dtype=torch.float32, device=torch.device("cpu")
+    )
     said = scaling.out_of_memory(model, machine, 1, "adamw", n_micro=2)
     saved = 4 * model.n_params() * (5 - (3 / 4 + 1))
     assert said.endswith(f"--fsdp=True on 4 GPUs {scaling.spelled(saved)}")
@@ -320,7 +354,9 @@ def test_ways_out_of_full_memory_count_what_fsdp_would_take():
 
 def test_older_checkpoints_are_kept_as_many_as_wanted(settings, tmp_path):
     for keep, steps in ((1, [8]), (2, [8, 6]), (4, [8, 6, 4, 2])):
-        settings(max_iters=8, eval_interval=2, keep_checkpoints=keep, out_dir=str(tmp_path / str(keep)))
+        settings(
+            max_iters=8, eval_interval=2, keep_checkpoints=keep, out_dir=str(tmp_path / str(keep))
+        )
         gpt.train()
         names = ["ckpt.pt", *(f"ckpt-{i}.pt" for i in range(1, keep))]
         assert [gpt.read_checkpoint(tmp_path / str(keep) / name)["step"] for name in names] == steps
@@ -336,7 +372,9 @@ def two_checkpoints(settings, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["cut short", "a bit flipped"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(two_checkpoints, tmp_path, capsys, damage):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
+    two_checkpoints, tmp_path, capsys, damage
+):
     """At 50 random places; a bit that changes nothing that is read may go unnoticed, but then nothing differs."""
     whole, draw, noticed = (two_checkpoints / "ckpt.pt").read_bytes(), random.Random(damage), 0
     before = gpt.read_checkpoint(two_checkpoints / "ckpt.pt")
@@ -362,7 +400,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(two_checkpoint
     assert noticed >= (50 if damage == "cut short" else 40)
 
 
-def test_a_run_goes_on_from_the_older_checkpoint_to_the_same_end(two_checkpoints, settings, tmp_path):
+def test_a_run_goes_on_from_the_older_checkpoint_to_the_same_end(
+    two_checkpoints, settings, tmp_path
+):
     content = bytearray((two_checkpoints / "ckpt.pt").read_bytes())
     content[len(content) // 2] ^= 1
     (two_checkpoints / "ckpt.pt").write_bytes(content)
@@ -429,14 +469,20 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(settings, tmp_path, capsys
             "1,000 steps in ",
         ):
             assert part in out
-        assert "takes 2 x 4 x 16 tokens a step" in out and "FLOPs" in out and "steps an epoch" in out
-    assert not [path for path in made.iterdir() if "torchinductor" not in path.name]  # torch's own, once made
+        assert (
+            "takes 2 x 4 x 16 tokens a step" in out and "FLOPs" in out and "steps an epoch" in out
+        )
+    assert not [
+        path for path in made.iterdir() if "torchinductor" not in path.name
+    ]  # torch's own, once made
     shutil.rmtree(made)
     assert {path: t for path, t in tree(tmp_path).items() if path.is_file()} == {
         path: t for path, t in before.items() if path.is_file()
     }
     settings(dataset="toy", dry_run=False)
-    assert plan["flops"] == pytest.approx(1000 * 128 * flops_per_token_of("pydoc", tmp_path), rel=1e-6)
+    assert plan["flops"] == pytest.approx(
+        1000 * 128 * flops_per_token_of("pydoc", tmp_path), rel=1e-6
+    )
 
 
 def flops_per_token_of(dataset, tmp_path):
@@ -444,8 +490,13 @@ def flops_per_token_of(dataset, tmp_path):
     vocab = len(set(gpt.corpus(dataset)[0]))
     c = gpt.model_config(vocab)
     kv = c.n_kv_head * c.head_dim
-    block = c.n_embd * (c.n_embd + 2 * kv) + c.n_embd**2 + 3 * c.n_embd * c.mlp_hidden + 2 * c.n_embd
-    return 6 * (c.n_layer * block + c.n_embd + vocab * c.n_embd) + 12 * c.n_layer * c.n_embd * c.block_size
+    block = (
+        c.n_embd * (c.n_embd + 2 * kv) + c.n_embd**2 + 3 * c.n_embd * c.mlp_hidden + 2 * c.n_embd
+    )
+    return (
+        6 * (c.n_layer * block + c.n_embd + vocab * c.n_embd)
+        + 12 * c.n_layer * c.n_embd * c.block_size
+    )
 
 
 # ---- the same run twice ----
@@ -468,7 +519,9 @@ def test_the_same_command_twice_is_the_same_run(settings, tmp_path, run_script):
         assert done.returncode == 0, done.stderr
         lines = read_log(tmp_path / name)
         lines[0]["config"].pop("out_dir")
-        logs.append([{k: v for k, v in r.items() if k not in ("elapsed_s", "tokens_per_s")} for r in lines])
+        logs.append(
+            [{k: v for k, v in r.items() if k not in ("elapsed_s", "tokens_per_s")} for r in lines]
+        )
     assert logs[0] == logs[1] and len(logs[0]) > 10
     assert_same_state(tmp_path / "a" / "ckpt.pt", tmp_path / "b" / "ckpt.pt")
     assert_same(*(gpt.read_checkpoint(tmp_path / name / "best.pt")["model"] for name in "ab"))
@@ -526,7 +579,9 @@ def test_a_signal_saves_and_has_an_exit_code_of_its_own(settings, tmp_path, name
     """SIGTERM's is tested where the run is resumed."""
     settings()
     signum = getattr(signal, name)
-    restore = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+    restore = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a job in the background ignores it
     try:
         process = start(tmp_path, "--eval_interval=100000")
     finally:
@@ -534,7 +589,10 @@ def test_a_signal_saves_and_has_an_exit_code_of_its_own(settings, tmp_path, name
     process.send_signal(signum)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + signum and err == ""
-    step, log = gpt.read_checkpoint(tmp_path / "out" / "ckpt.pt")["step"], read_log(tmp_path / "out")
+    step, log = (
+        gpt.read_checkpoint(tmp_path / "out" / "ckpt.pt")["step"],
+        read_log(tmp_path / "out"),
+    )
     assert f"stopped at step {step:,}: " in out
     assert step <= max(line["step"] for line in log) + 1
 
@@ -584,17 +642,23 @@ def test_a_folder_that_cannot_be_written_when_saving(settings, monkeypatch, tmp_
         return save(state, path)
 
     monkeypatch.setattr(torch, "save", refused)
-    with pytest.raises(OSError, match="Read-only file system.*the one saved before it is untouched"):
+    with pytest.raises(
+        OSError, match="Read-only file system.*the one saved before it is untouched"
+    ):
         gpt.train()
     assert gpt.read_checkpoint(tmp_path / "out" / "ckpt.pt")["step"] == 0
     assert np.isfinite(gpt.read_checkpoint(tmp_path / "out" / "ckpt.pt")["elapsed_s"])
 
 
-def test_a_checkpoint_that_cannot_be_read_is_not_called_damaged(two_checkpoints, settings, monkeypatch):
+def test_a_checkpoint_that_cannot_be_read_is_not_called_damaged(
+    two_checkpoints, settings, monkeypatch
+):
     """Short memory or a failing disk are no reason to go back; nothing is renamed."""
     settings(init_from="resume")
     for error in (MemoryError(), OSError(5, "Input/output error")):
-        monkeypatch.setattr(torch, "load", lambda *_, error=error, **__: (_ for _ in ()).throw(error))
+        monkeypatch.setattr(
+            torch, "load", lambda *_, error=error, **__: (_ for _ in ()).throw(error)
+        )
         with pytest.raises(ValueError, match=type(error).__name__):
             gpt.train()
     assert sorted(p.name for p in two_checkpoints.glob("ckpt*")) == ["ckpt-1.pt", "ckpt.pt"]
@@ -610,7 +674,9 @@ def test_a_checkpoint_is_on_the_disk_before_it_takes_the_others_place(monkeypatc
     """The order of what is done: written, flushed to the disk, and only then renamed."""
     done, fsync, replace = [], os.fsync, Path.replace
     monkeypatch.setattr(os, "fsync", lambda fd: (done.append("fsync"), fsync(fd)))
-    monkeypatch.setattr(Path, "replace", lambda self, new: (done.append(new.name), replace(self, new))[1])
+    monkeypatch.setattr(
+        Path, "replace", lambda self, new: (done.append(new.name), replace(self, new))[1]
+    )
     for value in (1, 2):
         gpt.save_checkpoint(tmp_path / "ckpt.pt", {"value": value}, keep=2)
     assert done == ["fsync", "ckpt.pt", "fsync", "ckpt-1.pt", "ckpt.pt"]

@@ -28,7 +28,9 @@ def test_fifty_rated_examples_are_learned_exactly(settings, tmp_path, monkeypatc
     rng.shuffle(rows)
     rows.insert(0, (names[0], right[names[0]], 5))  # the first document is for validation
     with open(tmp_path / "codes.csv", "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([("prompt", "response", "rating"), *((f"{n}=", c, r) for n, c, r in rows)])
+        csv.writer(file).writerows(
+            [("prompt", "response", "rating"), *((f"{n}=", c, r) for n, c, r in rows)]
+        )
     for name, value in {
         "input": str(tmp_path / "codes.csv"),
         "data_dir": gpt.data_dir,
@@ -38,7 +40,9 @@ def test_fifty_rated_examples_are_learned_exactly(settings, tmp_path, monkeypatc
     monkeypatch.setattr(prepare, "tokenizer", "bpe")
     monkeypatch.setattr(prepare, "vocab_size", 290)
     prepare.main()
-    settings(dataset="codes", n_embd=64, block_size=12, batch_size=101, max_iters=150, eval_interval=150)
+    settings(
+        dataset="codes", n_embd=64, block_size=12, batch_size=101, max_iters=150, eval_interval=150
+    )
     figures = gpt.train()
     assert "bits_per_byte" not in figures
     model, tokenizer, _ = gpt.load_checkpoint(tmp_path / "out" / "ckpt.pt")

@@ -54,7 +54,25 @@ WORDS += [
     "\0",
     "💥" * 99,
 ]
-VALUES = [None, True, -1, 0, 7, 10**12, 1.5, math.nan, "", "x", "💥", [], {}, [1], {"a": 1}, {1: 2}, b"x"]
+VALUES = [
+    None,
+    True,
+    -1,
+    0,
+    7,
+    10**12,
+    1.5,
+    math.nan,
+    "",
+    "x",
+    "💥",
+    [],
+    {},
+    [1],
+    {"a": 1},
+    {1: 2},
+    b"x",
+]
 
 
 @contextlib.contextmanager
@@ -90,10 +108,14 @@ def random_line(draw, names):
     for _ in range(draw.randint(1, 5)):
         name, value = draw.choice(names), draw.choice(WORDS)
         if draw.random() < 0.5:
-            value = str(draw.choice([draw.randint(1, 300), draw.random(), draw.choice([1, 2, 4, 8, 64])]))
+            value = str(
+                draw.choice([draw.randint(1, 300), draw.random(), draw.choice([1, 2, 4, 8, 64])])
+            )
         if draw.random() < 0.05:
             name = name[:-1]
-        line += draw.choice([[f"--{name}={value}"], [f"--{name}", value], [f"--{name}"], [value]] + [[]] * 2)
+        line += draw.choice(
+            [[f"--{name}={value}"], [f"--{name}", value], [f"--{name}"], [value]] + [[]] * 2
+        )
     return line
 
 
@@ -104,7 +126,9 @@ def test_command_lines(monkeypatch):
 
     def configured(line):
         script = dict(vars(gpt))
-        configurator.configure(script, line, derive=lambda: {"device_type": "cpu", "native_bfloat16": False})
+        configurator.configure(
+            script, line, derive=lambda: {"device_type": "cpu", "native_bfloat16": False}
+        )
         vars(gpt).update({name: script[name] for name in names})
         gpt.check_settings()
         gpt.model_config(vocab_size=65)
@@ -202,7 +226,9 @@ def test_data_folders(settings, tmp_path, capsys):
         else:
             meta = json.loads(whole["meta.json"])
             for _ in range(draw.randint(1, 3)):
-                mutate_value(meta, draw, [value for value in VALUES if not isinstance(value, bytes)])
+                mutate_value(
+                    meta, draw, [value for value in VALUES if not isinstance(value, bytes)]
+                )
             meta = {str(k): v for k, v in meta.items()}
             (folder / "meta.json").write_text(json.dumps(meta, skipkeys=True), encoding="utf-8")
         worked += clean(gpt.train)

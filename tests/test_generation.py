@@ -4,7 +4,12 @@ import math
 
 import pytest
 import torch
-from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
 
 import gpt
@@ -21,7 +26,13 @@ LLAMA = {
     "tie_weights": False,
 }
 MQA = LLAMA | {"n_kv_head": 1, "qk_norm": True, "block_size": 7, "tie_weights": True}
-GPT2 = LLAMA | {"n_kv_head": 4, "bias": True, "use_rope": False, "use_rms_norm": False, "use_swiglu": False}
+GPT2 = LLAMA | {
+    "n_kv_head": 4,
+    "bias": True,
+    "use_rope": False,
+    "use_rms_norm": False,
+    "use_swiglu": False,
+}
 FAMILIES = pytest.mark.parametrize("values", [LLAMA, MQA, GPT2], ids=["llama", "mqa", "gpt2"])
 RAGGED = [[3], [5, 1, 4, 2, 9, 7], list(range(1, 22)), [8, 8]]
 
@@ -92,10 +103,15 @@ def test_greedy_tokens_are_those_without_a_cache(values, prompts):
 
 
 @FAMILIES
-@pytest.mark.parametrize("prompts", [[[3]], [list(range(1, 22))], RAGGED], ids=["one", "long", "ragged"])
+@pytest.mark.parametrize(
+    "prompts", [[[3]], [list(range(1, 22))], RAGGED], ids=["one", "long", "ragged"]
+)
 def test_sampled_tokens_are_those_without_a_cache(values, prompts):
     """With the same seed, temperature and filters the cache changes no token."""
-    model, sampling = random_model(**values), {"temperature": 1.3, "top_k": 9, "top_p": 0.95, "min_p": 0.01}
+    model, sampling = (
+        random_model(**values),
+        {"temperature": 1.3, "top_k": 9, "top_p": 0.95, "min_p": 0.01},
+    )
     found = cached(model, prompts, 30, generator=seeded(7), **sampling)
     assert torch.equal(found, uncached(model, prompts, 30, generator=seeded(7), **sampling))
     assert len(found.unique()) > 8
@@ -107,7 +123,9 @@ def test_tiny_blocks(block_size):
     model = random_model(**LLAMA | {"block_size": block_size})
     sampling = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
     found = cached(model, RAGGED, 4 * block_size + 3, generator=seeded(3), **sampling)
-    assert torch.equal(found, uncached(model, RAGGED, 4 * block_size + 3, generator=seeded(3), **sampling))
+    assert torch.equal(
+        found, uncached(model, RAGGED, 4 * block_size + 3, generator=seeded(3), **sampling)
+    )
 
 
 @FAMILIES
@@ -143,7 +161,9 @@ def test_prefill_in_chunks_gives_the_logits_of_one_pass(values, chunks):
     cache = gpt.KVCache(model.config, 3)
     with torch.no_grad():
         expected = model(ids)[0]
-        logits = torch.cat([model(part, cache=cache)[0] for part in ids.split(chunks, dim=1)], dim=1)
+        logits = torch.cat(
+            [model(part, cache=cache)[0] for part in ids.split(chunks, dim=1)], dim=1
+        )
     assert (logits - expected).abs().max() < 3e-5
     assert cache.pos.tolist() == [7, 7, 7]
 
@@ -156,7 +176,9 @@ def test_bfloat16_cache(values):
     cache = gpt.KVCache(model.config, 2, dtype=torch.bfloat16)
     with torch.no_grad():
         expected = model(ids)[0]
-        logits = torch.cat([model(part, cache=cache)[0] for part in ids.split([4, 1, 2], dim=1)], dim=1)
+        logits = torch.cat(
+            [model(part, cache=cache)[0] for part in ids.split([4, 1, 2], dim=1)], dim=1
+        )
     assert logits.dtype == torch.float32
     assert 0 < (logits - expected).norm() / expected.norm() < 2e-2
 
@@ -193,10 +215,14 @@ def test_training_ignores_the_cache_made_before(values):
 def test_seeds_decide_the_tokens():
     """The same seed gives the same tokens, another seed others; greedy needs none."""
     model = random_model(**LLAMA)
-    runs = [cached(model, RAGGED, 20, temperature=1.0, generator=seeded(seed)) for seed in (1, 1, 2)]
+    runs = [
+        cached(model, RAGGED, 20, temperature=1.0, generator=seeded(seed)) for seed in (1, 1, 2)
+    ]
     assert torch.equal(runs[0], runs[1])
     assert not torch.equal(runs[0], runs[2])
-    assert torch.equal(cached(model, RAGGED, 20, temperature=0), cached(model, RAGGED, 20, temperature=0))
+    assert torch.equal(
+        cached(model, RAGGED, 20, temperature=0), cached(model, RAGGED, 20, temperature=0)
+    )
 
 
 @pytest.mark.parametrize("prompts", [[[]], [[1, 2], []], torch.zeros(1, 0, dtype=torch.long)])
@@ -214,7 +240,10 @@ def test_no_tokens_wanted():
 @pytest.mark.parametrize("block_size", [1, 2, 3, 7, 8, 64])
 def test_context_length(block_size):
     """All tokens while they fit; then between half a block and a block, growing by one or falling to half."""
-    half, lengths = block_size // 2, [gpt.context_length(n, block_size) for n in range(6 * block_size + 2)]
+    half, lengths = (
+        block_size // 2,
+        [gpt.context_length(n, block_size) for n in range(6 * block_size + 2)],
+    )
     assert lengths[: block_size + 1] == list(range(block_size + 1))
     falls = 0
     for before, now in zip(lengths[block_size:], lengths[block_size + 1 :]):
@@ -359,7 +388,9 @@ def test_draws_follow_the_softmax(sampling):
 
 def test_rows_are_drawn_independently():
     """Two rows of one batch agree as often as two draws do."""
-    drawn = gpt.sample_next(torch.zeros(2 * 20_000, 10), 1.0, 0, 1.0, generator=seeded(5)).view(2, -1)
+    drawn = gpt.sample_next(torch.zeros(2 * 20_000, 10), 1.0, 0, 1.0, generator=seeded(5)).view(
+        2, -1
+    )
     assert float((drawn[0] == drawn[1]).float().mean()) == pytest.approx(0.1, abs=0.01)
 
 
@@ -367,14 +398,18 @@ def test_half_precision_logits_are_filtered_in_float32():
     """bfloat16 logits give the draws of their float32 values."""
     logits = torch.randn(500, 300, generator=seeded(4)).bfloat16()
     assert torch.equal(
-        gpt.sample_next(logits, generator=seeded(5)), gpt.sample_next(logits.float(), generator=seeded(5))
+        gpt.sample_next(logits, generator=seeded(5)),
+        gpt.sample_next(logits.float(), generator=seeded(5)),
     )
 
 
 @pytest.mark.parametrize("penalty", [0.5, 1.0, 1.3, 5.0])
 def test_penalty_equals_transformers(penalty):
     """Logits of ids seen before become what transformers' processor makes of them."""
-    logits, ids = torch.randn(4, 20, generator=seeded(4)), torch.randint(20, (4, 9), generator=seeded(5))
+    logits, ids = (
+        torch.randn(4, 20, generator=seeded(4)),
+        torch.randint(20, (4, 9), generator=seeded(5)),
+    )
     logits[0, ids[0, 0]] = 0.0
     seen = torch.zeros(4, 20, dtype=torch.bool)
     for row, tokens in enumerate(ids.tolist()):
@@ -433,7 +468,11 @@ def test_text_arrives_piece_by_piece():
 @pytest.mark.parametrize(
     ("pieces", "stop", "shown"),
     [
-        ([b"a <", b"|end", b"|> b", b"<"], ["<|endoftext|>"], ["a ", "a ", "a <|end|> b", "a <|end|> b"]),
+        (
+            [b"a <", b"|end", b"|> b", b"<"],
+            ["<|endoftext|>"],
+            ["a ", "a ", "a <|end|> b", "a <|end|> b"],
+        ),
         ([b"x\n", b"\n", b"y"], ["\n\n\n"], ["x", "x", "x\n\ny"]),
         ([b"aab", b"aab"], ["aaba" + "x"], ["", "aab"]),
         ([b"ab", b"c", b"d"], ["bcX", "cdX"], ["a", "a", "ab"]),
@@ -505,7 +544,9 @@ def test_nothing_of_a_stop_string_is_shown_early():
 
 
 @pytest.mark.parametrize("stop", [(), ["xyz"]])
-@pytest.mark.parametrize("text", ["na\u00efve caf\u00e9", "\u65e5\u672c\u8a9e", "ok \U0001f600 \u2713"])
+@pytest.mark.parametrize(
+    "text", ["na\u00efve caf\u00e9", "\u65e5\u672c\u8a9e", "ok \U0001f600 \u2713"]
+)
 def test_characters_split_over_tokens(text, stop):
     """With one byte per token every character still comes out whole, and never as a replacement."""
     found, _ = pieces_of([bytes([b]) for b in text.encode()], stop)
@@ -513,7 +554,9 @@ def test_characters_split_over_tokens(text, stop):
     assert not any("\ufffd" in piece for piece in found)
 
 
-@pytest.mark.parametrize("pieces", [[b"a", b"\xe6\x97"], [b"a", b"\xff", b"b"], [b"\xe6", b"b"]], ids=str)
+@pytest.mark.parametrize(
+    "pieces", [[b"a", b"\xe6\x97"], [b"a", b"\xff", b"b"], [b"\xe6", b"b"]], ids=str
+)
 def test_bytes_that_are_no_text(pieces):
     """Broken UTF-8, and a character cut off by the end, become what decoding all bytes at once gives."""
     assert "".join(pieces_of(pieces)[0]) == b"".join(pieces).decode(errors="replace")
@@ -521,10 +564,18 @@ def test_bytes_that_are_no_text(pieces):
 
 def test_pieces_join_to_the_decoded_tokens():
     """With a real model and tokenizer the pieces are the decoded tokens of generate."""
-    model, tokenizer = random_model(**LLAMA), gpt.Tokenizer("char", "abcdefghijklmnopqrs\u00e9\u65e5\n ")
+    model, tokenizer = (
+        random_model(**LLAMA),
+        gpt.Tokenizer("char", "abcdefghijklmnopqrs\u00e9\u65e5\n "),
+    )
     sampling = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
-    ids = [int(t) for t in model.generate([tokenizer.encode("cab")], 50, generator=seeded(3), **sampling)]
-    pieces = list(sample.generate_text(model, tokenizer, "cab", 50, generator=seeded(3), **sampling))
+    ids = [
+        int(t)
+        for t in model.generate([tokenizer.encode("cab")], 50, generator=seeded(3), **sampling)
+    ]
+    pieces = list(
+        sample.generate_text(model, tokenizer, "cab", 50, generator=seeded(3), **sampling)
+    )
     text = "".join(tokenizer.state["chars"][i] for i in ids)
     assert "".join(pieces) == text and len(text) == 50
     stop = text[20:23]

@@ -19,7 +19,13 @@ def prepared(settings, **values):
     machine = gpt.set_up_machine()
     data = gpt.Data(gpt.prepare_if_missing("toy"), gpt.block_size)
     model, forward, optimizers, scaler = gpt.build(data, machine, None)
-    return data, model, machine, forward, *gpt.make_step(model, forward, optimizers, scaler, machine, 1)
+    return (
+        data,
+        model,
+        machine,
+        forward,
+        *gpt.make_step(model, forward, optimizers, scaler, machine, 1),
+    )
 
 
 def losses_of_a_run(settings, monkeypatch, graphs, **values):
@@ -49,7 +55,9 @@ def test_recorded_steps_are_the_plain_ones(settings, monkeypatch, dtype, compile
     replayed, others = losses_of_a_run(settings, monkeypatch, True, **values)
     tolerance = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 3e-3}[dtype]
     for (loss, norm), (other, other_norm) in zip(plain, replayed, strict=True):
-        assert loss == pytest.approx(other, rel=tolerance) and norm == pytest.approx(other_norm, rel=10 * tolerance)
+        assert loss == pytest.approx(other, rel=tolerance) and norm == pytest.approx(
+            other_norm, rel=10 * tolerance
+        )
     assert plain[-1][0] < 0.9 * plain[0][0]
     for a, b in zip(weights, others, strict=True):
         assert (a - b).norm() <= 30 * tolerance * a.norm() + 1e-6
@@ -88,7 +96,14 @@ def test_no_step_waits_for_the_gpu(settings, monkeypatch, compiled, graphs):
 
 def small_model(dtype=torch.float32):
     torch.manual_seed(0)
-    sizes = {"block_size": 32, "vocab_size": 50, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 64}
+    sizes = {
+        "block_size": 32,
+        "vocab_size": 50,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_kv_head": 2,
+        "n_embd": 64,
+    }
     model = gpt.GPT(gpt.GPTConfig(**sizes, tie_weights=False)).eval()
     for p in model.parameters():
         if p.ndim == 2:
@@ -136,7 +151,9 @@ def test_losses_with_a_padded_head_are_near_those_in_float64(size):
     loss = gpt.HeadLoss.apply(x, weight, y, w, True, 2**20)
     loss.backward()
     exact = [t.detach().double().requires_grad_() for t in (x, weight)]
-    expected = (torch.nn.functional.cross_entropy(exact[0] @ exact[1].T, y, reduction="none") * w).sum()
+    expected = (
+        torch.nn.functional.cross_entropy(exact[0] @ exact[1].T, y, reduction="none") * w
+    ).sum()
     expected.backward()
     assert float(loss) == pytest.approx(float(expected), rel=1e-2)
     for mine, other in zip((x, weight), exact, strict=True):
@@ -147,10 +164,16 @@ def test_losses_with_a_padded_head_are_near_those_in_float64(size):
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("length", [1, 40])
 @pytest.mark.parametrize(("n_head", "n_kv_head", "d"), [(8, 2, 64), (4, 1, 32), (16, 4, 128)])
-def test_groups_of_heads_attend_as_the_explicit_formula_says(dtype, cached, length, n_head, n_kv_head, d):
+def test_groups_of_heads_attend_as_the_explicit_formula_says(
+    dtype, cached, length, n_head, n_kv_head, d
+):
     """Whichever kernel is taken for the dtype, with a mask and without; without, backwards, too."""
     torch.manual_seed(0)
-    q = torch.randn(2, length, n_head, d, device="cuda", dtype=dtype).transpose(1, 2).requires_grad_()
+    q = (
+        torch.randn(2, length, n_head, d, device="cuda", dtype=dtype)
+        .transpose(1, 2)
+        .requires_grad_()
+    )
     shape = 2, n_kv_head, 300 if cached else length, d
     k, v = (torch.randn(shape, device="cuda", dtype=dtype).requires_grad_() for _ in "kv")
     mask = torch.ones(length, k.size(2), device="cuda", dtype=torch.bool).tril(20 if cached else 0)

@@ -19,7 +19,14 @@ import sample
 
 def small(**changes):
     """Return a model of random weights, c_proj's too, for `toy`'s characters."""
-    shape = {"block_size": 16, "vocab_size": 40, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 32}
+    shape = {
+        "block_size": 16,
+        "vocab_size": 40,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_kv_head": 2,
+        "n_embd": 32,
+    }
     torch.manual_seed(0)
     model = gpt.GPT(gpt.GPTConfig(**shape | {"dropout": 0.0} | changes)).eval()
     for parameter in model.parameters():
@@ -41,7 +48,11 @@ def test_at_first_the_logits_are_the_bases():
         before = model(IDX)[0]
         pretrained.add_lora(model, rank=3)
         assert torch.equal(model(IDX)[0], before)
-    shapes = {name.split(".", 2)[2]: tuple(p.shape) for name, p in adapters(model).items() if ".0." in name}
+    shapes = {
+        name.split(".", 2)[2]: tuple(p.shape)
+        for name, p in adapters(model).items()
+        if ".0." in name
+    }
     assert shapes == {
         "attn.c_attn.lora.A": (3, 32),
         "attn.c_attn.lora.B": (64, 3),
@@ -81,7 +92,11 @@ def base(settings, tmp_path):
     """Train a model for some steps and return its best.pt."""
     settings(out_dir=str(tmp_path / "base"), max_iters=8, eval_interval=8)
     gpt.train()
-    settings(out_dir=str(tmp_path / "out"), init_from=str(tmp_path / "base" / "best.pt"), optimizer="adamw")
+    settings(
+        out_dir=str(tmp_path / "out"),
+        init_from=str(tmp_path / "base" / "best.pt"),
+        optimizer="adamw",
+    )
     return tmp_path / "base" / "best.pt"
 
 
@@ -100,11 +115,15 @@ def test_only_the_adapters_are_trained_and_saved(settings, base, tmp_path, capsy
     model, _, _ = gpt.load_checkpoint(tmp_path / "out" / "ckpt.pt")
     untouched, _, start = gpt.load_checkpoint(base)
     changed = {
-        name for name, a in untouched.state_dict().items() if not torch.equal(a, model.state_dict()[name])
+        name
+        for name, a in untouched.state_dict().items()
+        if not torch.equal(a, model.state_dict()[name])
     }
     assert changed == {name for name in start["model"] if "c_" in name}
     settings(eval_only=True)
-    assert gpt.train()["val_loss"] == pytest.approx(gpt.read_checkpoint(base)["best_val_loss"], abs=0.5)
+    assert gpt.train()["val_loss"] == pytest.approx(
+        gpt.read_checkpoint(base)["best_val_loss"], abs=0.5
+    )
     settings(eval_only=False, max_iters=0, eval_interval=4)
     assert figures["val_loss"] < gpt.read_checkpoint(base)["best_val_loss"]
 
@@ -208,7 +227,9 @@ def test_what_shapes_no_weight_is_as_the_settings_say(settings, tmp_path, use_ro
 def test_a_vocabulary_of_the_same_size_is_no_other_vocabulary(settings, base, tmp_path):
     """Finetuning on, and evaluating, data whose ids mean other characters is refused."""
     chars = "".join(sorted(set(TEXT)))
-    gpt.write_dataset(tmp_path / "data" / "turned", TEXT, gpt.Tokenizer("char", chars[::-1]), "tests")
+    gpt.write_dataset(
+        tmp_path / "data" / "turned", TEXT, gpt.Tokenizer("char", chars[::-1]), "tests"
+    )
     settings(dataset="turned")
     for eval_only in (False, True):
         settings(eval_only=eval_only)
@@ -216,11 +237,19 @@ def test_a_vocabulary_of_the_same_size_is_no_other_vocabulary(settings, base, tm
             gpt.train()
 
 
-@pytest.mark.parametrize("name", ["finetune_shakespeare", "finetune_chat", "finetune_rated", "eval_gpt2"])
+@pytest.mark.parametrize(
+    "name", ["finetune_shakespeare", "finetune_chat", "finetune_rated", "eval_gpt2"]
+)
 def test_the_configs_run(settings, base, tmp_path, monkeypatch, name):
     """Each, with a small model and data in its tokens, and two steps."""
     script = {k: getattr(gpt, k) for k in gpt.SETTINGS} | {"__file__": str(ROOT / "gpt.py")}
-    flags = [f"--init_from={base}", "--dataset=toy", "--block_size=16", "--max_iters=2", "--warmup_iters=1"]
+    flags = [
+        f"--init_from={base}",
+        "--dataset=toy",
+        "--block_size=16",
+        "--max_iters=2",
+        "--warmup_iters=1",
+    ]
     configurator.configure(
         script,
         [str(ROOT / "config" / f"{name}.py"), *flags, f"--out_dir={tmp_path / 'out'}"],
@@ -258,7 +287,8 @@ def test_conversations_in_a_pretrained_models_tokens(settings, tmp_path, monkeyp
     )
     pretrained.export(small(vocab_size=258, block_size=64), tokenizer, {}, tmp_path / "folder")
     messages = [
-        {"role": r, "content": c} for r, c in (("system", "be"), ("user", "hello"), ("assistant", "ok"))
+        {"role": r, "content": c}
+        for r, c in (("system", "be"), ("user", "hello"), ("assistant", "ok"))
     ]
     (tmp_path / "chat.jsonl").write_text((json.dumps({"messages": messages}) + "\n") * 3)
     for name, value in {"input": str(tmp_path / "chat.jsonl"), "data_dir": gpt.data_dir}.items():
@@ -266,7 +296,11 @@ def test_conversations_in_a_pretrained_models_tokens(settings, tmp_path, monkeyp
     monkeypatch.setattr(prepare, "tokenizer", str(tmp_path / "folder"))
     prepare.main()
     settings(
-        dataset="chat", init_from=str(tmp_path / "folder"), optimizer="adamw", block_size=64, max_iters=2
+        dataset="chat",
+        init_from=str(tmp_path / "folder"),
+        optimizer="adamw",
+        block_size=64,
+        max_iters=2,
     )
     gpt.train()
     model, tokenizer, _ = gpt.load_checkpoint(tmp_path / "out" / "ckpt.pt")
@@ -276,7 +310,9 @@ def test_conversations_in_a_pretrained_models_tokens(settings, tmp_path, monkeyp
     expected = b"be<|user|>hello<|assistant|>"
     assert tokenizer.decode_bytes(asked) == expected
     x, _, w = data.get_batch("train", 0, 1)
-    assert x[0, : len(asked)].tolist() == asked == [prepare.BYTES.index(bytes([b])) for b in expected]
+    assert (
+        x[0, : len(asked)].tolist() == asked == [prepare.BYTES.index(bytes([b])) for b in expected]
+    )
     assert w[0].tolist() == [0.0] * (len(asked) - 1) + [1.0] * 3 + [0.0] * (62 - len(asked))
     assert tokenizer.end == 257
 
@@ -295,16 +331,24 @@ def test_lora_learns_the_rated_examples(settings, tmp_path, write_examples):
 
     write(tmp_path / "data" / "first", first, {})
     write(tmp_path / "data" / "second", second, first)
-    settings(dataset="first", n_embd=64, block_size=8, batch_size=25, max_iters=120, eval_interval=120)
+    settings(
+        dataset="first", n_embd=64, block_size=8, batch_size=25, max_iters=120, eval_interval=120
+    )
     settings(out_dir=str(tmp_path / "base"), optimizer="adamw", learning_rate=5e-3)
     gpt.train()
-    settings(dataset="second", out_dir=str(tmp_path / "out"), init_from=str(tmp_path / "base" / "ckpt.pt"))
+    settings(
+        dataset="second",
+        out_dir=str(tmp_path / "out"),
+        init_from=str(tmp_path / "base" / "ckpt.pt"),
+    )
     settings(lora_rank=8, batch_size=50, max_iters=300, eval_interval=300, learning_rate=1e-2)
     gpt.train()
     for path, expected in (("base", first), ("out", second)):
         model, tokenizer, _ = gpt.load_checkpoint(tmp_path / path / "ckpt.pt")
         for name, answer in expected.items():
-            pieces = sample.generate_text(model, tokenizer, f"{name}=", 6, ["<|endoftext|>"], temperature=0.0)
+            pieces = sample.generate_text(
+                model, tokenizer, f"{name}=", 6, ["<|endoftext|>"], temperature=0.0
+            )
             assert "".join(pieces) == answer
 
 
@@ -318,7 +362,11 @@ def hand_loss(model, ids, stride):
             logits = model(torch.tensor([window[:-1]]))[0][0]
         losses = F.cross_entropy(logits, torch.tensor(window[1:]), reduction="none")
         new = start + len(window) - 1 - counted
-        nats, counted, start = nats + float(losses[-new:].double().sum()), counted + new, start + stride
+        nats, counted, start = (
+            nats + float(losses[-new:].double().sum()),
+            counted + new,
+            start + stride,
+        )
     return nats / counted
 
 
@@ -392,7 +440,9 @@ def test_perplexity_is_transformers(settings, base, tmp_path):
     other = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "folder").eval()
     text, stride = TEXT[5000:5400], 8
     (tmp_path / "text.txt").write_text(text)
-    ids = transformers.AutoTokenizer.from_pretrained(tmp_path / "folder")(text, return_tensors="pt").input_ids
+    ids = transformers.AutoTokenizer.from_pretrained(tmp_path / "folder")(
+        text, return_tensors="pt"
+    ).input_ids
     nats, n, end = 0.0, 0, 1
     for begin in range(0, ids.size(1), stride):
         last = min(begin + 17, ids.size(1))
@@ -403,7 +453,9 @@ def test_perplexity_is_transformers(settings, base, tmp_path):
             nats, n, end = nats + float(other(window, labels=labels).loss) * new, n + new, last
         if last == ids.size(1):
             break
-    settings(eval_text=str(tmp_path / "text.txt"), eval_stride=stride, init_from=str(tmp_path / "folder"))
+    settings(
+        eval_text=str(tmp_path / "text.txt"), eval_stride=stride, init_from=str(tmp_path / "folder")
+    )
     assert n == ids.size(1) - 1
     assert gpt.train()["perplexity"] == pytest.approx(math.exp(nats / n), rel=1e-4)
 

@@ -40,7 +40,9 @@ def random_model(seed=1, **values):
 
 
 def random_ids(config, rows, length, seed=2):
-    return torch.randint(config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(seed)
+    )
 
 
 # ---- The reference: float64, one head, one query and one pair at a time ----
@@ -79,7 +81,11 @@ def reference_attention(xs, w, name, c):
     for position, x in enumerate(xs):
         fused = reference_linear(x, w, f"{name}.c_attn", c)
         heads = [fused[i * d : (i + 1) * d] for i in range(c.n_head + 2 * c.n_kv_head)]
-        q, k, v = heads[: c.n_head], heads[c.n_head : c.n_head + c.n_kv_head], heads[c.n_head + c.n_kv_head :]
+        q, k, v = (
+            heads[: c.n_head],
+            heads[c.n_head : c.n_head + c.n_kv_head],
+            heads[c.n_head + c.n_kv_head :],
+        )
         if c.qk_norm:
             q, k = ([rms(head, 1.0, c.norm_eps) for head in heads] for heads in (q, k))
         if c.use_rope:
@@ -92,10 +98,14 @@ def reference_attention(xs, w, name, c):
         mixed = []
         for head in range(c.n_head):
             shared = head // groups
-            scores = [float(queries[t][head] @ keys[s][shared]) / math.sqrt(d) for s in range(t + 1)]
+            scores = [
+                float(queries[t][head] @ keys[s][shared]) / math.sqrt(d) for s in range(t + 1)
+            ]
             top = max(scores)
             shares = [math.exp(score - top) for score in scores]
-            mixed.append(sum(share / sum(shares) * values[s][shared] for s, share in enumerate(shares)))
+            mixed.append(
+                sum(share / sum(shares) * values[s][shared] for s, share in enumerate(shares))
+            )
         outputs.append(reference_linear(torch.cat(mixed), w, f"{name}.c_proj", c))
     return outputs
 
@@ -285,7 +295,9 @@ def test_no_logit_depends_on_later_tokens(values, autocast):
                 assert not torch.equal(before[:, later], after[:, later])
 
 
-@pytest.mark.parametrize("values", [LLAMA_LIKE, GPT2_LIKE, LLAMA_LIKE | {"qk_norm": True, "n_kv_head": 1}])
+@pytest.mark.parametrize(
+    "values", [LLAMA_LIKE, GPT2_LIKE, LLAMA_LIKE | {"qk_norm": True, "n_kv_head": 1}]
+)
 def test_bfloat16_logits_are_near_those_of_float32(values, monkeypatch):
     """Under autocast residual stream and attention are bfloat16, and the logits keep its precision."""
     model = random_model(**values)
@@ -297,7 +309,9 @@ def test_bfloat16_logits_are_near_those_of_float32(values, monkeypatch):
         monkeypatch.setattr(
             gpt,
             "attention",
-            lambda q, k, v, *rest: streams.extend((q.dtype, k.dtype, v.dtype)) or attend(q, k, v, *rest),
+            lambda q, k, v, *rest: (
+                streams.extend((q.dtype, k.dtype, v.dtype)) or attend(q, k, v, *rest)
+            ),
         )
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(ids)[0]
@@ -339,7 +353,9 @@ def test_attention_equals_the_formula(T, n_kv_head, dtype, tolerance):
 def test_what_the_model_makes_lies_where_its_inputs_do(dtype):
     """Were a device left to chance, it would be this default one here, and the CPU on a GPU."""
     model = gpt.GPT(
-        gpt.GPTConfig(vocab_size=8, block_size=8, n_layer=2, n_head=2, n_kv_head=1, n_embd=16, dropout=0.0)
+        gpt.GPTConfig(
+            vocab_size=8, block_size=8, n_layer=2, n_head=2, n_kv_head=1, n_embd=16, dropout=0.0
+        )
     ).to(dtype)
     x = torch.randint(8, (2, 8))
     expected = model(x, x)[1]
@@ -357,7 +373,9 @@ def test_attention_with_a_mask_of_its_own(dtype):
     allowed = torch.rand(2, 3, 7) < 0.5
     allowed[:, :, 0] = True
     y = gpt.attention(q, k, v, mask=allowed[:, None])
-    assert (y - explicit_attention(q, k, v, allowed)).abs().max() < (1e-6 if dtype == torch.float32 else 2e-2)
+    assert (y - explicit_attention(q, k, v, allowed)).abs().max() < (
+        1e-6 if dtype == torch.float32 else 2e-2
+    )
 
 
 def test_one_query_attends_by_groups_whatever_the_layout_of_the_result(monkeypatch):
@@ -407,7 +425,9 @@ def test_compiled_linear_layers_of_single_rows(dtype, bias):
 def parts_of_logits(monkeypatch):
     """Return the list of the shapes of the logits that HeadLoss makes from now on."""
     shapes, linear = [], F.linear
-    monkeypatch.setattr(F, "linear", lambda *inputs: shapes.append(linear(*inputs).shape) or linear(*inputs))
+    monkeypatch.setattr(
+        F, "linear", lambda *inputs: shapes.append(linear(*inputs).shape) or linear(*inputs)
+    )
     return shapes
 
 
@@ -432,7 +452,10 @@ def test_losses_in_parts_are_those_of_the_whole(most, n_parts, parts_of_logits):
 @pytest.mark.parametrize("most", [19, 100, 10**6])
 def test_losses_in_half_precision_are_near_those_in_float64(dtype, most):
     """Also added up in 40 parts, of one row each."""
-    x, weight = torch.randn(40, 32).to(dtype).requires_grad_(), torch.randn(19, 32, requires_grad=True)
+    x, weight = (
+        torch.randn(40, 32).to(dtype).requires_grad_(),
+        torch.randn(19, 32, requires_grad=True),
+    )
     y, w = torch.randint(19, (40,)), torch.rand(40)
     loss = gpt.HeadLoss.apply(x, weight, y, w, True, most)
     loss.backward()
@@ -447,7 +470,9 @@ def test_losses_in_half_precision_are_near_those_in_float64(dtype, most):
         assert (mine.grad - other.grad).norm() < 1e-2 * other.grad.norm()
 
 
-@pytest.mark.parametrize(("learn", "frozen", "products"), [(False, False, 1), (True, True, 2), (True, False, 3)])
+@pytest.mark.parametrize(
+    ("learn", "frozen", "products"), [(False, False, 1), (True, True, 2), (True, False, 3)]
+)
 def test_only_gradients_that_somebody_takes_are_computed(learn, frozen, products):
     """By the count of multiplications: the logits, the gradients of what goes into the head, those of its weight."""
     x, weight = torch.randn(12, 8, requires_grad=True), torch.randn(20, 8, requires_grad=not frozen)
@@ -455,7 +480,10 @@ def test_only_gradients_that_somebody_takes_are_computed(learn, frozen, products
     with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(learn):
         loss = gpt.HeadLoss.apply(x, weight, y, w, torch.is_grad_enabled(), 60)
         if learn:
-            assert [t.numel() for t in loss.grad_fn.saved_tensors] == [x.numel(), weight.numel() * (not frozen)]
+            assert [t.numel() for t in loss.grad_fn.saved_tensors] == [
+                x.numel(),
+                weight.numel() * (not frozen),
+            ]
             loss.backward()
     assert counter.get_total_flops() == products * 2 * 12 * 8 * 20
     assert (x.grad is None, weight.grad is None) == (not learn, not learn or frozen)
@@ -477,7 +505,9 @@ def test_only_the_last_positions_logits_are_made_in_generating(monkeypatch):
     seen, ends = [], torch.tensor([5, 1])
     with torch.no_grad():
         ids = torch.tensor([prompts[0], prompts[1] + [0] * 4])
-        assert torch.allclose(model(ids, at=ends)[0], model(ids)[0][torch.arange(2), ends][:, None], atol=1e-5)
+        assert torch.allclose(
+            model(ids, at=ends)[0], model(ids)[0][torch.arange(2), ends][:, None], atol=1e-5
+        )
     model.lm_head.register_forward_hook(lambda module, inputs, y: seen.append(tuple(y.shape)))
     assert len(list(model.generate(prompts, 4))) == 4
     assert seen == [(2, 1, model.config.vocab_size)] * 4
@@ -486,13 +516,22 @@ def test_only_the_last_positions_logits_are_made_in_generating(monkeypatch):
 @pytest.mark.parametrize("norm", ["RMSNorm", "LayerNorm"])
 def test_norms_that_autocast_makes_float32_leave_the_rest_in_bfloat16(monkeypatch, norm):
     """As CUDA's autocast does: layer_norm, and from torch 2.12 on rms_norm, compute and return float32."""
-    model, seen = random_model(**LLAMA_LIKE | {"use_rms_norm": norm == "RMSNorm", "qk_norm": True}), []
+    model, seen = (
+        random_model(**LLAMA_LIKE | {"use_rms_norm": norm == "RMSNorm", "qk_norm": True}),
+        [],
+    )
     for name in ("rms_norm", "layer_norm"):
         function = getattr(F, name)
-        monkeypatch.setattr(F, name, lambda x, *others, f=function: f(x.float(), *others_in_float(others)))
+        monkeypatch.setattr(
+            F, name, lambda x, *others, f=function: f(x.float(), *others_in_float(others))
+        )
     attention, apply = gpt.attention, gpt.HeadLoss.apply
-    monkeypatch.setattr(gpt, "attention", lambda q, k, v, *m: seen.extend((q, k, v)) or attention(q, k, v, *m))
-    monkeypatch.setattr(gpt.HeadLoss, "apply", lambda x, *others: seen.append(x) or apply(x, *others))
+    monkeypatch.setattr(
+        gpt, "attention", lambda q, k, v, *m: seen.extend((q, k, v)) or attention(q, k, v, *m)
+    )
+    monkeypatch.setattr(
+        gpt.HeadLoss, "apply", lambda x, *others: seen.append(x) or apply(x, *others)
+    )
     ids = random_ids(model.config, 2, 12)
     with torch.autocast("cpu", torch.bfloat16):
         model(ids, ids, weights=torch.ones(2, 12))[1].backward()
@@ -504,18 +543,24 @@ def others_in_float(others):
 
 
 def test_logits_and_loss_come_together_unless_weights_are_given():
-    model = gpt.GPT(gpt.GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_kv_head=1, n_embd=16))
+    model = gpt.GPT(
+        gpt.GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_kv_head=1, n_embd=16)
+    )
     x, y = torch.randint(11, (2, 2, 8))
     logits, loss = model.eval()(x, y)
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten())
     assert float(loss.detach()) == pytest.approx(float(expected.detach()), abs=1e-6)
     none, weighted = model(x, y, weights=torch.ones(2, 8))
-    assert none is None and float(weighted.detach()) == pytest.approx(float(expected.detach()), abs=1e-6)
+    assert none is None and float(weighted.detach()) == pytest.approx(
+        float(expected.detach()), abs=1e-6
+    )
 
 
 # ---- Rotary positions ----
 def rotary_at(positions, head_dim=8, block_size=64):
-    table = gpt.rotary_table(gpt.GPTConfig(block_size=block_size, n_embd=head_dim, n_head=1, n_kv_head=1))
+    table = gpt.rotary_table(
+        gpt.GPTConfig(block_size=block_size, n_embd=head_dim, n_head=1, n_kv_head=1)
+    )
     return table[:, positions][:, None, :, None]
 
 
@@ -537,7 +582,9 @@ def test_rotation_keeps_norms_and_position_zero():
     y = gpt.rotate(x, rotary_at(list(range(64))))
     assert torch.equal(y[:, 0], x[:, 0])
     assert not torch.allclose(y[:, 1:], x[:, 1:], atol=0.1)
-    assert torch.allclose(y[..., :4] ** 2 + y[..., 4:] ** 2, x[..., :4] ** 2 + x[..., 4:] ** 2, atol=1e-5)
+    assert torch.allclose(
+        y[..., :4] ** 2 + y[..., 4:] ** 2, x[..., :4] ** 2 + x[..., 4:] ** 2, atol=1e-5
+    )
 
 
 # ---- Initial weights and loss ----
@@ -627,7 +674,9 @@ def test_loss_is_the_mean_over_targets_that_count():
 def explicit_loss(logits, targets, weights):
     """Return the weighted mean of -log softmax at the targets, summed in float64 one by one."""
     total = weight = 0.0
-    for scores, target, w in zip(logits.double().flatten(0, 1), targets.flatten(), weights.flatten()):
+    for scores, target, w in zip(
+        logits.double().flatten(0, 1), targets.flatten(), weights.flatten()
+    ):
         if target >= 0:
             total += float(w) * float(-scores.log_softmax(-1)[target])
             weight += float(w)
@@ -673,7 +722,11 @@ def test_nothing_that_counts_is_a_loss_of_zero():
     """Where all weights are 0, or all targets -1, the loss is 0 and so are all gradients."""
     model = random_model(**LLAMA_LIKE)
     ids, targets = random_ids(model.config, 2, 9), random_ids(model.config, 2, 9, seed=3)
-    for y, w in ((targets, torch.zeros(2, 9)), (targets * 0 - 1, torch.zeros(2, 9)), (targets * 0 - 1, None)):
+    for y, w in (
+        (targets, torch.zeros(2, 9)),
+        (targets * 0 - 1, torch.zeros(2, 9)),
+        (targets * 0 - 1, None),
+    ):
         model.zero_grad()
         loss = model(ids, y, weights=w)[1]
         loss.backward()
@@ -771,9 +824,13 @@ def test_gradient_checkpointing_changes_no_gradient(values, dropout):
 
 def test_dropout_drops_whole_channels():
     """What a block adds loses a share of its channels at all positions alike; the rest grows by 1 / (1 - p)."""
-    model = random_model(**LLAMA_LIKE | {"dropout": 0.3, "n_embd": 64, "n_head": 4, "n_kv_head": 2}).train()
+    model = random_model(
+        **LLAMA_LIKE | {"dropout": 0.3, "n_embd": 64, "n_head": 4, "n_kv_head": 2}
+    ).train()
     seen = []
-    model.h[0].drop.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0].mT, output.mT)))
+    model.h[0].drop.register_forward_hook(
+        lambda _, inputs, output: seen.append((inputs[0].mT, output.mT))
+    )
     model(random_ids(model.config, 8, 12))
     assert len(seen) == 2
     for x, y in seen:
@@ -796,7 +853,9 @@ def test_dropout_acts_in_training_only():
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("values", [{}, {"tie_weights": False}, {"use_rms_norm": False, "bias": True}])
+@pytest.mark.parametrize(
+    "values", [{}, {"tie_weights": False}, {"use_rms_norm": False, "bias": True}]
+)
 def test_train_temperature_divides_the_logits_in_training_only(values, autocast):
     """Loss and gradients are those of the logits divided by it; in use the model is what it would be without."""
     model = random_model(**LLAMA_LIKE | values | {"train_temperature": 0.4})
@@ -812,7 +871,9 @@ def test_train_temperature_divides_the_logits_in_training_only(values, autocast)
         assert torch.allclose(found, loss, rtol=close / 2)
         found.backward()
         loss.backward()
-        grads, expected = (torch.cat([p.grad.flatten() for p in m.parameters()]) for m in (model, bare))
+        grads, expected = (
+            torch.cat([p.grad.flatten() for p in m.parameters()]) for m in (model, bare)
+        )
         assert (grads - expected).norm() < close * expected.norm()
         model.zero_grad()
         bare.zero_grad()
@@ -831,7 +892,9 @@ def test_where_dropout_acts(training):
         getattr(model.h[0], name).register_forward_hook(
             lambda _, inputs, output, name=name: seen.update({name: (inputs[0], output)})
         )
-    model.ln_f.register_forward_hook(lambda _, inputs, output: seen.update(ln_f=(inputs[0], output)))
+    model.ln_f.register_forward_hook(
+        lambda _, inputs, output: seen.update(ln_f=(inputs[0], output))
+    )
     ids = random_ids(model.config, 40, 12)
     with torch.no_grad():
         model(ids)
@@ -870,11 +933,14 @@ def skip_without_compiler():
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize(
-    ("autocast", "frozen", "tolerance"), [(False, False, 1e-4), (True, False, 3e-2), (True, True, 3e-2)]
+    ("autocast", "frozen", "tolerance"),
+    [(False, False, 1e-4), (True, False, 3e-2), (True, True, 3e-2)],
 )
 def test_gradients_of_training_as_it_runs_on_a_cpu(compiled, autocast, frozen, tolerance):
     """Compiled or not, attention part by part (in bfloat16) or not, the head learned or not: those of the formula."""
-    model = random_model(**LLAMA_LIKE | {"n_layer": 1, "block_size": 300, "tie_weights": not frozen})
+    model = random_model(
+        **LLAMA_LIKE | {"n_layer": 1, "block_size": 300, "tie_weights": not frozen}
+    )
     model.lm_head.requires_grad_(not frozen)
     ids, targets = random_ids(model.config, 2, 300), random_ids(model.config, 2, 300, seed=3)
     causal = torch.ones(2, 300, 300, dtype=torch.bool).tril()
@@ -896,7 +962,9 @@ def test_checkpoints_of_a_compiled_model_load_into_a_plain_one(tmp_path):
     """What is saved beside a compiled twin has the plain names."""
     model = random_model(**LLAMA_LIKE)
     model.compile(dynamic=False)
-    data = SimpleNamespace(folder=tmp_path, meta={"sha256": ""}, tokenizer=gpt.Tokenizer("char", "ab"))
+    data = SimpleNamespace(
+        folder=tmp_path, meta={"sha256": ""}, tokenizer=gpt.Tokenizer("char", "ab")
+    )
     machine = gpt.Machine(torch.device("cpu"), torch.float32, True, 0, 1)
     saved = gpt.snapshot(model, data, machine, 1, 2.0)["model"]
     assert not any("_orig_mod" in name for name in saved)
@@ -977,7 +1045,8 @@ def test_parameter_count_of_gpt2():
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize(
-    ("n_embd", "n_head", "n_kv_head", "hidden"), [(384, 6, 2, 1024), (128, 4, 4, 352), (4096, 32, 8, 10912)]
+    ("n_embd", "n_head", "n_kv_head", "hidden"),
+    [(384, 6, 2, 1024), (128, 4, 4, 352), (4096, 32, 8, 10912)],
 )
 def test_parameter_count_of_a_llama(n_embd, n_head, n_kv_head, hidden, tied):
     """Embedding, and per layer q, k, v, o, three MLP matrices and two norms, and one norm at the end."""
@@ -1088,17 +1157,29 @@ def test_without_cuda_graphs_or_off_the_gpu_the_function_itself_is_called(record
     seen = []
     for device in ("cpu", "mps", "cuda"):
         monkeypatch.setattr(gpt, "cuda_graphs", device != "cuda")
-        replay = gpt.Replay(lambda x, device=device: seen.append((device, x)), SimpleNamespace(type=device))
+        replay = gpt.Replay(
+            lambda x, device=device: seen.append((device, x)), SimpleNamespace(type=device)
+        )
         for _ in range(5):
             replay(1.5)
-    assert seen == [(device, 1.5) for device in ("cpu", "mps", "cuda") for _ in range(5)] and not recordings
+    assert (
+        seen == [(device, 1.5) for device in ("cpu", "mps", "cuda") for _ in range(5)]
+        and not recordings
+    )
 
 
 @pytest.mark.parametrize(
     ("world_size", "n_micro", "changes", "recorded"),
-    [(1, 1, {}, True), (1, 2, {}, False), (2, 1, {}, False), (1, 1, {"gradient_checkpointing": True}, False)],
+    [
+        (1, 1, {}, True),
+        (1, 2, {}, False),
+        (2, 1, {}, False),
+        (1, 1, {"gradient_checkpointing": True}, False),
+    ],
 )
-def test_steps_of_one_micro_batch_on_one_gpu_are_recorded(monkeypatch, world_size, n_micro, changes, recorded):
+def test_steps_of_one_micro_batch_on_one_gpu_are_recorded(
+    monkeypatch, world_size, n_micro, changes, recorded
+):
     for name, value in changes.items():
         monkeypatch.setattr(gpt, name, value)
     machine = gpt.Machine(torch.device("cuda"), torch.float32, False, 0, world_size)

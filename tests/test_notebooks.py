@@ -23,14 +23,18 @@ def run(name, folder, monkeypatch, **env):
         monkeypatch.setenv(key, value)
     notebook = nbformat.read(NOTEBOOKS / name, as_version=4)
     resources = {"metadata": {"path": str(folder / "notebooks")}}
-    return NotebookClient(notebook, timeout=300, kernel_name="python3", resources=resources).execute()
+    return NotebookClient(
+        notebook, timeout=300, kernel_name="python3", resources=resources
+    ).execute()
 
 
 def outputs(notebook):
     """Return (all that was printed, the PNG pictures) of an executed notebook."""
     found = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     text = "".join(output.get("text", "") for output in found)
-    pictures = [output.data["image/png"] for output in found if "image/png" in output.get("data", {})]
+    pictures = [
+        output.data["image/png"] for output in found if "image/png" in output.get("data", {})
+    ]
     return text, [base64.b64decode(picture) for picture in pictures]
 
 

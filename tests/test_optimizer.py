@@ -19,14 +19,20 @@ def matrix_with(values, rows, cols, seed=0):
 # ---- Newton-Schulz ----
 @pytest.mark.parametrize(
     ("dtype", "low", "high", "off"),
-    [(torch.float32, 0.65, 1.25, 1e-4), (torch.bfloat16, 0.6, 1.3, 6e-2), (torch.float16, 0.65, 1.25, 6e-2)],
+    [
+        (torch.float32, 0.65, 1.25, 1e-4),
+        (torch.bfloat16, 0.6, 1.3, 6e-2),
+        (torch.float16, 0.65, 1.25, 6e-2),
+    ],
 )
 @pytest.mark.parametrize("condition", [1.0, 3.0, 10.0])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_orthogonalize_moves_singular_values_to_one(shape, condition, dtype, low, high, off):
     """For U S V^T the result has the same U and V, and singular values of about one, at any scale."""
     values = torch.logspace(0, -torch.tensor(condition).log10().item(), min(shape))
-    made = [matrix_with(values * scale, *shape, seed) for seed, scale in enumerate((1.0, 1e-3, 50.0))]
+    made = [
+        matrix_with(values * scale, *shape, seed) for seed, scale in enumerate((1.0, 1e-3, 50.0))
+    ]
     found = gpt.orthogonalize(torch.stack([g for g, _, _ in made]).float(), dtype)
     assert found.shape == (3, *shape) and found.dtype == dtype
     for x, (_, u, v) in zip(found.double(), made):
@@ -52,7 +58,9 @@ def test_orthogonalize_is_the_quintic_on_singular_values(shape):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_orthogonalize_keeps_zeros(dtype):
     """A zero gradient gives a zero update, not a division by zero."""
-    assert torch.equal(gpt.orthogonalize(torch.zeros(2, 4, 6), dtype), torch.zeros(2, 4, 6, dtype=dtype))
+    assert torch.equal(
+        gpt.orthogonalize(torch.zeros(2, 4, 6), dtype), torch.zeros(2, 4, 6, dtype=dtype)
+    )
 
 
 # ---- Muon ----
@@ -65,10 +73,14 @@ def test_orthogonalize_keeps_zeros(dtype):
         (torch.bfloat16, False, torch.float32),  # emulated, and slow
     ],
 )
-def test_newton_schulz_steps_run_in_what_the_hardware_multiplies(monkeypatch, dtype, native, expected):
+def test_newton_schulz_steps_run_in_what_the_hardware_multiplies(
+    monkeypatch, dtype, native, expected
+):
     monkeypatch.setattr(gpt, "native_bfloat16", lambda device: native)
     monkeypatch.setattr(gpt, "optimizer", "muon")
-    model = gpt.GPT(gpt.GPTConfig(vocab_size=8, block_size=8, n_layer=1, n_head=2, n_kv_head=1, n_embd=16))
+    model = gpt.GPT(
+        gpt.GPTConfig(vocab_size=8, block_size=8, n_layer=1, n_head=2, n_kv_head=1, n_embd=16)
+    )
     machine = gpt.Machine(torch.device("cpu"), dtype, False, 0, 1)
     assert gpt.make_optimizers(model, machine)[1].dtype == expected
 
@@ -90,7 +102,10 @@ def relative(found, expected):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"lr": 0.05, "momentum": 0.95, "weight_decay": 0.0}, {"lr": 0.1, "momentum": 0.8, "weight_decay": 0.5}],
+    [
+        {"lr": 0.05, "momentum": 0.95, "weight_decay": 0.0},
+        {"lr": 0.1, "momentum": 0.8, "weight_decay": 0.5},
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -104,7 +119,9 @@ def test_updates_equal_those_of_torch(shape, settings):
         other.grad = g.clone()
         reference.step()
     for dtype in (torch.bfloat16, torch.float32):
-        found = muon_steps([start], [[g] for g in gradients], [shape[0]], dtype=dtype, **settings)[0]
+        found = muon_steps([start], [[g] for g in gradients], [shape[0]], dtype=dtype, **settings)[
+            0
+        ]
         assert relative(found - start, other.detach() - start) < 3e-2
 
 
@@ -136,7 +153,9 @@ def test_fused_parts_equal_matrices_of_their_own(parts):
     found = muon_steps(starts, gradients, parts, **settings)
     for i, start in enumerate(starts):
         alone = [
-            muon_steps([part], [[step[i].split(parts)[j]] for step in gradients], [rows], **settings)[0]
+            muon_steps(
+                [part], [[step[i].split(parts)[j]] for step in gradients], [rows], **settings
+            )[0]
             for j, (part, rows) in enumerate(zip(start.split(parts), parts))
         ]
         assert (found[i] - torch.cat(alone)).abs().max() < 1e-5
@@ -178,7 +197,13 @@ def test_momentum_is_saved_and_restored():
 
 # ---- Which optimizer gets what ----
 MACHINE = gpt.Machine(torch.device("cpu"), torch.float32, False, 0, 1)
-LEARNED = {"bias": True, "use_rope": False, "use_rms_norm": False, "use_swiglu": False, "n_kv_head": 4}
+LEARNED = {
+    "bias": True,
+    "use_rope": False,
+    "use_rms_norm": False,
+    "use_swiglu": False,
+    "n_kv_head": 4,
+}
 
 
 def named_groups(model, optimizers):
@@ -223,7 +248,9 @@ def test_every_parameter_has_one_optimizer(settings, name, family, tied):
     for parameter, (optimizer, group) in groups.items():
         by_muon = name == "muon" and parameter in matrices
         assert isinstance(optimizer, gpt.Muon) == by_muon, parameter
-        assert group["weight_decay"] == (0.07 if parameter in matrices | embeddings else 0.0), parameter
+        assert group["weight_decay"] == (0.07 if parameter in matrices | embeddings else 0.0), (
+            parameter
+        )
         assert group["lr"] == (0.02 if by_muon else 0.003), parameter
         if not by_muon:
             assert group["betas"] == (0.8, 0.9)
@@ -231,7 +258,9 @@ def test_every_parameter_has_one_optimizer(settings, name, family, tied):
         kv = 32 if family else 16
         assert groups["h.0.attn.c_attn.weight"][1]["parts"] == [32, kv, kv]
         hidden = model.config.mlp_hidden
-        assert groups["h.1.mlp.c_fc.weight"][1]["parts"] == ([hidden] if family else [hidden, hidden])
+        assert groups["h.1.mlp.c_fc.weight"][1]["parts"] == (
+            [hidden] if family else [hidden, hidden]
+        )
         for matrix in matrices:
             group = groups[matrix][1]
             assert all(p.size(0) == sum(group["parts"]) for p in group["params"])

@@ -19,8 +19,24 @@ PICTURE = plots.Picture  # conftest puts nothing in its place
 LOG = [
     {"step": 0, "elapsed_s": 0.1, "config": {"n_layer": 2}, "machine": "1 x cpu"},
     {"step": 0, "elapsed_s": 0.2, "val_loss": 4.0},
-    {"step": 1, "elapsed_s": 0.3, "loss": 4.1, "lr": 1e-3, "tokens_per_s": 100.0, "mfu": None, "skipped": 0},
-    {"step": 5, "elapsed_s": 0.4, "loss": 3.0, "lr": 2e-3, "tokens_per_s": 120.0, "mfu": None, "skipped": 0},
+    {
+        "step": 1,
+        "elapsed_s": 0.3,
+        "loss": 4.1,
+        "lr": 1e-3,
+        "tokens_per_s": 100.0,
+        "mfu": None,
+        "skipped": 0,
+    },
+    {
+        "step": 5,
+        "elapsed_s": 0.4,
+        "loss": 3.0,
+        "lr": 2e-3,
+        "tokens_per_s": 120.0,
+        "mfu": None,
+        "skipped": 0,
+    },
     {"step": 5, "elapsed_s": 0.5, "val_loss": 3.5},
 ]
 
@@ -49,7 +65,9 @@ def pictures(monkeypatch):
 # ---- The log -----------------------------------------------------------------------------------------------
 def test_read_log_takes_each_step_once_and_passes_over_torn_lines(tmp_path):
     again = {"step": 5, "elapsed_s": 0.6, "loss": 2.9}
-    log = plots.read_log(write_log(tmp_path, [*LOG, again, 5, {"loss": 7}], '{"step": 9, "loss": 1'))
+    log = plots.read_log(
+        write_log(tmp_path, [*LOG, again, 5, {"loss": 7}], '{"step": 9, "loss": 1')
+    )
     assert log["loss"] == ([1, 5], [4.1, 2.9])
     assert log["val_loss"] == ([0, 5], [4.0, 3.5])
     assert not {"config", "machine", "mfu"} & set(log)
@@ -82,7 +100,13 @@ def test_a_run_draws_its_losses_at_every_evaluation(settings, pictures, tmp_path
     gpt.train()
     log = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").open()]
     losses = [(line["step"], line["val_loss"]) for line in log if "val_loss" in line]
-    assert [step for step, _ in losses] == [0, 10, 20, 30, 30]  # the last one is over the full split
+    assert [step for step, _ in losses] == [
+        0,
+        10,
+        20,
+        30,
+        30,
+    ]  # the last one is over the full split
     seen = [list(zip(*picture["validation"])) for picture in pictures]
     assert seen == [losses[:2], losses[:3], losses[:4], losses[:4]]
     ((label, point),) = ((k, v) for k, v in pictures[-1].items() if k.startswith("full"))
@@ -94,14 +118,18 @@ def test_a_run_draws_its_losses_at_every_evaluation(settings, pictures, tmp_path
     assert (width, height) == (800, 600)
 
 
-def test_a_picture_that_cannot_be_written_does_not_end_the_run(settings, pictures, monkeypatch, capsys):
+def test_a_picture_that_cannot_be_written_does_not_end_the_run(
+    settings, pictures, monkeypatch, capsys
+):
     def full(self, path):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
     settings(max_iters=10)
     assert gpt.train()["step"] == 10
-    assert "loss.png: no longer written (OSError: [Errno 28] No space left" in capsys.readouterr().out
+    assert (
+        "loss.png: no longer written (OSError: [Errno 28] No space left" in capsys.readouterr().out
+    )
 
 
 def test_an_earlier_runs_picture_is_renamed_with_it(settings, pictures, tmp_path):
@@ -159,12 +187,16 @@ def test_a_logger_that_fails_does_not_end_the_run(settings, monkeypatch, capsys)
 
 def test_dollar_signs_are_no_mathematics(tmp_path):
     plots.loss_figure({}, "cost_$5_and_$6").savefig(tmp_path / "a.png")
-    plots.attention_figure(torch.eye(2).expand(1, 1, 2, 2), ["$$", "$x^$"]).savefig(tmp_path / "b.png")
+    plots.attention_figure(torch.eye(2).expand(1, 1, 2, 2), ["$$", "$x^$"]).savefig(
+        tmp_path / "b.png"
+    )
 
 
 def test_without_matplotlib_there_is_no_picture(settings, pictures, monkeypatch, tmp_path):
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name != "matplotlib" and find(name))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: name != "matplotlib" and find(name)
+    )
     settings(max_iters=10)
     gpt.train()
     assert not (tmp_path / "out" / "loss.png").exists()
@@ -214,7 +246,9 @@ def leveldb_records(log):
     """
     place, record = 0, b""
     while place < len(log):
-        left = 2**15 - (place + 7) % 2**15  # of the block, in which wandb counts its own seven bytes
+        left = (
+            2**15 - (place + 7) % 2**15
+        )  # of the block, in which wandb counts its own seven bytes
         if left < 7:
             place += left
             continue
@@ -278,7 +312,14 @@ def test_a_missing_library_is_named_with_its_remedy(
 # ---- The model ---------------------------------------------------------------------------------------------
 def small_model(**changes):
     torch.manual_seed(1)
-    sizes = {"block_size": 16, "vocab_size": 11, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 32}
+    sizes = {
+        "block_size": 16,
+        "vocab_size": 11,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_kv_head": 2,
+        "n_embd": 32,
+    }
     model = gpt.GPT(gpt.GPTConfig(**sizes | changes))
     with torch.no_grad():
         for p in model.parameters():
@@ -365,14 +406,20 @@ def test_next_probabilities_are_the_softmax_of_the_last_logits():
 @pytest.fixture
 def checkpoint(tmp_path):
     model, tokenizer = small_model(), gpt.Tokenizer("char", "abcdefghij\n")
-    state = {"model": model.state_dict(), "model_args": vars(model.config), "tokenizer": tokenizer.state}
+    state = {
+        "model": model.state_dict(),
+        "model_args": vars(model.config),
+        "tokenizer": tokenizer.state,
+    }
     gpt.save_checkpoint(tmp_path / "best.pt", state)
     return model, tmp_path / "best.pt"
 
 
 def test_sample_shows_the_next_token(checkpoint, run_script):
     model, path = checkpoint
-    done = run_script("sample.py", f"--checkpoint={path}", "abc", "--show", "--device=cpu", "--dtype=float32")
+    done = run_script(
+        "sample.py", f"--checkpoint={path}", "abc", "--show", "--device=cpu", "--dtype=float32"
+    )
     best = model(torch.tensor([[0, 1, 2]]))[0][0, -1].softmax(-1).max(0)
     title, first, *_ = done.stdout.splitlines()
     assert title == "next token after 'abc', at temperature 1:"
@@ -383,7 +430,9 @@ def test_sample_shows_the_next_token(checkpoint, run_script):
 
 def test_sample_shows_attention(checkpoint, run_script, tmp_path):
     _, path = checkpoint
-    done = run_script("sample.py", f"--checkpoint={path}", "abc" * 9, "--show=attention", cwd=tmp_path)
+    done = run_script(
+        "sample.py", f"--checkpoint={path}", "abc" * 9, "--show=attention", cwd=tmp_path
+    )
     assert (done.returncode, done.stdout.strip()) == (0, "wrote attention.png"), done.stderr
     assert (tmp_path / "attention.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -392,7 +441,9 @@ def test_showing_attention_needs_matplotlib(checkpoint, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr(sample, "checkpoint", str(checkpoint[1]))
     monkeypatch.setattr(sample, "show", "attention")
-    with pytest.raises(ValueError, match="--show=attention needs matplotlib, .* pip install matplotlib"):
+    with pytest.raises(
+        ValueError, match="--show=attention needs matplotlib, .* pip install matplotlib"
+    ):
         sample.main()
 
 

@@ -94,7 +94,9 @@ def mirror(monkeypatch):
             """Stay silent."""
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread = threading.Thread(
+        target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+    )
     thread.start()
     yield pages, asked, f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
@@ -138,7 +140,9 @@ def test_a_file_is_prepared_under_its_own_name(prepared, tmp_path, capsys):
 
 def test_name_and_val_fraction(prepared, tmp_path):
     """--name names the folder, --val_fraction moves the split."""
-    name, meta, _ = prepared(input=write(tmp_path / "mine.txt", "abcd" * 10), name="other", val_fraction=0.5)
+    name, meta, _ = prepared(
+        input=write(tmp_path / "mine.txt", "abcd" * 10), name="other", val_fraction=0.5
+    )
     assert (name, meta["train_tokens"], meta["val_tokens"]) == ("other", 20, 20)
 
 
@@ -198,7 +202,10 @@ def test_documents_are_split_evenly_and_never_in_two(prepared, tmp_path, fractio
 
 def test_crlf_is_kept(prepared, tmp_path):
     """No line end is translated."""
-    assert prepared(input=write(tmp_path / "dos.txt", "one\r\ntwo\r\n\rthree"))[2] == "one\r\ntwo\r\n\rthree"
+    assert (
+        prepared(input=write(tmp_path / "dos.txt", "one\r\ntwo\r\n\rthree"))[2]
+        == "one\r\ntwo\r\n\rthree"
+    )
 
 
 def test_a_byte_order_mark_is_dropped_with_a_notice(prepared, tmp_path, capsys):
@@ -252,7 +259,12 @@ def test_the_first_good_mirror_is_used(prepared, urls, mirror):
 
 @pytest.mark.parametrize(
     "page",
-    [(500, b"", 0), (200, b"something else", 14), (200, b"", 0), (200, PLAY[:20].encode(), len(PLAY))],
+    [
+        (500, b"", 0),
+        (200, b"something else", 14),
+        (200, b"", 0),
+        (200, PLAY[:20].encode(), len(PLAY)),
+    ],
     ids=["error", "other text", "empty", "cut short"],
 )
 def test_a_broken_mirror_is_passed_over(prepared, urls, mirror, page):
@@ -338,7 +350,14 @@ def test_a_known_name_is_not_given_to_another_text(refused, tmp_path):
 
 def test_what_is_not_named_or_not_known_is_refused(refused):
     """The message shows what may be named."""
-    refused(ValueError, "'dickens'", "shakespeare", "pydoc", "--input=FILE --name=dickens", dataset="dickens")
+    refused(
+        ValueError,
+        "'dickens'",
+        "shakespeare",
+        "pydoc",
+        "--input=FILE --name=dickens",
+        dataset="dickens",
+    )
     refused(ValueError, "shakespeare", "pydoc", "--input=FILE --name=NAME", dataset="")
 
 
@@ -350,7 +369,9 @@ def test_a_val_fraction_out_of_range_is_refused(refused, tmp_path, value):
 
 
 @pytest.mark.parametrize("word", [".", ".."])
-def test_an_input_without_a_name_of_its_own_writes_in_no_other_place(prepared, tmp_path, monkeypatch, word):
+def test_an_input_without_a_name_of_its_own_writes_in_no_other_place(
+    prepared, tmp_path, monkeypatch, word
+):
     """The current folder's name, or an error; never the data folder itself or the one above it."""
     (tmp_path / "notes" / "sub").mkdir(parents=True)
     write(tmp_path / "notes" / "sub" / "a.txt", "abcd" * 10)
@@ -424,7 +445,9 @@ def test_gpt_makes_no_other_data_set(missing, tmp_path):
 def test_prepare_as_a_command(run_script, tmp_path):
     """The word and the flags reach main(), and train.bin is where --data_dir says."""
     path = Path(write(tmp_path / "mine.txt", "abcd" * 10))
-    done = run_script("prepare.py", "--input=mine.txt", "--data_dir=d", "--name", "x", cwd=path.parent)
+    done = run_script(
+        "prepare.py", "--input=mine.txt", "--data_dir=d", "--name", "x", cwd=path.parent
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert "python gpt.py --dataset=x" in done.stdout
     assert (tmp_path / "d" / "x" / "train.bin").read_bytes() == b"\0\0\1\0\2\0\3\0" * 9
@@ -455,7 +478,8 @@ TEXTS = ["one,\r\ntwo", 'say "hi"', "naïve 😀", "last"]
 def test_rows_are_documents(prepared, tmp_path, make, packed):
     """Quotes, commas, line ends within a field and .gz: each row's text comes back."""
     path = make(
-        tmp_path / f"rows.{make.__name__[:5].rstrip('_f')}", [{"id": "x", "body": text} for text in TEXTS]
+        tmp_path / f"rows.{make.__name__[:5].rstrip('_f')}",
+        [{"id": "x", "body": text} for text in TEXTS],
     )
     if packed:
         path = write(Path(path + ".gz"), gzip.compress(Path(path).read_bytes()))
@@ -485,7 +509,10 @@ def test_examples_weigh_their_responses_by_rating(prepared, tmp_path, make, kind
     for split, chosen in (("val", [0, 10]), ("train", range(1, 10))):
         ids, weights = [], []
         for example in (EXAMPLES[i] for i in chosen):
-            prompt, response = tokenizer.encode(example["prompt"]), tokenizer.encode(example["response"])
+            prompt, response = (
+                tokenizer.encode(example["prompt"]),
+                tokenizer.encode(example["response"]),
+            )
             ids += [*prompt, *response, tokenizer.special["<|endoftext|>"]]
             weight = round((float(example["rating"]) - 1) / 4 * 255)
             weights += [0] * len(prompt) + [weight] * (len(response) + 1)
@@ -592,7 +619,9 @@ def test_standard_input(run_script, tmp_path):
     """--input=- reads a text from a pipe; the name is stdin unless one is given."""
     done = run_script("prepare.py", "--input=-", f"--data_dir={tmp_path}", stdin="hello\n" * 10)
     assert (done.returncode, done.stderr) == (0, "")
-    assert text_of(tmp_path / "stdin", "train") + text_of(tmp_path / "stdin", "val") == "hello\n" * 10
+    assert (
+        text_of(tmp_path / "stdin", "train") + text_of(tmp_path / "stdin", "val") == "hello\n" * 10
+    )
 
 
 # ---- tokenizers
@@ -612,7 +641,9 @@ def test_bpe_is_trained_on_training_text_only_and_saved(prepared, tmp_path, caps
 
 def test_a_text_too_small_for_vocab_size_gets_fewer(prepared, tmp_path):
     """No token is made up: abab has two merges to give."""
-    _, meta, _ = prepared(input=write(tmp_path / "t.txt", "abab" * 5), tokenizer="bpe", vocab_size=4096)
+    _, meta, _ = prepared(
+        input=write(tmp_path / "t.txt", "abab" * 5), tokenizer="bpe", vocab_size=4096
+    )
     assert 260 < meta["vocab_size"] < 280
 
 
@@ -636,7 +667,9 @@ def test_a_tokenizer_is_taken_from_a_data_set_or_checkpoint(prepared, tmp_path, 
     path = write(tmp_path / "a.txt", "hello world " * 50)
     _, first, _ = prepared(input=path, tokenizer="bpe", vocab_size=270)
     other = tmp_path / "data" / "a"
-    gpt.save_checkpoint(tmp_path / "c.pt", {"model": {}, "model_args": {}, "tokenizer": first["tokenizer"]})
+    gpt.save_checkpoint(
+        tmp_path / "c.pt", {"model": {}, "model_args": {}, "tokenizer": first["tokenizer"]}
+    )
     for source in (other, tmp_path / "c.pt"):
         monkeypatch.setattr(prepare, "data_dir", str(tmp_path / "more"))
         monkeypatch.setattr(prepare, "tokenizer", str(source))
@@ -656,9 +689,16 @@ def test_a_tokenizer_is_taken_from_a_hugging_face_folder(prepared, tmp_path):
     (tmp_path / "model").mkdir()
     tokenizer_json.write_tokenizer(original, tmp_path / "model", 64)
     rows = [
-        {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "world"}]}
+        {
+            "messages": [
+                {"role": "user", "content": "hello"},
+                {"role": "assistant", "content": "world"},
+            ]
+        }
     ] * 2
-    name, _, _ = prepared(input=jsonl(tmp_path / "c.jsonl", rows), tokenizer=str(tmp_path / "model"))
+    name, _, _ = prepared(
+        input=jsonl(tmp_path / "c.jsonl", rows), tokenizer=str(tmp_path / "model")
+    )
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
     expected = theirs("<|user|>hello<|assistant|>world</s>", add_special_tokens=False).input_ids
     data = gpt.Data(tmp_path / "data" / name, 1)
@@ -670,7 +710,8 @@ def test_a_tokenizer_is_taken_from_a_hugging_face_folder(prepared, tmp_path):
 def test_an_unknown_character_is_named_with_its_position(prepared, refused, tmp_path):
     """A char vocabulary from elsewhere lacks the q."""
     gpt.save_checkpoint(
-        tmp_path / "c.pt", {"model": {}, "model_args": {}, "tokenizer": gpt.Tokenizer("char", "abc").state}
+        tmp_path / "c.pt",
+        {"model": {}, "model_args": {}, "tokenizer": gpt.Tokenizer("char", "abc").state},
     )
     path = write(tmp_path / "t.txt", "abcabqabc")
     refused(ValueError, "'q'", "character 5", input=path, tokenizer=str(tmp_path / "c.pt"))
@@ -679,7 +720,8 @@ def test_an_unknown_character_is_named_with_its_position(prepared, refused, tmp_
 def test_a_tokenizer_without_endoftext_is_no_good_for_documents(refused, tmp_path):
     """It could not mark where they end."""
     gpt.save_checkpoint(
-        tmp_path / "c.pt", {"model": {}, "model_args": {}, "tokenizer": gpt.Tokenizer("char", "abc").state}
+        tmp_path / "c.pt",
+        {"model": {}, "model_args": {}, "tokenizer": gpt.Tokenizer("char", "abc").state},
     )
     path = jsonl(tmp_path / "t.jsonl", [{"text": "abc"}] * 3)
     refused(ValueError, "<|endoftext|>", input=path, tokenizer=str(tmp_path / "c.pt"))
@@ -736,9 +778,7 @@ def test_clean_line(line, cleaned):
 
 def test_wikitext_is_cleaned_article_by_article(prepared, tmp_path):
     """Articles begin at their titles and are documents; lines stay lines."""
-    text = (
-        " \n = A = \n \n First , yes . \n Second . \n = = S = = \n \n x = 3 @.@ 14 \n \n = B = \n \n It . \n"
-    )
+    text = " \n = A = \n \n First , yes . \n Second . \n = = S = = \n \n x = 3 @.@ 14 \n \n = B = \n \n It . \n"
     prepared(input=write(tmp_path / "w.txt", text), clean="wikitext")
     folder = tmp_path / "data" / "w"
     assert text_of(folder, "val") == "# A\n\nFirst, yes.\nSecond.\n## S\n\nx = 3.14\n<|endoftext|>"
@@ -753,7 +793,9 @@ def large(tmp_path_factory):
     """A folder of 4.5 MB of texts: one of 2.3 MB, one of 1.2 MB without space or line end, many small ones."""
     folder = tmp_path_factory.mktemp("large") / "texts"
     rng = np.random.default_rng(0)
-    words = np.array(["the", "cat", "sat", "on", "mat,", "and\n", "\n\n", "é", "Tom's", "3.14", " ", "it."])
+    words = np.array(
+        ["the", "cat", "sat", "on", "mat,", "and\n", "\n\n", "é", "Tom's", "3.14", " ", "it."]
+    )
     write(folder / "a.txt", "x" * 1_200_000)
     write(folder / "b.txt", " ".join(words[rng.integers(12, size=600_000)]))
     for i in range(40):
@@ -804,7 +846,9 @@ def files_of(folder):
 
 def test_pieces_and_processes_change_no_token(large, prepared, tmp_path, monkeypatch):
     """BPE over blocks of 1 MB, by two processes, in shards: the ids of each text encoded whole, in order."""
-    _, meta, _ = prepared(input=str(large), tokenizer="bpe", vocab_size=400, workers=2, shard_tokens=1)
+    _, meta, _ = prepared(
+        input=str(large), tokenizer="bpe", vocab_size=400, workers=2, shard_tokens=1
+    )
     tokenizer, folder = gpt.Tokenizer(**meta["tokenizer"]), tmp_path / "data" / "texts"
     assert len(list(folder.glob("train_*.bin"))) > 2
     paths = sorted(large.iterdir())
@@ -812,7 +856,9 @@ def test_pieces_and_processes_change_no_token(large, prepared, tmp_path, monkeyp
         chosen = [p for i, p in enumerate(paths) if (i % 10 == 0) == (split == "val")]
         expected = []
         for path in chosen:
-            expected += tokenizer.encode(path.read_bytes().decode()) + [tokenizer.special["<|endoftext|>"]]
+            expected += tokenizer.encode(path.read_bytes().decode()) + [
+                tokenizer.special["<|endoftext|>"]
+            ]
         data = gpt.Tokens(folder, split, np.dtype("<u2"))
         assert data[np.arange(len(data))].tolist() == expected
         assert meta[f"{split}_tokens"] == len(expected)
@@ -866,13 +912,16 @@ def test_killed_in_the_third_shard_and_started_again(large, tmp_path):
     assert not [
         pid
         for pid in workers
-        if Path(f"/proc/{pid}/cmdline").exists() and b"prepare" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        if Path(f"/proc/{pid}/cmdline").exists()
+        and b"prepare" in Path(f"/proc/{pid}/cmdline").read_bytes()
     ]
 
 
 def test_ctrl_c_keeps_whole_shards(large, tmp_path):
     """One line says how to go on, and exit code 130."""
-    process = run_prepare(f"--input={large}", f"--data_dir={tmp_path}", "--shard_tokens=1", "--workers=2")
+    process = run_prepare(
+        f"--input={large}", f"--data_dir={tmp_path}", "--shard_tokens=1", "--workers=2"
+    )
     progress = tmp_path / "texts.part" / "progress.json"
     while process.poll() is None and not progress.exists():
         time.sleep(0.002)
@@ -945,7 +994,11 @@ def test_another_text_or_setting_begins_anew(prepared, tmp_path, monkeypatch, ca
 def test_killed_while_the_files_are_moved(prepared, tmp_path, monkeypatch):
     """At the very end shards are moved one by one: a run stopped there is begun anew, not half a data set."""
     lines = ["word " * 60_000 + f"end {i} " for i in range(4)]
-    path, rename, moved = jsonl(tmp_path / "t.jsonl", [{"text": line} for line in lines]), Path.rename, []
+    path, rename, moved = (
+        jsonl(tmp_path / "t.jsonl", [{"text": line} for line in lines]),
+        Path.rename,
+        [],
+    )
 
     def interrupted(self, target):
         if len(moved) == 2:
@@ -1003,7 +1056,12 @@ def test_preparing_again_replaces_shards_and_weights_but_no_other_file(prepared,
     write(folder / "train_0000.bin", b"old")
     write(folder / "mine.txt", b"keep")
     prepared(input=write(tmp_path / "t.txt", "abcd" * 50))
-    assert sorted(p.name for p in folder.iterdir()) == ["meta.json", "mine.txt", "train.bin", "val.bin"]
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "meta.json",
+        "mine.txt",
+        "train.bin",
+        "val.bin",
+    ]
 
 
 def test_a_large_vocabulary_takes_four_bytes(prepared, tmp_path):
@@ -1016,7 +1074,9 @@ def test_a_large_vocabulary_takes_four_bytes(prepared, tmp_path):
         prepare.main()
     meta = json.loads((tmp_path / "data" / "t" / "meta.json").read_text(encoding="utf-8"))
     assert (meta["dtype"], meta["vocab_size"]) == ("uint32", 70_000)
-    assert read_bins(tmp_path / "data" / "t", "val", 4) == [i % 70_000 for i in range(126_000, 140_000)]
+    assert read_bins(tmp_path / "data" / "t", "val", 4) == [
+        i % 70_000 for i in range(126_000, 140_000)
+    ]
 
 
 def test_gpt_and_prepare_make_the_same_data_set(missing, prepared, tmp_path):
@@ -1044,9 +1104,13 @@ def test_info(prepared, tmp_path, capsys, monkeypatch):
     assert "3 never" in out
     assert "char, vocabulary of 6 as uint16" in out
     n_bytes = [
-        sum(len(text) for i, text in enumerate(texts) if (i % 10 == 0) == val) for val in (False, True)
+        sum(len(text) for i, text in enumerate(texts) if (i % 10 == 0) == val)
+        for val in (False, True)
     ]
-    assert f"{n_bytes[0] + 18:,} tokens, {n_bytes[0]:,} bytes, {n_bytes[0] / (n_bytes[0] + 18):.2f}" in out
+    assert (
+        f"{n_bytes[0] + 18:,} tokens, {n_bytes[0]:,} bytes, {n_bytes[0] / (n_bytes[0] + 18):.2f}"
+        in out
+    )
     assert "ab<|endoftext|>aab" in out
     assert str(tmp_path / "t.jsonl") in out
     read = prepare.read_ids
@@ -1092,7 +1156,9 @@ def test_parquet_is_streamed_and_its_validation_split_kept(hub_folder, prepared,
     name, _, _ = prepared(hf=str(hub_folder), tokenizer=kind, vocab_size=270)
     assert name == "hub"
     folder = tmp_path / "data" / "hub"
-    assert text_of(folder, "train") == "".join(f"{t}<|endoftext|>" for t in ("one", "two", "three", "four"))
+    assert text_of(folder, "train") == "".join(
+        f"{t}<|endoftext|>" for t in ("one", "two", "three", "four")
+    )
     assert text_of(folder, "val") == "five<|endoftext|>"
 
 
@@ -1171,7 +1237,9 @@ def test_short_names_reach_the_hub(monkeypatch, name):
 
 def test_rows_are_cleaned_each_for_itself(prepared, tmp_path):
     """--clean on a table keeps its documents apart."""
-    rows = [{"text": text} for text in ("Hello well @-@ known one", "second , doc\nline .", "third .")]
+    rows = [
+        {"text": text} for text in ("Hello well @-@ known one", "second , doc\nline .", "third .")
+    ]
     prepared(input=jsonl(tmp_path / "r.jsonl", rows), clean="wikitext")
     folder = tmp_path / "data" / "r"
     assert text_of(folder, "val") == "Hello well-known one<|endoftext|>"
@@ -1199,7 +1267,9 @@ def test_a_mistake_on_the_way_on_costs_nothing(prepared, tmp_path, monkeypatch, 
     monkeypatch.setattr(prepare, "tokenizer", "")
     prepared(input=path, workers=change.get("workers", 2))
     assert "going on after" in capsys.readouterr().out
-    assert text_of(tmp_path / "data" / "t", "train") == "".join(f"{line}<|endoftext|>" for line in lines[1:])
+    assert text_of(tmp_path / "data" / "t", "train") == "".join(
+        f"{line}<|endoftext|>" for line in lines[1:]
+    )
 
 
 def test_max_tokens_cuts_weights_with_the_tokens(prepared, tmp_path):

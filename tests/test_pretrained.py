@@ -112,7 +112,9 @@ def assert_greedy(model, other, lengths, n_new=100):
         rows = [text[end - k : end] for text, end, k in zip(texts, ends, kept, strict=True)]
         padded = torch.tensor([row + [0] * (BLOCK - len(row)) for row in rows])
         logits = other(padded).logits[torch.arange(len(rows)), torch.tensor(kept) - 1]
-        assert logits.argmax(-1).tolist() == [text[end] for text, end in zip(texts, ends, strict=True)]
+        assert logits.argmax(-1).tolist() == [
+            text[end] for text, end in zip(texts, ends, strict=True)
+        ]
 
 
 @pytest.mark.parametrize(("family", "dtype"), CASES)
@@ -121,7 +123,11 @@ def test_a_model_of_transformers_is_read(tmp_path, family, dtype):
     other = save(tmp_path, FAMILIES[family], dtype)
     model = gpt.GPT.from_pretrained(tmp_path)
     assert_same_logits(model, other)
-    lengths = range(1, BLOCK + 1) if dtype == torch.float32 and family in ("GPT-2", "Llama 3") else (1, BLOCK)
+    lengths = (
+        range(1, BLOCK + 1)
+        if dtype == torch.float32 and family in ("GPT-2", "Llama 3")
+        else (1, BLOCK)
+    )
     assert_greedy(model, other, lengths)
 
 
@@ -134,7 +140,9 @@ def test_and_back(tmp_path, family, dtype):
         model = gpt.GPT.from_pretrained(tmp_path / source, dtype=dtype)
         pretrained.export(model, tokenizer, {}, tmp_path / target)
     kind = {"G": "GPT2", "L": "Llama", "M": "Llama", "Q": "Llama"}[family[0]]
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "once", dtype=torch.float32).eval()
+    again = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "once", dtype=torch.float32
+    ).eval()
     assert type(again).__name__.startswith(kind)
     assert_same_logits(gpt.GPT.from_pretrained(tmp_path / "once"), again)
     assert_same_logits(gpt.GPT.from_pretrained(tmp_path / "once"), other)
@@ -142,7 +150,9 @@ def test_and_back(tmp_path, family, dtype):
         assert (tmp_path / "once" / name).read_bytes() == (tmp_path / "twice" / name).read_bytes()
     if kind == "Llama" and family[0] == "L":  # and the weights are theirs, bit for bit
         theirs = {
-            k: v for path in (tmp_path / "theirs").glob("*.safetensors") for k, v in load_file(path).items()
+            k: v
+            for path in (tmp_path / "theirs").glob("*.safetensors")
+            for k, v in load_file(path).items()
         }
         ours = load_file(tmp_path / "once" / "model.safetensors")
         assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
@@ -165,7 +175,13 @@ def random_model(**changes):
     return model
 
 
-GPT2_SWITCHES = {"use_rope": False, "use_rms_norm": False, "use_swiglu": False, "bias": True, "n_kv_head": 4}
+GPT2_SWITCHES = {
+    "use_rope": False,
+    "use_rms_norm": False,
+    "use_swiglu": False,
+    "bias": True,
+    "n_kv_head": 4,
+}
 EXPORTED = {
     "default": ({"tie_weights": False}, "LlamaForCausalLM"),
     "tied": ({"tie_weights": True}, "LlamaForCausalLM"),
@@ -193,11 +209,15 @@ def test_own_models_are_exported(tmp_path, case):
     pretrained.export(
         model, gpt.Tokenizer("char", CHARS), {"step": 7, "best_val_loss": 1.25}, tmp_path / "new"
     )
-    other = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "new", dtype=torch.float32).eval()
+    other = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "new", dtype=torch.float32
+    ).eval()
     assert type(other).__name__ == architecture
     assert_same_logits(model, other)
     again = gpt.GPT.from_pretrained(tmp_path / "new")
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True)
+    )
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "new")
     assert tokenizer("to be").input_ids == [CHARS.index(c) for c in "to be"]
     card = (tmp_path / "new" / "README.md").read_text(encoding="utf-8")
@@ -221,7 +241,9 @@ def test_own_models_are_exported(tmp_path, case):
 def test_what_no_family_has_is_refused(tmp_path, changes, named):
     """The setting is named, and nothing written."""
     with pytest.raises(ValueError, match=f"^{named} "):
-        pretrained.export(random_model(**changes), gpt.Tokenizer("char", CHARS), {}, tmp_path / "new")
+        pretrained.export(
+            random_model(**changes), gpt.Tokenizer("char", CHARS), {}, tmp_path / "new"
+        )
     assert not (tmp_path / "new").exists()
 
 
@@ -329,7 +351,9 @@ def test_wrong_folders(llama_folder, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "best.pt").write_bytes(b"")
-    with pytest.raises(FileNotFoundError, match="run is a run's folder: name the checkpoint, .*best.pt"):
+    with pytest.raises(
+        FileNotFoundError, match="run is a run's folder: name the checkpoint, .*best.pt"
+    ):
         gpt.GPT.from_pretrained(tmp_path / "run")
     with pytest.raises(FileNotFoundError, match="empty has no config.json"):
         gpt.GPT.from_pretrained(tmp_path / "empty")
@@ -357,7 +381,10 @@ def test_wrong_weights(llama_folder):
     tensors, name = load_file(path), "model.layers.1.self_attn.k_proj.weight"
     for changed, message in (
         ({k: v for k, v in tensors.items() if k != name}, f"lacks the tensor {name}, which"),
-        (tensors | {name: tensors[name][:-1].clone()}, rf"{name} is \(15, 64\), by config.json \(16, 64\)"),
+        (
+            tensors | {name: tensors[name][:-1].clone()},
+            rf"{name} is \(15, 64\), by config.json \(16, 64\)",
+        ),
         (tensors | {"model.extra.weight": torch.ones(1)}, "model.extra.weight has no place"),
     ):
         save_file(changed, path, {"format": "pt"})
@@ -368,7 +395,9 @@ def test_wrong_weights(llama_folder):
         gpt.GPT.from_pretrained(llama_folder)
     path.unlink()
     torch.save(tensors, llama_folder / "pytorch_model.bin")
-    with pytest.raises(FileNotFoundError, match="pytorch_model.bin is a pickle, which could run any code"):
+    with pytest.raises(
+        FileNotFoundError, match="pytorch_model.bin is a pickle, which could run any code"
+    ):
         gpt.GPT.from_pretrained(llama_folder)
 
 
@@ -460,5 +489,8 @@ def test_sampling_from_a_folder_caps_the_context(tmp_path, monkeypatch, capsys):
     assert sample.load_model(torch.device("cpu"))[0].config.block_size == 8
     monkeypatch.setattr(sample, "export", str(tmp_path / "again"))
     sample.main()
-    assert json.loads((tmp_path / "again" / "config.json").read_text())["max_position_embeddings"] == BLOCK
+    assert (
+        json.loads((tmp_path / "again" / "config.json").read_text())["max_position_embeddings"]
+        == BLOCK
+    )
     assert "again, in Hugging Face's format" in capsys.readouterr().err

@@ -81,11 +81,19 @@ def config_commands():
         for line in path.read_text(encoding="utf-8").splitlines():
             if not line.startswith("#"):
                 break
-            own += [part.strip(" .)") for part in re.findall(r"(?:python|torchrun|pip) [^&]*", line)]
-        own = [command.partition("  ")[0] for command in own if command.startswith(("python", "torchrun"))]
+            own += [
+                part.strip(" .)") for part in re.findall(r"(?:python|torchrun|pip) [^&]*", line)
+            ]
+        own = [
+            command.partition("  ")[0]
+            for command in own
+            if command.startswith(("python", "torchrun"))
+        ]
         assert own, f"{path.name} says no command"
         first = [command for command in own if " prepare.py " in command]
-        found += first + [command for command in own if command not in first and "sample.py" not in command]
+        found += first + [
+            command for command in own if command not in first and "sample.py" not in command
+        ]
         found += [command for command in own if "sample.py" in command]
     return found
 
@@ -94,7 +102,9 @@ def python_blocks():
     """Return README's blocks of Python code, fenced or indented."""
     indented = re.findall(r"\n\n((?:    .*\n)+)", README)
     blocks = [
-        re.sub("^    ", "", block, flags=re.MULTILINE) for block in indented if "    import gpt" in block
+        re.sub("^    ", "", block, flags=re.MULTILINE)
+        for block in indented
+        if "    import gpt" in block
     ]
     return blocks + re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
@@ -112,11 +122,17 @@ def project(tmp_path_factory):
     for name in ("my_novel.txt", "book.txt", "texts/a.txt", "texts/b.txt", "kaggle.txt"):
         (folder / name).write_text(TEXT, encoding="utf-8")
     (folder / "start.txt").write_text("KING:", encoding="utf-8")
-    rows = ["prompt,response,rating", '"a\nb","c",5', *(f"{i}+{i}=,{2 * i},{5 - i % 3}" for i in range(40))]
+    rows = [
+        "prompt,response,rating",
+        '"a\nb","c",5',
+        *(f"{i}+{i}=,{2 * i},{5 - i % 3}" for i in range(40)),
+    ]
     for name in ("examples.csv", "rated.csv"):
         (folder / name).write_text("\n".join(rows), encoding="utf-8")
     turns = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
-    (folder / "chat.jsonl").write_text("\n".join([json.dumps({"messages": turns})] * 40), encoding="utf-8")
+    (folder / "chat.jsonl").write_text(
+        "\n".join([json.dumps({"messages": turns})] * 40), encoding="utf-8"
+    )
     chars = gpt.Tokenizer("char", "".join(sorted(set(TEXT))))
     for name in ("shakespeare", "pydoc", "squares", "NAME"):
         gpt.write_dataset(folder / "data" / name, TEXT, chars, "tests")
@@ -146,7 +162,11 @@ def run(project):
     def run(argv, code="", pictures=False):
         code = STAND_INS.format(address=address, pictures=pictures) + code
         env = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
-        job = {"argv": argv, "code": f"import sys; sys.path[0] = {str(project)!r}\n{code}", "env": env}
+        job = {
+            "argv": argv,
+            "code": f"import sys; sys.path[0] = {str(project)!r}\n{code}",
+            "env": env,
+        }
         (done,) = run_jobs(job | {"cwd": project, "stdin": "2+2?\nq\n"})
         return done.returncode, done.stdout + done.stderr
 
@@ -170,7 +190,9 @@ def small(command):
         words = ["python", arguments.training_script, *arguments.training_script_args]
     script, own = words[1], words[2:]
     before, after = (flags.split() for flags in SMALL[script])
-    if "init_from=" not in command and any("finetune" in word or "eval_gpt2" in word for word in own):
+    if "init_from=" not in command and any(
+        "finetune" in word or "eval_gpt2" in word for word in own
+    ):
         before = [*before, "--init_from=standin"]
     if any("finetune" in word for word in own):
         before = [flag for flag in before if not flag.startswith("--n_")]
@@ -194,7 +216,9 @@ def check(run, commands):
             run([word for word in words if word != "--init_from=resume"])
         code, output = run(words, pictures="--tensorboard=True" in words)
         if code:
-            failed.append(f"{command}\n  as {shlex.join(words)}\n  exit code {code}: {output[-600:]}")
+            failed.append(
+                f"{command}\n  as {shlex.join(words)}\n  exit code {code}: {output[-600:]}"
+            )
     assert not failed, "\n\n".join(failed)
 
 
@@ -243,14 +267,21 @@ def test_readmes_changes_work(run, project):
     changed = original
     for change in changes:
         old, new = (
-            "".join(line[1:] + "\n" for line in change.splitlines() if line[0] == sign) for sign in "-+"
+            "".join(line[1:] + "\n" for line in change.splitlines() if line[0] == sign)
+            for sign in "-+"
         )
         assert original.count(old) == 1, old
         changed = changed.replace(old, new)
     (project / "gpt.py").write_text(changed, encoding="utf-8")
     try:
         code, output = run(
-            ["gpt.py", "config/debug.py", "--dataset=shakespeare", "--device=cpu", "--lr_schedule=root"]
+            [
+                "gpt.py",
+                "config/debug.py",
+                "--dataset=shakespeare",
+                "--device=cpu",
+                "--lr_schedule=root",
+            ]
         )
     finally:
         (project / "gpt.py").write_text(original, encoding="utf-8")
@@ -262,7 +293,9 @@ def test_readmes_changes_work(run, project):
 # ---- Links -------------------------------------------------------------------------------------------------
 def anchors(page):
     """Return the anchors that GitHub gives a page's headings."""
-    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", page, flags=re.DOTALL), flags=re.MULTILINE)
+    headings = re.findall(
+        r"^#+ (.*)$", re.sub(r"```.*?```", "", page, flags=re.DOTALL), flags=re.MULTILINE
+    )
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
@@ -298,14 +331,18 @@ def test_settings_that_readme_names_exist():
     assert set(re.findall(r"--([a-zA-Z][\w-]*)", README)) <= known
     changes = README[README.index("## Reading and changing") : README.index("## Speed")]
     for name in re.findall(r"`([a-z_]+)`", changes):
-        assert hasattr(gpt, name) or hasattr(gpt.GPT, name) or name in ("pick", "lr", "data", "models"), name
+        assert (
+            hasattr(gpt, name) or hasattr(gpt.GPT, name) or name in ("pick", "lr", "data", "models")
+        ), name
 
 
 def test_files_that_readme_names_exist():
     """Names in backticks that look like the project's files are files."""
     for name in re.findall(r"`([\w/]+\.(?:py|ipynb|md))`", README):
         places = [ROOT / name, *(ROOT / folder / name for folder in ("config", "notebooks"))]
-        assert any(place.exists() for place in places) or name == "model.py" or name == "train.py", name
+        assert (
+            any(place.exists() for place in places) or name == "model.py" or name == "train.py"
+        ), name
 
 
 # ---- The model that comes along ----------------------------------------------------------------------------
@@ -314,16 +351,26 @@ def test_the_model_that_comes_along_is_what_its_page_says():
     assert sum(path.stat().st_size for path in folder.iterdir()) < 8 * 2**20
     model, tokenizer, state = gpt.load_checkpoint(folder / "best.pt")
     page = (folder / "README.md").read_text(encoding="utf-8")
-    log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    for value in (f"{log[-1]['val_loss']:.4f}", f"{model.n_params() / 1e6:.2f}M", f"{state['step']:,} steps"):
+    log = [
+        json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    for value in (
+        f"{log[-1]['val_loss']:.4f}",
+        f"{model.n_params() / 1e6:.2f}M",
+        f"{state['step']:,} steps",
+    ):
         assert value in page, value
     assert f"{log[-1]['val_loss']:.4f}" in README
     assert log[-1]["tokens"] == 111_540, "of the full validation split of tiny Shakespeare"
     assert state["dataset_sha256"] == log[0]["dataset_sha256"] == gpt.SHAKESPEARE_SHA256
     (command,) = re.findall(r"^    python (gpt\.py .*)$", page, flags=re.MULTILINE)
-    script = {name: getattr(gpt, name) for name in gpt.SETTINGS} | {"__file__": str(ROOT / "gpt.py")}
+    script = {name: getattr(gpt, name) for name in gpt.SETTINGS} | {
+        "__file__": str(ROOT / "gpt.py")
+    }
     configurator.configure(
-        script, shlex.split(command)[1:], derive=lambda: {"device_type": "cpu", "native_bfloat16": True}
+        script,
+        shlex.split(command)[1:],
+        derive=lambda: {"device_type": "cpu", "native_bfloat16": True},
     )
     for name, value in state["config"].items():
         assert script[name] == value or name == "init_from", (

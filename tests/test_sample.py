@@ -123,7 +123,13 @@ def test_the_same_seed_gives_the_same_text(say, trained):
 
 def test_temperature_0_is_greedy(say, trained):
     """The seed changes nothing, and each character is the likeliest by the model's own logits."""
-    options = {"checkpoint": "", "out_dir": trained, "prompt": "7 t", "max_tokens": 12, "temperature": 0.0}
+    options = {
+        "checkpoint": "",
+        "out_dir": trained,
+        "prompt": "7 t",
+        "max_tokens": 12,
+        "temperature": 0.0,
+    }
     out = say(**options).out
     assert say(**options, seed=1).out == out
     model, tokenizer, _ = gpt.load_checkpoint(f"{trained}/best.pt")
@@ -145,7 +151,10 @@ def test_an_output_file_takes_the_samples(say, tmp_path):
 
 def test_several_samples_are_separated(say):
     """A line of 80 dashes stands between two samples."""
-    assert say(prompt="x", max_tokens=2, num_samples=3).out == f"xyz\n{'-' * 80}\nxyz\n{'-' * 80}\nxyz\n"
+    assert (
+        say(prompt="x", max_tokens=2, num_samples=3).out
+        == f"xyz\n{'-' * 80}\nxyz\n{'-' * 80}\nxyz\n"
+    )
 
 
 def test_the_prompt_may_be_in_a_file(say, tmp_path):
@@ -239,7 +248,9 @@ def test_a_prompt_begins_as_the_tokenizer_begins_every_text(say, tmp_path):
     assert sample.encode_prompt(tokenizer, "") == [3]
     assert sample.encode_prompt(tokenizer, "<|x|><|begin|>") == [3, 4, 3]
     path = save_alphabet(tmp_path / "begin.pt", special="<|begin|>", begin="<|begin|>")
-    assert "the last 9" in say(checkpoint=path, prompt="abcdefghijklmnop", max_tokens=2).err  # of 17
+    assert (
+        "the last 9" in say(checkpoint=path, prompt="abcdefghijklmnop", max_tokens=2).err
+    )  # of 17
 
 
 def test_a_prompt_may_name_special_tokens(say, chatty):
@@ -250,7 +261,10 @@ def test_a_prompt_may_name_special_tokens(say, chatty):
     assert say(**options, prompt="ab<|user|>xw").out == "ab<|user|>xwxyz<|endoftext|>\n"
     err = say(checkpoint=chatty, prompt="<|user|>" * 10 + "abc", max_tokens=3).err
     assert "note" not in err
-    assert "prompt has 17 tokens" in say(checkpoint=chatty, prompt="<|user|>" * 14 + "abc", max_tokens=3).err
+    assert (
+        "prompt has 17 tokens"
+        in say(checkpoint=chatty, prompt="<|user|>" * 14 + "abc", max_tokens=3).err
+    )
 
 
 def test_special_tokens_that_the_model_lacks_are_refused_as_text(say, chatty):
@@ -567,7 +581,14 @@ def test_compiling_that_fails_is_said_and_does_no_harm(say, monkeypatch):
 
 def random_model(dtype=torch.float32, **changes):
     """Return a model whose weights, also those that begin as 0, are drawn."""
-    sizes = {"n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 64, "vocab_size": 100, "block_size": 32}
+    sizes = {
+        "n_layer": 2,
+        "n_head": 4,
+        "n_kv_head": 2,
+        "n_embd": 64,
+        "vocab_size": 100,
+        "block_size": 32,
+    }
     model = gpt.GPT(gpt.GPTConfig(**sizes | {"dropout": 0.0} | changes)).eval()
     with torch.no_grad():
         for p in model.parameters():
@@ -578,7 +599,9 @@ def random_model(dtype=torch.float32, **changes):
 def rounded(weight):
     """Return a matrix as int8 per row represents it: multiples of the row's largest weight / 127."""
     scale = weight.abs().amax(1, keepdim=True) / 127
-    return torch.where(scale > 0, (weight.float() / scale.float()).round() * scale, 0.0).to(weight.dtype)
+    return torch.where(scale > 0, (weight.float() / scale.float()).round() * scale, 0.0).to(
+        weight.dtype
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -605,18 +628,25 @@ def test_int8_is_off_by_half_a_scale_per_weight_at_most(shape, dtype):
     assert ((y - exact).abs() <= x.double().abs().sum(-1, keepdim=True) * half + roundings).all()
 
 
-@pytest.mark.parametrize("changes", [{}, {"bias": True, "use_rope": False, "use_rms_norm": False}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"bias": True, "use_rope": False, "use_rms_norm": False}], ids=str
+)
 @pytest.mark.parametrize("tied", [True, False])
 def test_an_int8_model_computes_with_the_rounded_weights(tied, changes):
     """Its logits are those of the same model in float32 whose matrices were rounded, one by one, beforehand."""
     model, idx = random_model(tie_weights=tied, **changes), torch.randint(100, (2, 20))
     reference, before = random_model(tie_weights=tied, **changes), model(idx)[0]
-    state = {k: rounded(w) if w.ndim == 2 and k != "wpe.weight" else w for k, w in model.state_dict().items()}
+    state = {
+        k: rounded(w) if w.ndim == 2 and k != "wpe.weight" else w
+        for k, w in model.state_dict().items()
+    }
     reference.load_state_dict(state)
     sample.quantize_weights(model)
     torch.testing.assert_close(model(idx)[0], reference(idx)[0], rtol=1e-4, atol=1e-4)
     assert 1e-4 < (model(idx)[0] - before).std() / before.std() < 0.03
-    assert float(model(idx, idx)[1]) == pytest.approx(float(reference(idx, idx)[1].detach()), abs=1e-4)
+    assert float(model(idx, idx)[1]) == pytest.approx(
+        float(reference(idx, idx)[1].detach()), abs=1e-4
+    )
     assert not [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
     assert (model.wte is model.lm_head) == tied
     for row in (0, 1):  # bfloat16 goes another way, and a single token yet another
@@ -636,7 +666,14 @@ def test_int8_compiled_is_int8():
 
 def test_int8_weights_take_half_of_bfloat16s():
     """A byte a weight, and two for each row's scale and each norm's weight; the tied matrix counts once."""
-    sizes = {"n_layer": 4, "n_head": 4, "n_kv_head": 4, "n_embd": 256, "vocab_size": 5000, "block_size": 1024}
+    sizes = {
+        "n_layer": 4,
+        "n_head": 4,
+        "n_kv_head": 4,
+        "n_embd": 256,
+        "vocab_size": 5000,
+        "block_size": 1024,
+    }
     model = random_model(torch.bfloat16, **sizes)
     n_rows = 5000 + 4 * (3 * 256 + 256 + 2 * 672 + 256)  # 672 is 8/3 * 256 in steps of 32
     n_weights = 5000 * 256 + 4 * (4 * 256**2 + 3 * 672 * 256)

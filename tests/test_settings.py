@@ -150,7 +150,9 @@ VALID = [
 ]
 
 
-@pytest.mark.parametrize(("argv", "name", "expected"), VALID, ids=[" ".join(case[0]) for case in VALID])
+@pytest.mark.parametrize(
+    ("argv", "name", "expected"), VALID, ids=[" ".join(case[0]) for case in VALID]
+)
 def test_flags_take_values_of_the_right_type(toy, argv, name, expected):
     """All three forms of a flag work, strings stay raw, and the value has the setting's type."""
     value = toy(*argv)[name]
@@ -160,7 +162,9 @@ def test_flags_take_values_of_the_right_type(toy, argv, name, expected):
 def test_several_flags_leave_the_rest_alone(toy):
     """What no flag names keeps its default."""
     script = toy("--n_layer", "2", "--bias", "--name=x")
-    assert [script[k] for k in ("n_layer", "learning_rate", "bias", "name", "shift", "compile", "limit")] == [
+    assert [
+        script[k] for k in ("n_layer", "learning_rate", "bias", "name", "shift", "compile", "limit")
+    ] == [
         2,
         1e-3,
         True,
@@ -382,7 +386,9 @@ def test_run_script_runs_main_with_the_settings(launch, capsys):
     assert capsys.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("mistake", [ValueError("it is 7"), FileNotFoundError("it is 7"), OSError("it is 7")])
+@pytest.mark.parametrize(
+    "mistake", [ValueError("it is 7"), FileNotFoundError("it is 7"), OSError("it is 7")]
+)
 def test_run_script_turns_a_mistake_into_one_line_and_exit_code_2(launch, capsys, mistake):
     """A ValueError or OSError of main is a user's mistake."""
 
@@ -400,7 +406,9 @@ def test_run_script_words_memory_that_is_full(launch, capsys, kind):
     """One sentence, also on MPS, for whose error torch has no type."""
 
     def main(script):
-        raise (torch.OutOfMemoryError if kind == "CUDA" else RuntimeError)(f"{kind} out of memory. Tried\nit")
+        raise (torch.OutOfMemoryError if kind == "CUDA" else RuntimeError)(
+            f"{kind} out of memory. Tried\nit"
+        )
 
     with pytest.raises(SystemExit) as e:
         launch(main)
@@ -477,7 +485,9 @@ def test_help_of_the_scripts_shows_defaults_and_comments(name, monkeypatch, caps
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= 110
     flat = " ".join(out.split())
-    above = re.split(r"^(?:def|class|@)", (ROOT / name).read_text(encoding="utf-8"), flags=re.MULTILINE)[0]
+    above = re.split(
+        r"^(?:def|class|@)", (ROOT / name).read_text(encoding="utf-8"), flags=re.MULTILINE
+    )[0]
     lines = re.findall(r"^([a-z]\w*)(?:: [\w |]+)? = (.+?)  # (.+)$", above, re.MULTILINE)
     assert len(lines) >= 5
     for key, default, comment in lines:
@@ -511,4 +521,6 @@ def test_every_config_file_gives_valid_settings(path, device_type, monkeypatch):
 def test_every_config_file_begins_with_its_command(path):
     """The first line is a comment that can be pasted into a shell."""
     first = path.read_text(encoding="utf-8").splitlines()[0]
-    assert re.match(rf"# .*\b(python|torchrun) .*gpt\.py .*config/{re.escape(path.name)}\b", first), first
+    assert re.match(
+        rf"# .*\b(python|torchrun) .*gpt\.py .*config/{re.escape(path.name)}\b", first
+    ), first

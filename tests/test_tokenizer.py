@@ -30,7 +30,10 @@ def tiny_bpe(monkeypatch):
         if name != "tiny":
             raise OSError("no network in the tests")
         return tiktoken.Encoding(
-            "tiny", pat_str=r"\w+|\s+|[^\w\s]+", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 258}
+            "tiny",
+            pat_str=r"\w+|\s+|[^\w\s]+",
+            mergeable_ranks=ranks,
+            special_tokens={"<|endoftext|>": 258},
         )
 
     monkeypatch.setattr(tiktoken, "get_encoding", get_encoding)
@@ -59,11 +62,17 @@ def test_char_round_trip(text):
 def test_char_decode_bytes_are_utf8():
     """One id is one whole character, of one byte or more."""
     tokenizer = gpt.Tokenizer("char", "aé😀")
-    assert [tokenizer.decode_bytes([i]) for i in range(3)] == [b"a", b"\xc3\xa9", b"\xf0\x9f\x98\x80"]
+    assert [tokenizer.decode_bytes([i]) for i in range(3)] == [
+        b"a",
+        b"\xc3\xa9",
+        b"\xf0\x9f\x98\x80",
+    ]
     assert tokenizer.decode_bytes([]) == b""
 
 
-@pytest.mark.parametrize(("text", "named", "place"), [("ab~c", "~", 2), ("~", "~", 0), ("abé!~!", "é", 2)])
+@pytest.mark.parametrize(
+    ("text", "named", "place"), [("ab~c", "~", 2), ("~", "~", 0), ("abé!~!", "é", 2)]
+)
 def test_an_unknown_character_is_named(text, named, place):
     """The message names the first one with its place, and those that are known, on one line."""
     tokenizer = gpt.Tokenizer("char", "\nabc")
@@ -77,7 +86,12 @@ def test_an_unknown_character_is_named(text, named, place):
 def test_special_tokens_follow_the_characters():
     """Their ids come after the others in the order of their names; decoding shows the names."""
     tokenizer = gpt.Tokenizer("char", "abc", special=SPECIAL)
-    assert tokenizer.special == {"<|endoftext|>": 3, "<|user|>": 4, "<|assistant|>": 5, "<|pad|>": 6}
+    assert tokenizer.special == {
+        "<|endoftext|>": 3,
+        "<|user|>": 4,
+        "<|assistant|>": 5,
+        "<|pad|>": 6,
+    }
     assert tokenizer.vocab_size == 7
     assert tokenizer.encode("cab") == [2, 0, 1]
     assert tokenizer.decode([4, 0, 5, 1, 3]) == "<|user|>a<|assistant|>b<|endoftext|>"
@@ -134,7 +148,12 @@ def test_an_own_bpe_merges_by_rank():
     assert tokenizer.encode("ab") == [255 - ord("a"), 255 - ord("b")]
     assert tokenizer.encode("\n the") == [255 - 10, 255 - 32, 257]  # the space is the first word's
     assert tokenizer.decode_bytes([259, 255 - 0xA5]) == "日".encode()
-    assert tokenizer.special == {"<|endoftext|>": 262, "<|user|>": 263, "<|assistant|>": 264, "<|pad|>": 265}
+    assert tokenizer.special == {
+        "<|endoftext|>": 262,
+        "<|user|>": 263,
+        "<|assistant|>": 264,
+        "<|pad|>": 265,
+    }
     assert tokenizer.decode([263, 257, 262]) == "<|user|>the<|endoftext|>"
     assert max(tokenizer.encode("<|user|>the<|endoftext|>")) < 262
     assert (own_bpe("").special, own_bpe("").vocab_size) == ({}, 262)

@@ -16,7 +16,16 @@ import pytest
 import tiktoken
 import tiktoken_ext.openai_public
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import AutoTokenizer
 
 import gpt
@@ -42,7 +51,12 @@ LLAMA3_SPLIT = pre_tokenizers.Sequence(
     ]
 )
 DIGITS = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), BYTE_LEVEL])
-SMOLLM2_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<extra_{i}>" for i in range(14))]
+SMOLLM2_SPECIAL = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    *(f"<extra_{i}>" for i in range(14)),
+]
 LLAMA3_SPECIAL = [
     "<|begin_of_text|>",
     "<|end_of_text|>",
@@ -92,7 +106,10 @@ def trained(pre_tokenizer, special=(), n_tokens=1200, text=TOPICS[:200_000]):
     theirs.pre_tokenizer, theirs.decoder = pre_tokenizer, decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=n_tokens, initial_alphabet=alphabet, special_tokens=list(special), show_progress=False
+        vocab_size=n_tokens,
+        initial_alphabet=alphabet,
+        special_tokens=list(special),
+        show_progress=False,
     )
     theirs.train_from_iterator([text], trainer)
     return theirs
@@ -109,12 +126,21 @@ def trained_sentencepiece(metaspace):
     if metaspace:
         theirs.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     else:
-        theirs.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    strip = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        theirs.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        )
+    strip = [
+        decoders.Replace("▁", " "),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
+        decoders.Strip(" ", 1, 0),
+    ]
     theirs.decoder = decoders.Sequence(strip)
     special = ["<unk>", "<s>", "</s>"]
     fallback = [f"<0x{i:02X}>" for i in range(256)]
-    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=special + fallback, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=special + fallback, show_progress=False
+    )
     theirs.train_from_iterator(TOPICS[:100_000].split("\n"), trainer)
     data = json.loads(theirs.to_str())
     data["added_tokens"] = data["added_tokens"][:3]
@@ -135,7 +161,9 @@ def library_tokenizers():
     made = {}
     for name, (pre_tokenizer, special, ignore_merges, _) in MODELS.items():
         theirs = trained(pre_tokenizer, special)
-        theirs.add_special_tokens(["<|endoftext|>"] if name == "gpt2" else [] if special else LLAMA3_SPECIAL)
+        theirs.add_special_tokens(
+            ["<|endoftext|>"] if name == "gpt2" else [] if special else LLAMA3_SPECIAL
+        )
         data = made[name] = json.loads(theirs.to_str())
         data["model"]["ignore_merges"] = ignore_merges
     return made
@@ -165,7 +193,9 @@ def assert_like(tokenizer, theirs, texts):
     """Assert that tokenizer gives texts the ids that the library's Tokenizer gives, and gets them back."""
     theirs.encode_special_tokens = True
     texts = list(texts)
-    expected = [encoding.ids for encoding in theirs.encode_batch_fast(texts, add_special_tokens=False)]
+    expected = [
+        encoding.ids for encoding in theirs.encode_batch_fast(texts, add_special_tokens=False)
+    ]
     for text, ids in zip(texts, expected, strict=True):
         assert tokenizer.encode(text) == ids, repr(text)
         assert tokenizer.decode(ids) == text
@@ -190,12 +220,17 @@ ALL_BYTES = [bytes([i]) for i in range(256)]
 def test_a_byte_level_tokenizer_becomes_tiktokens(library_tokenizers, folder, name):
     """Equal ids on 10,000 random strings and a megabyte of text, whatever they hold."""
     data = library_tokenizers[name]
-    theirs, tokenizer = tokenizers.Tokenizer.from_str(json.dumps(data)), read_tokenizer(folder(data))
+    theirs, tokenizer = (
+        tokenizers.Tokenizer.from_str(json.dumps(data)),
+        read_tokenizer(folder(data)),
+    )
     assert tokenizer.state["kind"] == "bpe"
     assert tokenizer.vocab_size == theirs.get_vocab_size()
     assert tokenizer.special == {token["content"]: token["id"] for token in data["added_tokens"]}
     assert tokenizer.state["pattern"] == MODELS[name][3] or name == "smollm2"
-    assert tokenizer.state["special_ids"] == ("" if name != "smollm2" else " ".join(map(str, range(17))))
+    assert tokenizer.state["special_ids"] == (
+        "" if name != "smollm2" else " ".join(map(str, range(17)))
+    )
     n_strings, n_bytes = (10_000, 10**6) if name != "llama3-ignore_merges" else (2000, 10**5)
     assert_like(tokenizer, theirs, [*random_strings(n_strings), real_text(n_bytes)])
 
@@ -214,13 +249,17 @@ def test_more_merges_than_tokens_change_nothing(library_tokenizers, folder):
     """Llama 3's file lists all pairs that make a token; only one of them ever comes to be neighbours."""
     data = copy.deepcopy(library_tokenizers["llama3-ignore_merges"])
     vocab, state = data["model"]["vocab"], read_tokenizer(folder(data)).state
-    pairs = [(t[:i], t[i:]) for t in sorted(vocab, key=vocab.get) for i in range(1, len(t)) if t in vocab]
+    pairs = [
+        (t[:i], t[i:]) for t in sorted(vocab, key=vocab.get) for i in range(1, len(t)) if t in vocab
+    ]
     data["model"]["merges"] = [[a, b] for a, b in pairs if a in vocab and b in vocab]
     assert len(data["model"]["merges"]) > len(vocab)
     tokenizer = read_tokenizer(folder(data))
     assert tokenizer.state == state
     assert_like(
-        tokenizer, tokenizers.Tokenizer.from_str(json.dumps(data)), [*random_strings(2000), real_text(10**5)]
+        tokenizer,
+        tokenizers.Tokenizer.from_str(json.dumps(data)),
+        [*random_strings(2000), real_text(10**5)],
     )
 
 
@@ -256,8 +295,18 @@ def special_merge(data):
     data["added_tokens"].insert(0, token)
 
 
-SPLIT = {"type": "Split", "pattern": {"Regex": r"\s?\S+|\s+"}, "behavior": "Isolated", "invert": False}
-BYTES_ONLY = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+SPLIT = {
+    "type": "Split",
+    "pattern": {"Regex": r"\s?\S+|\s+"},
+    "behavior": "Isolated",
+    "invert": False,
+}
+BYTES_ONLY = {
+    "type": "ByteLevel",
+    "add_prefix_space": False,
+    "trim_offsets": True,
+    "use_regex": False,
+}
 
 
 def split(**changes):
@@ -266,7 +315,13 @@ def split(**changes):
 
 
 def added(**changes):
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    flags = {
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": True,
+    }
 
     def change(data):
         data["added_tokens"].append(
@@ -321,7 +376,9 @@ UNCHANGED = {r"\s?\S+|\s+": split(), "an added special token": added()}
 
 
 @pytest.mark.parametrize("case", FOR_THE_LIBRARY | UNCHANGED)
-def test_what_tiktoken_would_merge_otherwise_is_left_to_the_library(library_tokenizers, folder, case):
+def test_what_tiktoken_would_merge_otherwise_is_left_to_the_library(
+    library_tokenizers, folder, case
+):
     """Each difference alone makes kind "tokenizers", whose ids are the library's; harmless ones do not."""
     data = copy.deepcopy(library_tokenizers["gpt2"])
     (FOR_THE_LIBRARY | UNCHANGED)[case](data)
@@ -347,7 +404,9 @@ def test_dropout_is_left_to_the_library(library_tokenizers, folder):
     assert read_tokenizer(folder(data)).state["kind"] == "tokenizers"
 
 
-def test_a_token_that_no_merge_makes_is_taken_as_a_word_with_ignore_merges(library_tokenizers, folder):
+def test_a_token_that_no_merge_makes_is_taken_as_a_word_with_ignore_merges(
+    library_tokenizers, folder
+):
     """As tiktoken does; merges that make its bytes into other tokens stay."""
     data = copy.deepcopy(library_tokenizers["gpt2"])
     end = data["added_tokens"][0]
@@ -358,7 +417,11 @@ def test_a_token_that_no_merge_makes_is_taken_as_a_word_with_ignore_merges(libra
     tokenizer = read_tokenizer(folder(data))
     assert tokenizer.state["kind"] == "bpe"
     assert tokenizer.encode("a qzqz") == [tokenizer.encode("a")[0], end["id"] - 1]
-    assert_like(tokenizer, tokenizers.Tokenizer.from_str(json.dumps(data)), ["a qzqz qzqz", "qzqz", " qzqzq"])
+    assert_like(
+        tokenizer,
+        tokenizers.Tokenizer.from_str(json.dumps(data)),
+        ["a qzqz qzqz", "qzqz", " qzqzq"],
+    )
 
 
 def test_names_in_texts_are_no_special_tokens(library_tokenizers, folder):
@@ -376,7 +439,9 @@ def test_names_in_texts_are_no_special_tokens(library_tokenizers, folder):
 
 def template(name, i):
     return json.loads(
-        processors.TemplateProcessing(single=f"{name} $A", special_tokens=[(name, i)]).__getstate__()
+        processors.TemplateProcessing(
+            single=f"{name} $A", special_tokens=[(name, i)]
+        ).__getstate__()
     )
 
 
@@ -398,7 +463,10 @@ def test_begin_is_what_is_really_put_before_a_text(library_tokenizers, folder):
     off = {"bos_token": bos, "add_bos_token": False, "tokenizer_class": "PreTrainedTokenizerFast"}
     path = folder(data | {"post_processor": post}, tokenizer_config=off)  # a no is not heard there
     assert read_tokenizer(path).begin == 1200
-    assert AutoTokenizer.from_pretrained(path)("a")["input_ids"] == [1200, *read_tokenizer(path).encode("a")]
+    assert AutoTokenizer.from_pretrained(path)("a")["input_ids"] == [
+        1200,
+        *read_tokenizer(path).encode("a"),
+    ]
 
 
 def test_end_comes_from_the_first_file_that_names_it(library_tokenizers, folder):
@@ -407,12 +475,18 @@ def test_end_comes_from_the_first_file_that_names_it(library_tokenizers, folder)
     assert roles(folder, data)[1] == "<|endoftext|>"
     assert roles(folder, data, config={"eos_token_id": 1201})[1] == end
     assert (
-        roles(folder, data, config={"eos_token_id": 1200}, generation_config={"eos_token_id": [1201, 1204]})[
-            1
-        ]
+        roles(
+            folder,
+            data,
+            config={"eos_token_id": 1200},
+            generation_config={"eos_token_id": [1201, 1204]},
+        )[1]
         == end
     )
-    assert roles(folder, data, special_tokens_map={"eos_token": {"content": "<|eot_id|>"}})[1] == "<|eot_id|>"
+    assert (
+        roles(folder, data, special_tokens_map={"eos_token": {"content": "<|eot_id|>"}})[1]
+        == "<|eot_id|>"
+    )
     assert roles(folder, data, tokenizer_config={"eos_token": end})[1] == end
     assert read_tokenizer(folder(data)).end == 1201
     first = {"eos_token_id": 0}  # the token that is 0 is one as any other
@@ -431,7 +505,11 @@ def test_known_chat_templates_are_recognized(library_tokenizers, folder):
         "<|eot_id|>",
         LLAMA3_CHAT,
     )
-    assert roles(folder, data, tokenizer_config=config | llama) == ("", "<|endoftext|>", LLAMA3_CHAT)
+    assert roles(folder, data, tokenizer_config=config | llama) == (
+        "",
+        "<|endoftext|>",
+        LLAMA3_CHAT,
+    )
     path = folder(data, tokenizer_config=config)
     (path / "chat_template.jinja").write_text(known["chat_template"], encoding="utf-8")
     assert read_tokenizer(path).state["chat"] == CHATML
@@ -505,10 +583,15 @@ def test_what_was_read_is_written_for_transformers(library_tokenizers, folder, t
     out = tmp_path / "out"
     assert_comes_back(tokenizer, out)
     first = [] if tokenizer.begin is None else [tokenizer.begin]
-    texts = [text.replace("<|endoftext|>", "") for text in [TOPICS[:20_000], *random_strings(200, seed=1)]]
+    texts = [
+        text.replace("<|endoftext|>", "")
+        for text in [TOPICS[:20_000], *random_strings(200, seed=1)]
+    ]
     for model_type in ("", "llama", "gpt2", "qwen3"):
         if model_type:
-            (out / "config.json").write_text(json.dumps({"model_type": model_type}), encoding="utf-8")
+            (out / "config.json").write_text(
+                json.dumps({"model_type": model_type}), encoding="utf-8"
+            )
         theirs = AutoTokenizer.from_pretrained(out)
         assert (theirs.eos_token_id, theirs.bos_token_id) == (tokenizer.end, tokenizer.begin)
         for text in texts[:50] if model_type else texts:
@@ -525,7 +608,10 @@ def test_pre_tokenizers_are_written_as_the_models_have_them(library_tokenizers, 
         data = json.loads((tmp_path / name / "tokenizer.json").read_text(encoding="utf-8"))
         assert data["pre_tokenizer"] == library_tokenizers[name]["pre_tokenizer"]
         assert data["model"]["merges"] == library_tokenizers[name]["model"]["merges"]
-        for ids in (list(data["model"]["vocab"].values()), [token["id"] for token in data["added_tokens"]]):
+        for ids in (
+            list(data["model"]["vocab"].values()),
+            [token["id"] for token in data["added_tokens"]],
+        ):
             assert ids == sorted(ids)
 
 
@@ -534,7 +620,9 @@ def test_our_own_bpe_is_written(tmp_path):
     tokenizer = own_bpe(own_tokens(), special=prepare.SPECIALS)
     assert_comes_back(tokenizer, tmp_path)
     assert_like(
-        tokenizer, tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")), random_strings(2000)
+        tokenizer,
+        tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")),
+        random_strings(2000),
     )
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     assert theirs.pad_token_id == tokenizer.special["<|pad|>"]
@@ -566,12 +654,15 @@ def test_characters_of_others_are_read(folder):
     """A model of single characters, special tokens before them; with merges or an unknown token it is none."""
     model = {"type": "BPE", "vocab": {"<s>": 0, "b": 1, "é": 2}, "merges": [], "unk_token": None}
     data = {"added_tokens": [{"id": 0, "content": "<s>", "special": True}], "model": model}
-    data["added_tokens"][0] |= dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    data["added_tokens"][0] |= dict.fromkeys(
+        ("single_word", "lstrip", "rstrip", "normalized"), False
+    )
     tokenizer = read_tokenizer(folder(data))
     assert (tokenizer.state["kind"], tokenizer.state["special_ids"]) == ("char", "0")
     assert tokenizer.encode("éb") == [2, 1]
     assert (
-        read_tokenizer(folder(data | {"model": model | {"unk_token": "<s>"}})).state["kind"] == "tokenizers"
+        read_tokenizer(folder(data | {"model": model | {"unk_token": "<s>"}})).state["kind"]
+        == "tokenizers"
     )
     longer = model | {"vocab": model["vocab"] | {"bé": 3}}
     assert read_tokenizer(folder(data | {"model": longer})).state["kind"] == "tokenizers"
@@ -615,7 +706,11 @@ def random_vocabulary(rng):
     )
     for _ in range(rng.randint(3, 40)):
         grown.append("".join(rng.choices(grown, k=2)))
-    chosen = list(dict.fromkeys(grown[3:])) if rng.random() < 0.6 else rng.sample(words, rng.randint(3, 40))
+    chosen = (
+        list(dict.fromkeys(grown[3:]))
+        if rng.random() < 0.6
+        else rng.sample(words, rng.randint(3, 40))
+    )
     if rng.random() < 0.3:
         rng.shuffle(chosen)
     return ALL_BYTES + [word.encode() for word in chosen]
@@ -705,10 +800,15 @@ def test_a_byte_level_tokenizer_of_the_library_streams_bytes(library_tokenizers)
         ids = encoding.encode_ordinary(text)
         assert ids == ids_of(theirs, text)
         assert (
-            b"".join(encoding.decode_bytes([i]) for i in ids) == encoding.decode_bytes(ids) == text.encode()
+            b"".join(encoding.decode_bytes([i]) for i in ids)
+            == encoding.decode_bytes(ids)
+            == text.encode()
         )
     assert encoding.encode_ordinary("né  x") == [encoding.n_vocab - 2]
-    assert (encoding.special_tokens_set, encoding.special) == ({"<|endoftext|>"}, {"<|endoftext|>": 1200})
+    assert (encoding.special_tokens_set, encoding.special) == (
+        {"<|endoftext|>"},
+        {"<|endoftext|>": 1200},
+    )
     assert encoding.decode_bytes([1200, 1201]) == "<|endoftext|>né  x".encode()
     data = json.loads(theirs.to_str())
     data["model"]["vocab"]["zzz"] = 3000
@@ -733,7 +833,9 @@ def test_without_the_library(library_tokenizers, folder, monkeypatch, tmp_path):
     for change in FOR_THE_LIBRARY.values():  # each is noticed without asking the library
         data = copy.deepcopy(library_tokenizers["gpt2"])
         change(data)
-        with pytest.raises(ValueError, match=r"^this tokenizer needs a library: pip install tokenizers$"):
+        with pytest.raises(
+            ValueError, match=r"^this tokenizer needs a library: pip install tokenizers$"
+        ):
             read_tokenizer(folder(data))
 
 
@@ -763,11 +865,19 @@ def test_a_damaged_file_is_named(library_tokenizers, folder, name, content):
 
 @pytest.mark.parametrize(
     "data",
-    [{}, {"model": None}, {"model": {"type": "BPE"}}, {"model": {"vocab": [], "merges": []}}, {"a": 1}],
+    [
+        {},
+        {"model": None},
+        {"model": {"type": "BPE"}},
+        {"model": {"vocab": [], "merges": []}},
+        {"a": 1},
+    ],
 )
 def test_json_that_is_no_tokenizer(folder, data):
     """Whole, but of something else."""
-    with pytest.raises(ValueError, match=r"tokenizer.json holds no tokenizer \(.*\): fetch it again$"):
+    with pytest.raises(
+        ValueError, match=r"tokenizer.json holds no tokenizer \(.*\): fetch it again$"
+    ):
         read_tokenizer(folder(data))
 
 
@@ -780,5 +890,7 @@ def test_what_the_library_cannot_read_or_spell(library_tokenizers):
     ):
         LibraryEncoding(json.dumps(data))
     words = tokenizers.Tokenizer(models.WordPiece({"a": 0, "[UNK]": 1}))
-    with pytest.raises(ValueError, match=r"model is WordPiece, .*: choose one with BPE or Unigram$"):
+    with pytest.raises(
+        ValueError, match=r"model is WordPiece, .*: choose one with BPE or Unigram$"
+    ):
         LibraryEncoding(words.to_str())

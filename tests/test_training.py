@@ -29,15 +29,24 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def read_log(out):
-    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line)
+        for line in (Path(out) / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def run_two_processes(*flags):
     """Run gpt.py in two processes, with what torchrun tells them, which must end well."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1]), "WORLD_SIZE": "2"}
-    jobs = [{"argv": [ROOT / "gpt.py", *flags], "env": env | {"RANK": r, "LOCAL_RANK": r}} for r in "01"]
+        env = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(s.getsockname()[1]),
+            "WORLD_SIZE": "2",
+        }
+    jobs = [
+        {"argv": [ROOT / "gpt.py", *flags], "env": env | {"RANK": r, "LOCAL_RANK": r}} for r in "01"
+    ]
     done = run_jobs(*jobs)
     assert [process.returncode for process in done] == [0, 0], done
     return done[0]
@@ -101,7 +110,9 @@ def test_schedule_values(settings, schedule, expected):
 
 def test_warmup_is_linear_and_never_zero(settings):
     settings(warmup_iters=4, learning_rate=1.0, min_lr=0.0, lr_schedule="constant")
-    assert [gpt.lr_scale(step, 0.0) for step in range(6)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
+    assert [gpt.lr_scale(step, 0.0) for step in range(6)] == pytest.approx(
+        [0.2, 0.4, 0.6, 0.8, 1.0, 1.0]
+    )
 
 
 def test_rates_of_a_run_follow_the_schedule_and_each_step_has_its_own(settings, tmp_path):
@@ -127,7 +138,9 @@ def test_a_run_makes_max_iters_updates_and_saves_and_evaluates_the_last(settings
     figures = gpt.train()
     state = gpt.read_checkpoint(tmp_path / "out" / "ckpt.pt")
     assert figures["step"] == state["step"] == 7
-    assert all(int(s["step"]) == 7 for s in state["optimizers"][0]["state"].values())  # AdamW's own count
+    assert all(
+        int(s["step"]) == 7 for s in state["optimizers"][0]["state"].values()
+    )  # AdamW's own count
     assert sorted(losses(tmp_path / "out")[1]) == [0, 3, 6, 7]
     model, tokenizer, _ = gpt.load_checkpoint(tmp_path / "out" / "ckpt.pt")
     data = gpt.Data(tmp_path / "data" / "toy", 16)
@@ -139,12 +152,16 @@ def test_a_run_makes_max_iters_updates_and_saves_and_evaluates_the_last(settings
         window = tokens[start : start + 17]
         with torch.no_grad():
             logits = model(window[None, :-1])[0][0]
-        total -= logits.double().log_softmax(-1)[torch.arange(len(window) - 1), window[1:]].sum().item()
+        total -= (
+            logits.double().log_softmax(-1)[torch.arange(len(window) - 1), window[1:]].sum().item()
+        )
     expected = total / (len(tokens) - 1)
     assert figures["val_loss"] == pytest.approx(expected, abs=1e-5)
     assert figures["perplexity"] == pytest.approx(math.exp(expected), rel=1e-4)
     n_bytes = len(tokenizer.decode(tokens.tolist()).encode())
-    assert figures["bits_per_byte"] == pytest.approx(expected / math.log(2) * len(tokens) / n_bytes, rel=1e-4)
+    assert figures["bits_per_byte"] == pytest.approx(
+        expected / math.log(2) * len(tokens) / n_bytes, rel=1e-4
+    )
     assert data.meta["val_tokens"] == len(tokens)
 
 
@@ -153,8 +170,14 @@ def test_log_begins_with_the_run_and_ends_with_the_figures(settings, tmp_path):
     figures = gpt.train()
     first, *_, last = read_log(tmp_path / "out")
     assert first["config"]["n_layer"] == 2 and first["config"]["dataset"] == "toy"
-    assert first["torch"] == torch.__version__ and len(first["dataset_sha256"]) == 64 and "machine" in first
-    assert last["val_loss"] == figures["val_loss"] and {"perplexity", "bits_per_byte"} <= last.keys()
+    assert (
+        first["torch"] == torch.__version__
+        and len(first["dataset_sha256"]) == 64
+        and "machine" in first
+    )
+    assert (
+        last["val_loss"] == figures["val_loss"] and {"perplexity", "bits_per_byte"} <= last.keys()
+    )
     steps = [r for r in read_log(tmp_path / "out") if "loss" in r]
     assert [r["step"] for r in steps] == [1, 2, 3]
     assert all({"elapsed_s", "lr", "grad_norm", "tokens_per_s", "mfu"} <= r.keys() for r in steps)
@@ -192,21 +215,29 @@ def test_checkpoint_is_plain_and_its_keys_are_those_of_the_model(settings, tmp_p
     settings(max_iters=1)
     gpt.train()
     state = torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)
-    assert state["model"].keys() == gpt.GPT(gpt.GPTConfig(**state["model_args"])).state_dict().keys()
+    assert (
+        state["model"].keys() == gpt.GPT(gpt.GPTConfig(**state["model_args"])).state_dict().keys()
+    )
 
     def check(value):
-        assert isinstance(value, dict | list | tuple | str | int | float | bool | None | torch.Tensor), type(
-            value
-        )
+        assert isinstance(
+            value, dict | list | tuple | str | int | float | bool | None | torch.Tensor
+        ), type(value)
         for inner in (
-            value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+            value.values()
+            if isinstance(value, dict)
+            else value
+            if isinstance(value, list | tuple)
+            else ()
         ):
             check(inner)
 
     check(state)
 
 
-def test_eval_only_gives_the_figures_of_the_best_checkpoint_and_writes_nothing(settings, tmp_path, capsys):
+def test_eval_only_gives_the_figures_of_the_best_checkpoint_and_writes_nothing(
+    settings, tmp_path, capsys
+):
     settings(max_iters=10)
     figures = gpt.train()
     before = sorted(p.name for p in (tmp_path / "out").iterdir())
@@ -233,7 +264,12 @@ def test_samples_are_printed_at_evaluations_and_at_the_end(settings, capsys):
     [
         {"optimizer": "muon"},
         {"optimizer": "adamw", "dropout": 0.2},
-        {"optimizer": "muon", "gradient_accumulation_steps": 3, "dropout": 0.1, "tie_weights": False},
+        {
+            "optimizer": "muon",
+            "gradient_accumulation_steps": 3,
+            "dropout": 0.1,
+            "tie_weights": False,
+        },
         {"optimizer": "muon", "dtype": "bfloat16"},
     ],
 )
@@ -289,7 +325,11 @@ def test_resume_after_sigterm_is_bit_exact(settings, tmp_path, run_script):
     end = stopped + 40
     for name, init in (("cut", "resume"), ("whole", "scratch")):
         done = run_script(
-            "gpt.py", *common, f"--max_iters={end}", f"--out_dir={tmp_path / name}", f"--init_from={init}"
+            "gpt.py",
+            *common,
+            f"--max_iters={end}",
+            f"--out_dir={tmp_path / name}",
+            f"--init_from={init}",
         )
         assert done.returncode == 0, done.stderr
     assert_same_state(tmp_path / "cut" / "ckpt.pt", tmp_path / "whole" / "ckpt.pt")
@@ -298,7 +338,9 @@ def test_resume_after_sigterm_is_bit_exact(settings, tmp_path, run_script):
 
 def test_a_second_interrupt_is_not_swallowed_and_handlers_are_restored(settings, monkeypatch):
     settings(max_iters=1000, eval_interval=1000)
-    original = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+    original = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a job in the background ignores it
     step = torch.optim.AdamW.step
 
     def interrupting(self, *args, **kwargs):
@@ -340,7 +382,9 @@ def test_all_that_resuming_lacks_is_named_at_once(settings):
     gpt.train()
     before = {name: getattr(gpt, name) for name in ("block_size", "n_layer")}
     settings(init_from="resume", max_iters=3, n_layer=before["n_layer"] + 1, block_size=8)
-    with pytest.raises(ValueError, match="^block_size is 8, in the checkpoint .*; n_layer is ") as refused:
+    with pytest.raises(
+        ValueError, match="^block_size is 8, in the checkpoint .*; n_layer is "
+    ) as refused:
         gpt.train()
     flags = dict(re.findall(r"--(\w+)=(\d+)", str(refused.value)))
     assert flags == {name: str(value) for name, value in before.items()}
@@ -361,7 +405,14 @@ def test_resume_takes_rates_and_decay_from_the_settings(settings, tmp_path):
     settings(max_iters=2)
     gpt.train()
     before = gpt.read_checkpoint(tmp_path / "out" / "ckpt.pt")
-    settings(max_iters=6, init_from="resume", learning_rate=1e-12, muon_lr=1e-12, weight_decay=0.5, beta2=0.9)
+    settings(
+        max_iters=6,
+        init_from="resume",
+        learning_rate=1e-12,
+        muon_lr=1e-12,
+        weight_decay=0.5,
+        beta2=0.9,
+    )
     gpt.train()
     after = gpt.read_checkpoint(tmp_path / "out" / "ckpt.pt")
     for name, weight in before["model"].items():
@@ -387,7 +438,10 @@ def test_resume_with_another_tokenizer_is_refused(settings, tmp_path):
     settings(max_iters=2)
     gpt.train()
     chars = gpt.read_checkpoint(tmp_path / "out" / "ckpt.pt")["tokenizer"]["chars"]
-    others = [gpt.Tokenizer("char", chars[1:] + "%"), gpt.Tokenizer("char", chars, special="<|endoftext|>")]
+    others = [
+        gpt.Tokenizer("char", chars[1:] + "%"),
+        gpt.Tokenizer("char", chars, special="<|endoftext|>"),
+    ]
     for i, tokenizer in enumerate([*others, gpt.Tokenizer("char", chars)]):
         gpt.write_dataset(tmp_path / "data" / f"toy{i}", chars[1:] * 50, tokenizer, "tests")
         settings(dataset=f"toy{i}", init_from="resume", max_iters=3)
@@ -440,9 +494,14 @@ def test_accumulated_weighted_batches_train_as_one(chats, settings, tmp_path):
     """Four micro-batches of 2 rows, whose weights differ, give the losses and weights of one batch of 8."""
     runs = {}
     for name, rows, accumulation in (("one", 8, 1), ("four", 2, 4), ("eight", 1, 8)):
-        settings(batch_size=rows, gradient_accumulation_steps=accumulation, out_dir=str(tmp_path / name))
+        settings(
+            batch_size=rows, gradient_accumulation_steps=accumulation, out_dir=str(tmp_path / name)
+        )
         gpt.train()
-        runs[name] = losses(tmp_path / name)[0], gpt.read_checkpoint(tmp_path / name / "ckpt.pt")["model"]
+        runs[name] = (
+            losses(tmp_path / name)[0],
+            gpt.read_checkpoint(tmp_path / name / "ckpt.pt")["model"],
+        )
     settings(batch_size=8, gradient_accumulation_steps=1)
     data = gpt.Data(tmp_path / "data" / "chats", 8)
     model = gpt.build(data, gpt.set_up_machine(), None)[0]
@@ -475,7 +534,9 @@ def test_a_mean_of_means_would_be_another_gradient(chats, settings, tmp_path, mo
     model, _, (adamw,), _ = gpt.build(data, gpt.set_up_machine(), None)
     parameters = [p for g in adamw.param_groups for p in g["params"]]
     x, y, w = data.get_batch("train", 0, 8)
-    each = torch.nn.functional.cross_entropy(model(x)[0].flatten(0, 1), y.flatten(), reduction="none")
+    each = torch.nn.functional.cross_entropy(
+        model(x)[0].flatten(0, 1), y.flatten(), reduction="none"
+    )
     each = each.view(4, 16) * w.view(4, 16)
     wanted = each.sum() / w.sum(), (each.sum(1) / w.view(4, 16).sum(1)).mean()
     right, naive = (
@@ -498,7 +559,9 @@ def test_evaluation_is_the_weighted_mean_over_all_examples(chats, settings, tmp_
         for start in range(0, len(ids) - 1, 8):
             window = ids[start : start + 9]
             own = torch.tensor(weights[start + 1 : start + 9], dtype=torch.float64)
-            total += float((explicit_losses(model, window[None, :-1], window[None, 1:])[0] * own).sum())
+            total += float(
+                (explicit_losses(model, window[None, :-1], window[None, 1:])[0] * own).sum()
+            )
             weight += float(own.sum())
     assert figures["val_loss"] == pytest.approx(total / weight, abs=1e-5)
     assert losses(tmp_path / "out")[1][8] == pytest.approx(total / weight, abs=1e-5)
@@ -525,7 +588,9 @@ def test_an_example_without_weight_teaches_nothing(
         examples = chats["train"][:12]
         examples[3:3] = [[("what", 0), (response, weight)]]
         write_examples(tmp_path / "data" / "chats", LETTERS, train=examples, val=chats["val"])
-        settings(batch_size=4 // accumulation, gradient_accumulation_steps=accumulation, max_iters=12)
+        settings(
+            batch_size=4 // accumulation, gradient_accumulation_steps=accumulation, max_iters=12
+        )
         gpt.train()
         states.append(gpt.read_checkpoint(tmp_path / "out" / "ckpt.pt")["model"])
     same = [torch.equal(states[0][name], states[1][name]) for name in states[0]]
@@ -539,14 +604,18 @@ def test_steps_in_which_nothing_counts_change_nothing(chats, settings, tmp_path,
     settings(batch_size=2, gradient_accumulation_steps=2)
     gpt.train()
     assert set(losses(tmp_path / "out")[0].values()) == {0.0}
-    began = gpt.build(gpt.Data(tmp_path / "data" / "chats", 8), gpt.set_up_machine(), None)[0].state_dict()
+    began = gpt.build(gpt.Data(tmp_path / "data" / "chats", 8), gpt.set_up_machine(), None)[
+        0
+    ].state_dict()
     after = gpt.read_checkpoint(tmp_path / "out" / "ckpt.pt")["model"]
     assert all(torch.equal(began[name], after[name]) for name in began)
 
 
 def test_resume_on_weighted_data_is_bit_exact(chats, settings, tmp_path):
     """A run in two halves is one in one piece."""
-    settings(batch_size=3, gradient_accumulation_steps=2, lr_decay_iters=8, out_dir=str(tmp_path / "a"))
+    settings(
+        batch_size=3, gradient_accumulation_steps=2, lr_decay_iters=8, out_dir=str(tmp_path / "a")
+    )
     gpt.train()
     settings(max_iters=4, out_dir=str(tmp_path / "b"))
     gpt.train()
@@ -578,7 +647,9 @@ def test_gradients_are_clipped_to_grad_clip(settings, monkeypatch):
     step = torch.optim.AdamW.step
 
     def noting(self, *args, **kwargs):
-        model_norm = sum(p.grad.square().sum() for g in self.param_groups for p in g["params"]).sqrt()
+        model_norm = sum(
+            p.grad.square().sum() for g in self.param_groups for p in g["params"]
+        ).sqrt()
         norms.append(float(model_norm))
         return step(self, *args, **kwargs)
 
@@ -593,7 +664,9 @@ def test_gradients_are_clipped_to_grad_clip(settings, monkeypatch):
 
 def test_muon_lr_of_zero_leaves_the_matrices_as_they_began(settings, tmp_path):
     """AdamW's parameters learn, Muon's, without decay, do not."""
-    settings(muon_lr=0.0, max_iters=3, tie_weights=True)  # else c_proj and head are 0 and stop all gradients
+    settings(
+        muon_lr=0.0, max_iters=3, tie_weights=True
+    )  # else c_proj and head are 0 and stop all gradients
     gpt.train()
     data = gpt.Data(tmp_path / "data" / "toy", 16)
     began = gpt.build(data, gpt.set_up_machine(), None)[0].state_dict()
@@ -668,7 +741,9 @@ def clock(monkeypatch):
         now[0] += 20
         return 20
 
-    monkeypatch.setattr(gpt, "time", types.SimpleNamespace(time=lambda: now[0], strftime=time.strftime))
+    monkeypatch.setattr(
+        gpt, "time", types.SimpleNamespace(time=lambda: now[0], strftime=time.strftime)
+    )
     monkeypatch.setattr(gpt.GPT, "forward", slow)
     monkeypatch.setattr(gpt, "compile_model", compile_model)
     return now
@@ -717,12 +792,18 @@ def test_max_minutes_counts_on_after_a_resume(settings, tmp_path, clock, monkeyp
 
 def test_two_processes_train_on_weighted_data_as_one(chats, settings, tmp_path):
     """Two processes whose rows weigh differently give the losses and weights of one."""
-    settings(batch_size=2, gradient_accumulation_steps=4, eval_iters=5, out_dir=str(tmp_path / "one"))
+    settings(
+        batch_size=2, gradient_accumulation_steps=4, eval_iters=5, out_dir=str(tmp_path / "one")
+    )
     gpt.train()
     data = gpt.Data(tmp_path / "data" / "chats", 8)
     halves = [data.get_batch("train", half, 4)[2].sum() for half in range(2 * gpt.max_iters)]
     assert max(abs(a - b) for a, b in zip(halves[::2], halves[1::2])) > 3  # what rank 0 and 1 hold
-    flags = [f"--{name}={getattr(gpt, name)}" for name in gpt.SETTINGS if name not in ("out_dir", "compile")]
+    flags = [
+        f"--{name}={getattr(gpt, name)}"
+        for name in gpt.SETTINGS
+        if name not in ("out_dir", "compile")
+    ]
     run_two_processes(*flags, f"--out_dir={tmp_path / 'two'}")
     for a, b in zip(losses(tmp_path / "one"), losses(tmp_path / "two")):
         assert len(a) >= 3 and a.keys() == b.keys()
@@ -812,7 +893,9 @@ def test_mfu_counts_the_known_gpus_and_is_none_elsewhere(monkeypatch):
     assert gpt.Machine(torch.device("cpu"), torch.float32, False, 0, 1).mfu(1e12) is None
 
 
-@pytest.mark.filterwarnings("ignore:torch.cuda.amp.GradScaler is enabled, but CUDA is not available")
+@pytest.mark.filterwarnings(
+    "ignore:torch.cuda.amp.GradScaler is enabled, but CUDA is not available"
+)
 @pytest.mark.parametrize(
     "capability, expected",
     [
@@ -823,7 +906,10 @@ def test_mfu_counts_the_known_gpus_and_is_none_elsewhere(monkeypatch):
     ],
 )
 @pytest.mark.parametrize(
-    ("changes", "long"),  # 400 * 256 tokens a step of (6 * 377,600 + 12 * 2 * 128 * 256) FLOPs: 3.125e11 a step
+    (
+        "changes",
+        "long",
+    ),  # 400 * 256 tokens a step of (6 * 377,600 + 12 * 2 * 128 * 256) FLOPs: 3.125e11 a step
     [
         ({"max_iters": 15_900}, False),
         ({"max_iters": 16_100}, True),
@@ -832,7 +918,9 @@ def test_mfu_counts_the_known_gpus_and_is_none_elsewhere(monkeypatch):
         ({"max_minutes": 2.0}, True),
     ],
 )
-def test_dtype_and_compile_follow_the_gpu(settings, monkeypatch, capability, expected, changes, long):
+def test_dtype_and_compile_follow_the_gpu(
+    settings, monkeypatch, capability, expected, changes, long
+):
     """From two minutes on compiling pays; without a limit in minutes from 5e15 FLOPs on."""
     sizes = {"n_embd": 128, "n_layer": 2, "batch_size": 400, "block_size": 256}
     settings(**{"dtype": "auto", "device": "cuda"} | sizes | changes)
@@ -853,13 +941,21 @@ def test_dtype_and_compile_follow_the_gpu(settings, monkeypatch, capability, exp
         ({"max_minutes": 1.0, "max_iters": 5000}, (False, False)),
         ({"max_minutes": 2.0, "dtype": "float32"}, (False, False)),
         # 8 * 256 tokens a step of (6 * 746,752 + 12 * 4 * 128 * 256) FLOPs: 1.24e10 a step
-        ({"max_iters": 4000, "n_embd": 128, "n_layer": 4, "batch_size": 8, "block_size": 256}, (False, False)),
-        ({"max_iters": 4100, "n_embd": 128, "n_layer": 4, "batch_size": 8, "block_size": 256}, (True, True)),
+        (
+            {"max_iters": 4000, "n_embd": 128, "n_layer": 4, "batch_size": 8, "block_size": 256},
+            (False, False),
+        ),
+        (
+            {"max_iters": 4100, "n_embd": 128, "n_layer": 4, "batch_size": 8, "block_size": 256},
+            (True, True),
+        ),
         ({"max_minutes": 1.0, "compile": True}, (True, True)),
         ({"max_minutes": 5.0, "compile": False}, (False, False)),
     ],
 )
-def test_cpu_compiles_where_the_run_is_long_enough(settings, monkeypatch, native, changes, expected):
+def test_cpu_compiles_where_the_run_is_long_enough(
+    settings, monkeypatch, native, changes, expected
+):
     """Minutes count before steps; float32 is chosen where bfloat16 is not native."""
     settings(**{"dtype": "auto"} | changes)
     monkeypatch.setattr(gpt, "native_bfloat16", lambda device: native)
@@ -871,7 +967,14 @@ def test_cpu_compiles_where_the_run_is_long_enough(settings, monkeypatch, native
 
 def test_the_size_of_the_model_that_is_trained_decides_on_compiling(settings, monkeypatch):
     """Not that of the settings, which say nothing of a model to finetune."""
-    sizes = {"block_size": 256, "vocab_size": 65, "n_layer": 4, "n_head": 4, "n_kv_head": 2, "n_embd": 128}
+    sizes = {
+        "block_size": 256,
+        "vocab_size": 65,
+        "n_layer": 4,
+        "n_head": 4,
+        "n_kv_head": 2,
+        "n_embd": 128,
+    }
     large = gpt.GPT(gpt.GPTConfig(**sizes, tie_weights=False))
     monkeypatch.setattr(shutil, "which", lambda name: name)
     settings(max_iters=4100, batch_size=8, block_size=256, n_embd=32, n_layer=1)
@@ -903,7 +1006,9 @@ def test_compile_failure_is_one_line_and_trains_on(settings, monkeypatch, capsys
 
 def test_blocks_compiled_by_themselves_are_so_in_training_alone():
     """With several processes each block is; evaluation and samples would compile them anew, for each of the layers."""
-    model = gpt.GPT(gpt.GPTConfig(vocab_size=8, block_size=8, n_layer=2, n_head=2, n_kv_head=1, n_embd=16))
+    model = gpt.GPT(
+        gpt.GPTConfig(vocab_size=8, block_size=8, n_layer=2, n_head=2, n_kv_head=1, n_embd=16)
+    )
     calls, x = [], torch.zeros(1, 4, dtype=torch.long)
     for block in model.h:
         block._compiled_call_impl = lambda x, *_: calls.append(x.shape) or x
@@ -918,12 +1023,20 @@ def test_a_compiled_run_resumes_bit_for_bit(settings, tmp_path):
     """With dropout and accumulation, too; the first step is eager in both runs, all others are compiled."""
     if not shutil.which("g++"):
         pytest.skip("there is no C++ compiler")
-    common = {"compile": True, "dropout": 0.2, "gradient_accumulation_steps": 2, "lr_decay_iters": 6}
+    common = {
+        "compile": True,
+        "dropout": 0.2,
+        "gradient_accumulation_steps": 2,
+        "lr_decay_iters": 6,
+    }
     common |= {"train_temperature": 0.8}
     for name, stops in (("whole", [6]), ("cut", [3, 6])):
         for i, stop in enumerate(stops):
             settings(
-                **common, max_iters=stop, init_from="resume" if i else "scratch", out_dir=str(tmp_path / name)
+                **common,
+                max_iters=stop,
+                init_from="resume" if i else "scratch",
+                out_dir=str(tmp_path / name),
             )
             gpt.train()
     states = [gpt.read_checkpoint(tmp_path / name / "ckpt.pt") for name in ("whole", "cut")]
@@ -976,7 +1089,9 @@ def test_pasted_into_a_cell_it_trains_and_samples(tmp_path):
         assert source.count(f"\n{old}") == 1, old
         source = source.replace(f"\n{old}", f"\n{new}")
     cell = "import sys, types\ncell = sys.modules['__main__'] = types.ModuleType('__main__')\n"
-    (done,) = run_jobs({"argv": ["-c"], "code": f"{cell}exec({source!r}, vars(cell))", "cwd": tmp_path})
+    (done,) = run_jobs(
+        {"argv": ["-c"], "code": f"{cell}exec({source!r}, vars(cell))", "cwd": tmp_path}
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert "full validation split" in done.stdout and done.stdout.count("-" * 80) == 2
     assert (tmp_path / "out" / "pydoc" / "ckpt.pt").exists()
