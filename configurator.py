@@ -1,136 +1,112 @@
-"""Turn config files and --key=value flags into checked overrides of a script's settings.
+"""configurator.py: config files and --key=value flags, for every script.
 
-A script's settings are its assignments `name = value  # help text` above the first def or class. A config
-file is plain Python that assigns to the same names; it starts from their current values, so it can branch on
-them (`if device_type == "cpu": ...`). Flags win over files wherever they stand. Both pass one check: known
-name, right type.
+A script hands over its own globals, its settings and the check that every value must pass. A
+config file is plain Python that assigns to the settings' names. It starts from their current
+values, so it can build on them and branch: `if device_type == "cpu": ...`. Config files run from
+left to right, and flags win over files wherever they stand.
 """
 
-import ast
-import difflib
 import errno
-import functools
 import gc
-import math
 import os
-import re
 import sys
 import textwrap
 import types
 from pathlib import Path
-from typing import NamedTuple
+
+# Names that other programs, or earlier versions of this one, use for what is done otherwise here.
+RENAMED = {
+    # nanoGPT's train.py and sample.py
+    "start": "the text to continue is --prompt of sample.py",
+    "max_new_tokens": "the length of a sample is --max_tokens of sample.py",
+    "decay_lr": "--lr_schedule=constant switches the decay of the learning rate off",
+    "backend": "leave it out, since the device decides how processes communicate",
+    "always_save_checkpoint": "leave it out, since ckpt.pt is saved before every evaluation",
+    "wandb_project": "set the environment variable WANDB_PROJECT instead",
+    "wandb_run_name": "set the environment variable WANDB_NAME instead",
+    # our own former ones
+    "eval_text": "evaluate a text with python evaluate.py --text=FILE",
+    "eval_stride": "evaluate in overlapping windows with python evaluate.py --stride=TOKENS",
+    "keep_checkpoints": "leave it out, since a run keeps its last checkpoint and its best one",
+    "export": "write a model for Hugging Face with python hub.py export RUN FOLDER",
+}
+
+# torchrun sets all of these; a process that finds only some of them was not started by it.
+TORCHRUN_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+LOST_PROCESS = "Connection closed by peer"  # from torch.distributed, when another process ends
+HELP_WIDTH = 100
+HELP_INDENT = 37
 
 
-class Setting(NamedTuple):
-    type: type
-    optional: bool  # may be None
-    help: str
+# ---- Values ----
+def checked(name, value, settings, check):
+    """Return value as the setting `name` takes it. Raises ValueError with the remedy."""
+    if name not in settings and name in RENAMED:
+        raise ValueError(f"unknown setting {name!r}: {RENAMED[name]}")
+    return check(name, value, settings)
 
 
-@functools.lru_cache
-def read_settings(source):
-    """Return {name: Setting} of a script's source; the type is the annotation's or else the value's."""
-    settings, lines = {}, source.splitlines()
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            break
-        comment = re.match(r"[a-z]\w*.* = .+  # (.+)$", lines[node.lineno - 1])
-        if isinstance(node, ast.Assign | ast.AnnAssign) and comment:
-            if isinstance(node, ast.AnnAssign):
-                name, types_ = ast.unparse(node.target), ast.unparse(node.annotation).split(" | ")
-            else:
-                name, types_ = (
-                    ast.unparse(node.targets[0]),
-                    [type(ast.literal_eval(node.value)).__name__],
-                )
-            kind = {"bool": bool, "int": int, "float": float, "str": str}[types_[0]]
-            settings[name] = Setting(kind, "None" in types_, comment[1])
-    return settings
+def value_of(text, kind):
+    """Return what a flag's text means for a setting of type `kind`.
+
+    A text that means nothing there stays a text, which the check then names as a wrong type.
+    """
+    if kind is str:
+        return text
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        return float(text) if kind is float else int(text)
+    except ValueError:
+        return text
 
 
-def checked(settings, name, value):
-    """Return value as the setting `name` takes it. Raises ValueError for an unknown name or a wrong type."""
-    if name not in settings:
-        close = difflib.get_close_matches(name, settings, 1)
-        hint = (
-            f"did you mean {close[0]}?"
-            if close
-            else "--help lists all; names of your own begin with _"
-        )
-        raise ValueError(f"unknown setting {name!r}: {hint}")
-    kind = settings[name].type
-    if (kind is bool and type(value) is int and value in (0, 1)) or (
-        kind is float and type(value) is int
-    ):
-        value = kind(value)
-    if type(value) is float and not math.isfinite(value):
-        raise ValueError(f"{name} is {value}: expected a finite number")
-    if type(value) is kind or (value is None and settings[name].optional):
-        return value
-    words = {bool: "True, False", int: "an integer", float: "a number", str: "text"}
-    expected = f"{words[kind]}, None" if settings[name].optional else words[kind]
-    expected = " or ".join(expected.rsplit(", ", 1))
-    raise ValueError(f"{name} is {value!r}: expected {expected}")
+# ---- Flags ----
+def text_of_bare_flag(name, setting, rest):
+    """Return the text of a flag without an equals sign, which may be the first word of rest.
+
+    That word is then removed from rest. Raises ValueError if the flag needs a value and has none.
+    """
+    if setting.type is bool:
+        if rest and rest[0].lower() in ("true", "false", "1", "0", "none"):
+            return rest.pop(0)
+        return "True"
+    if rest and not rest[0].startswith("--"):
+        return rest.pop(0)
+    if setting.type is str and setting.optional:
+        return ""  # what else than None a bare flag can mean
+    raise ValueError(f"--{name} needs a value, as in --{name}=VALUE")
 
 
-def parsed(settings, name, text):
-    """Return what a flag's text means for the setting `name`. Raises ValueError as `checked` does."""
-    if name in settings and settings[name].type is not str:  # strings stay raw
-        words = {"true": True, "false": False, "none": None}
-        read = float if settings[name].type is float else int
-        try:
-            text = words[text.lower()] if text.lower() in words else read(text)
-        except ValueError:
-            pass  # stays a string, which is then named as a wrong type
-    return checked(settings, name, text)
+def read_flags(argv, settings, check):
+    """Return (words, flags) of a command line.
 
-
-def read_flags(settings, argv):
-    """Return (words, flags): what is no flag, and {name: value} of --name=value, --name value and --name."""
-    words, flags, rest = [], {}, list(argv)
+    words: the arguments that are not flags.
+    flags: {name: value} of --name=value, --name value and a bare --name.
+    """
+    words = []
+    flags = {}
+    rest = list(argv)
     while rest:
         argument = rest.pop(0)
         if not argument.startswith("--"):
             words.append(argument)
             continue
         name, equals, text = argument[2:].partition("=")
-        if not equals and name in settings:
-            is_bool = settings[name].type is bool
-            truths = ("true", "false", "1", "0", "none")
-            if rest and (rest[0].lower() in truths if is_bool else not rest[0].startswith("--")):
-                text = rest.pop(0)
-            elif is_bool:
-                text = "True"
-            elif settings[name].type is str and settings[name].optional:
-                text = ""  # what else than None a bare flag can mean
-            else:
-                raise ValueError(f"--{name} needs a value, as in --{name}=VALUE")
-        flags[name] = parsed(settings, name, text)
+        if name in settings:
+            if not equals:
+                text = text_of_bare_flag(name, settings[name], rest)
+            text = value_of(text, settings[name].type)
+        flags[name] = checked(name, text, settings, check)
     return words, flags
 
 
-def read_config(path, settings, names):
-    """Return the settings that a config file assigns when it runs among `names`. Raises ValueError."""
-    after = names | {"__file__": str(path), "__name__": "config"}
-    try:
-        exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), after)  # noqa: S102
-    except SyntaxError as e:
-        raise ValueError(f"{path}, line {e.lineno}: {e.msg}") from e
-    except Exception as e:  # a config file may raise anything
-        raise ValueError(f"{path}: {type(e).__name__}: {e}") from e
-    changed = {
-        k: v for k, v in after.items() if k[0] != "_" and (k not in names or v is not names[k])
-    }
-    helpers = {k for k, v in changed.items() if isinstance(v, types.ModuleType) or callable(v)}
-    try:
-        return {k: checked(settings, k, v) for k, v in changed.items() if k not in helpers}
-    except ValueError as e:
-        raise ValueError(f"{path}: {e}") from e
-
-
-def find_config(word, script):
-    """Return the config file's path: as given, or beside the script. Raises FileNotFoundError."""
-    for path in (Path(word), Path(script).parent / word):
+# ---- Config files ----
+def find_config(word, folder):
+    """Return the path of a config file, as given or beside the script. Raises FileNotFoundError."""
+    given = Path(os.path.expanduser(word))
+    for path in (given, Path(folder) / given):
         if path.is_file():
             return path
     raise FileNotFoundError(
@@ -138,73 +114,148 @@ def find_config(word, script):
     )
 
 
-def configure(script, argv, derive=dict, word_setting=None):
-    """Override the settings in `script`, the globals of a script, by argv.
-
-    A word that is no flag names a config file, or, with word_setting, is that setting's value. derive()
-    returns what config files may read besides the settings; it runs when the flags are set. Raises ValueError
-    and FileNotFoundError.
-    """
-    settings = read_settings(Path(script["__file__"]).read_text(encoding="utf-8"))
-    words, flags = read_flags(settings, argv)
-    if word_setting and words:
-        flags[word_setting] = words.pop(0)
-        if words:
+def run_config(path, names):
+    """Run a config file among names, and return all names as it leaves them. Raises ValueError."""
+    after = names | {"__file__": str(path), "__name__": "config"}
+    try:
+        source = path.read_text(encoding="utf-8-sig")
+        exec(compile(source, str(path), "exec"), after)  # noqa: S102
+    except SyntaxError as e:
+        raise ValueError(f"{path}, line {e.lineno}: {e.msg}") from e
+    except Exception as e:  # a config file may raise anything
+        # Only a file that this one imports can lack a name that config files are run with.
+        if isinstance(e, NameError) and e.name in names:
             raise ValueError(
-                f"{words[0]!r} is one word too many: settings are given as --key=value"
-            )
+                f"{path}: a config file that it imports does not know {e.name}: config files "
+                "build on each other on the command line, as in gpt.py config/a.py config/b.py"
+            ) from e
+        raise ValueError(f"{path}: {type(e).__name__}: {e}") from e
+    return after
+
+
+def read_config(path, names, settings, check):
+    """Return {name: value} of the settings that a config file assigns. Raises ValueError.
+
+    names: what the file may read, namely the settings' values and what is derived from them.
+    """
+    assigned = {}
+    for name, value in run_config(path, names).items():
+        is_helper = isinstance(value, types.ModuleType) or callable(value)
+        is_unchanged = name in names and value is names[name]
+        if name.startswith("_") or is_helper or is_unchanged:
+            continue
+        try:
+            assigned[name] = checked(name, value, settings, check)
+        except ValueError as e:
+            raise ValueError(f"{path}: {e}") from e
+    return assigned
+
+
+def configure(script, argv, settings, check, derive=dict, word_settings=()):
+    """Set the settings in `script`, a script's own globals, as the command line argv says.
+
+    settings: {name: Setting} of the script.
+    check: a function of (name, value, settings) that returns the value or raises ValueError.
+    derive: returns what config files may read besides the settings; called when flags are set.
+    word_settings: the settings to which words that are no flags belong, in their order; without
+        them words are config files.
+    Raises ValueError and FileNotFoundError.
+    """
+    words, flags = read_flags(argv, settings, check)
+    if word_settings:
+        if len(words) > len(word_settings):
+            word = words[len(word_settings)]
+            raise ValueError(f"{word!r} is one word too many: settings are given as --key=value")
+        flags |= dict(zip(word_settings, words))
+        words = []
     script.update(flags)
     for word in words:
+        path = find_config(word, Path(script.get("__file__", "")).parent)
         names = {name: script[name] for name in settings} | derive()
-        script.update(read_config(find_config(word, script["__file__"]), settings, names) | flags)
+        script.update(read_config(path, names, settings, check) | flags)
 
 
-def help_text(script):
+# ---- Scripts ----
+def help_text(script, settings):
+    """Return the script's docstring and, for each setting, its flag with the current value."""
     lines = [script["__doc__"].strip(), ""]
-    for name, setting in read_settings(
-        Path(script["__file__"]).read_text(encoding="utf-8")
-    ).items():
+    for name, setting in settings.items():
         flag = f"--{name}={script[name]!r}"
-        lines += textwrap.wrap(f"{flag:36} {setting.help}", 110, subsequent_indent=" " * 37)
+        text = f"{flag:{HELP_INDENT - 1}} {setting.help}"
+        lines += textwrap.wrap(text, HELP_WIDTH, subsequent_indent=" " * HELP_INDENT)
     return "\n".join(lines)
 
 
-def run_script(script, main, derive=dict, word_setting=None):
-    """Configure a script by its command line and run main(); a mistake is one sentence and exit code 2.
+def open_closed_streams():
+    """Connect the standard streams that the caller closed, as `>&-` does, to the null device."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
 
-    Ctrl-C gives exit code 130, a closed output 141, and 128 + a signal that main returns as {"stopped_by":
-    signal}. With TRACEBACK=1 in the environment, mistakes show where they were found.
+
+def process_rank():
+    """Return this process's rank among those that torchrun started, and 0 outside of torchrun."""
+    if all(os.environ.get(name) for name in TORCHRUN_NAMES):
+        return int(os.environ["RANK"])
+    return 0
+
+
+def explains_itself(error):
+    """Return whether an error is a mistake or a lack of something, so that its message says all."""
+    if isinstance(error, RuntimeError):  # others are faults of the program
+        return "out of memory" in str(error) or LOST_PROCESS in str(error)
+    return True
+
+
+def report(error):
+    """Print an error as one sentence; of several processes, only those that know more speak."""
+    message = " ".join(str(error).split())
+    if LOST_PROCESS in message:
+        message = "another process has ended"
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC and not error.filename:
+        message += ": free some space, then go on with --init_from=resume"
+
+    rank = process_rank()
+    distributed = sys.modules.get("torch.distributed")
+    if rank == 0:
+        print("error:", message, file=sys.stderr)
+    elif distributed and distributed.is_initialized():  # before, the first process says the same
+        print(f"error in process {rank}:", message, file=sys.stderr)
+
+
+def run_script(script, main, settings, check, derive=dict, word_settings=()):
+    """Configure a script by its command line, and run main().
+
+    A mistake is reported in one sentence, with exit code 2. Ctrl-C gives exit code 130, a closed
+    output 141, and a signal that main returns as {"stopped_by": signal} 128 + signal. With
+    TRACEBACK=1 in the environment, a mistake shows where it was found.
+
+    script: the globals of the script; the other arguments are those of configure.
     """
+    open_closed_streams()
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(
-            errors="replace"
-        )  # a terminal that lacks a character must not end a run
+        # A terminal that lacks a character must not end a run.
+        sys.stdout.reconfigure(errors="replace")
     try:
         if {"-h", "--help"} & set(sys.argv[1:]):
-            print(help_text(script), flush=True)
+            print(help_text(script, settings), flush=True)
             return
-        configure(script, sys.argv[1:], derive, word_setting)
+        configure(script, sys.argv[1:], settings, check, derive, word_settings)
         figures = main() or {}
         sys.stdout.flush()
         if figures.get("stopped_by"):
             sys.exit(128 + figures["stopped_by"])
-    except BrokenPipeError:  # piped into head, say: nobody reads on
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
-        sys.exit(141)  # 128 + SIGPIPE, as other programs
+    except BrokenPipeError:  # the output goes to `head`, say, which reads no further
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())  # or Python would meet the error again as it exits
+        sys.exit(141)  # 128 + SIGPIPE, as of other programs
     except (ValueError, OSError, RuntimeError) as e:
-        full, lost = "out of memory" in str(e), "Connection closed by peer" in str(e)
-        if os.environ.get("TRACEBACK") or (isinstance(e, RuntimeError) and not full and not lost):
+        if os.environ.get("TRACEBACK") or not explains_itself(e):
             raise
-        words = "another process has ended" if lost else " ".join(str(e).split())  # on one line
-        if isinstance(e, OSError) and e.errno == errno.ENOSPC and not e.filename:
-            words += ": free some space, then go on with --init_from=resume"
-        rank, joined = os.environ.get("RANK", "0"), sys.modules.get("torch.distributed")
-        if rank == "0":
-            print("error:", words, file=sys.stderr)
-        elif joined and joined.is_initialized():  # before, the first one says the same
-            print(f"error in process {rank}:", words, file=sys.stderr)
+        report(e)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
-        gc.freeze()  # or Python would end by looking for cycles among all of torch's objects, for a second
+        # Otherwise Python would spend its last second searching torch's objects for cycles.
+        gc.freeze()

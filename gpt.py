@@ -4,127 +4,263 @@
 # ///
 """gpt.py: a modern GPT and its whole training loop in one file.
 
-    python gpt.py config/train_shakespeare.py           train; each setting below is also a flag, --key=value
-    torchrun --standalone --nproc_per_node=8 gpt.py     train on 8 GPUs, with the same global batches
+    python gpt.py config/train_shakespeare.py           train; each setting below is also a flag
+    torchrun --standalone --nproc_per_node=8 gpt.py     train on 8 GPUs with the same global batches
+    python gpt.py --init_from=resume                    resume an interrupted run
     python sample.py --prompt "ROMEO:"                  let the newest run continue a text
-Or paste this file into a notebook cell and run it."""
+
+You can also paste this file into a notebook cell and run it. It reads from top to bottom: settings,
+tokenizer, model, generation, optimizers, data, checkpoints, machine, evaluation, training.
+"""
 
 import time
 
-__started__ = time.time()  # before torch, whose import takes seconds: max_minutes counts from here
-import base64, ctypes, hashlib, json, math, os, shutil, signal, sys, threading, urllib.request, zipfile
+STARTED = time.monotonic()  # before torch, whose import takes seconds of max_minutes
+
+import ast
+import base64
+import contextlib
+import ctypes
+import difflib
+import errno
+import functools
+import hashlib
+import json
+import linecache
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import urllib.request
+import zipfile
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
-from functools import lru_cache, partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import tiktoken
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
-# ---- Settings: each comment is its help text (python gpt.py --help); the sizes suit two CPU cores ----------
+# ---- Settings: each comment is the help text (python gpt.py --help) -----------------------------
 dataset = "shakespeare"  # folder under data_dir; shakespeare and pydoc are prepared when missing
-data_dir = ""  # folder of the data sets; empty: data/ beside gpt.py
-out_dir = ""  # folder of this run's checkpoints and log; empty: out/<dataset> beside gpt.py
-init_from = (
-    "scratch"  # scratch | resume | auto: resume, if there is a run | model to finetune: path or id
-)
-seed = 1337  # of weights, batches, dropout and samples
-eval_only = False  # only evaluate init_from, or else out_dir/best.pt, on the full validation split
-eval_text = ""  # a text file to evaluate on instead
-eval_stride = (
-    0  # then tokens from window to window; few let each see more of them; 0: block_size, the most
-)
-eval_interval = 250  # steps between evaluations, each preceded by a checkpoint
-early_stop = 0  # end after so many evaluations in a row without a new best; 0: never
-eval_iters = 20  # batches per evaluation; the run ends with one over the full validation split
+data_dir = ""  # folder of all data sets; empty: data/ beside gpt.py
+out_dir = ""  # folder for this run's checkpoints and log; empty: out/<dataset> beside gpt.py
+init_from = "scratch"  # scratch | resume | auto: resume if there is a run | checkpoint to finetune
+seed = 1337  # seed of weights, batches, dropout and samples
+eval_only = False  # only evaluate init_from, or else out_dir/best.pt, on the whole validation split
+eval_interval = 250  # steps between evaluations, each of which begins by saving a checkpoint
+early_stop = 0  # end after this many evaluations in a row without a new best; 0: never
+eval_iters = 20  # batches per evaluation; the run ends with one over the whole validation split
 log_interval = 50  # steps between progress lines
-tensorboard = False  # log to TensorBoard, too, in out_dir/tensorboard
-wandb_log = (
-    False  # log to Weights & Biases, too; WANDB_PROJECT, WANDB_MODE=offline and so on are its own
-)
+tensorboard = False  # also log to TensorBoard, in out_dir/tensorboard
+wandb_log = False  # also log to Weights & Biases, which reads WANDB_PROJECT, WANDB_MODE and so on
 sample_at_eval = False  # print a sample at each evaluation, not only at the end
 sample_tokens = 300  # length of these samples in tokens; 0: none
-keep_checkpoints = 2  # the newest, and those before it, from which to resume should it be damaged
-max_bad_steps = (
-    10  # steps in a row may have no finite gradient, and are skipped; one more ends the run
-)
-dry_run = False  # only print the plan, with the speed of three steps, and write nothing
+max_bad_steps = 10  # how many steps in a row may have no finite gradient; one more ends the run
+dry_run = False  # only print the plan of the run, with three measured steps, and write nothing
 # model
 block_size = 256  # context length in tokens
-n_layer = 4  # blocks
+n_layer = 4  # number of blocks
 n_head = 4  # query heads per block
-n_kv_head = (
-    1  # key/value heads per block, shared by groups of query heads (GQA; 1: MQA; n_head: MHA)
-)
+n_kv_head = 1  # key/value heads per block, each shared by a group of query heads (GQA)
 n_embd = 128  # width of the residual stream
-mlp_ratio = (
-    4.0  # MLP width over n_embd; SwiGLU, with a third matrix, takes 2/3 of it, in steps of 32
-)
-dropout = 0.0  # share of channels dropped in training: of the embedding and of what each block adds
-train_temperature = (
-    1.0  # logits are divided by it in training alone: below 1 the model in use is less sure
-)
-bias = False  # biases in linear layers and LayerNorm
+mlp_ratio = 4.0  # width of the MLP over n_embd; SwiGLU, with a third matrix, takes 2/3 of it
+dropout = 0.0  # share of channels dropped in training, of the embedding and of each block's output
+train_temperature = 1.0  # training divides the logits by it; below 1 curbs overconfidence
+bias = False  # biases in the linear layers and in LayerNorm
 use_rope = True  # rotary positions; False: learned positions
 use_rms_norm = True  # RMSNorm; False: LayerNorm
 use_swiglu = True  # SwiGLU; False: GELU
 qk_norm = True  # RMSNorm on queries and keys
-tie_weights = False  # one matrix for token embedding and output head
-lora_rank = (
-    0  # above 0: finetune small matrices of this rank beside the frozen ones of init_from (LoRA)
-)
-gradient_checkpointing = (
-    False  # recompute blocks in the backward pass: less memory, a third more work
-)
+tie_weights = False  # use one matrix for the token embedding and the output head
+lora_rank = 0  # above 0: finetune small matrices of this rank beside init_from's frozen ones (LoRA)
+gradient_checkpointing = False  # recompute blocks in the backward pass: less memory, 1/3 more work
 # batches and optimizer
 batch_size = 8  # sequences per micro-batch
 gradient_accumulation_steps = 1  # micro-batches per step over all processes, which share them
 optimizer = "muon"  # muon: Muon for the blocks' matrices, AdamW for the rest | adamw: AdamW for all
-learning_rate = 6e-3  # peak rate of AdamW
-muon_lr = 0.03  # peak rate of Muon
-muon_momentum = 0.9  # Muon's decay of the gradient's mean
+learning_rate = 6e-3  # peak learning rate of AdamW
+muon_lr = 0.03  # peak learning rate of Muon
+muon_momentum = 0.9  # decay of Muon's running mean of the gradient
 weight_decay = 0.0  # decoupled decay of matrices and embeddings, per unit of learning rate
-beta1 = 0.9  # AdamW's decay of the gradient's mean
-beta2 = 0.95  # AdamW's decay of the gradient's mean square
-grad_clip = 1.0  # largest gradient norm; 0: no clipping
+beta1 = 0.9  # decay of AdamW's running mean of the gradient
+beta2 = 0.95  # decay of AdamW's running mean of the squared gradient
+grad_clip = 1.0  # largest norm of the gradient; 0: no clipping
 # schedule
-max_iters = 2000  # steps, each one update
-max_minutes = (
-    0.0  # above 0: minutes the whole process may take, instead of max_iters; the schedule follows
-)
+max_iters = 2000  # number of steps, each one update
+max_minutes = 0.0  # above 0: minutes that the whole process may take, instead of max_iters
 warmup_iters = 20  # steps of linear warm-up
-lr_schedule = "linear"  # then cosine | linear | wsd: constant, the last fifth linear | constant
-lr_decay_iters = 0  # step at which min_lr is reached; 0: the last
-min_lr = 0.0  # final learning_rate; muon_lr falls in proportion
+lr_schedule = "linear"  # then cosine | linear | wsd: constant, linear in the last fifth | constant
+lr_decay_iters = 0  # step at which min_lr is reached; 0: the last one
+min_lr = 0.0  # final learning rate of AdamW; muon_lr falls in proportion
 # machine
-device = "auto"  # auto: cuda, else mps, else cpu | any torch device, as cuda:1
+device = "auto"  # auto: cuda, else mps, else cpu | any torch device, such as cuda:1
 dtype = "auto"  # auto: by hardware | float32 | bfloat16 | float16 with loss scaling, on CUDA only
-fsdp = False  # under torchrun each GPU holds its share of weights, gradients and averages, not all of them
-cuda_graphs = True  # record a step on one GPU, and replay it: no kernel waits for Python
-compile: bool | None = (
-    None  # torch.compile; None: in runs so long that it pays, about 2 minutes and more
-)
+fsdp = False  # under torchrun: shard weights, gradients and optimizer state over the GPUs (FSDP2)
+cuda_graphs = True  # record a step on one GPU and replay it, so that no kernel waits for Python
+compile: bool | None = None  # use torch.compile; None: if the run is long enough for it to pay
 
-SETTINGS = [
-    k
-    for k, v in globals().items()
-    if k[0] != "_" and isinstance(v, bool | int | float | str | None)
-]
+# ---- Reading and checking settings --------------------------------------------------------------
+__version__ = "2.0.0"
 HERE = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()
 
-# ---- Tokenizer ---------------------------------------------------------------------------------------------
-CHAT = "%s||<|user|>%s<|assistant|>||%s"  # what stands around a system text, a question, an answer
+
+class Setting(NamedTuple):
+    type: type
+    optional: bool  # whether it may be None
+    help: str
+    default: bool | int | float | str | None
+
+
+def read_settings(source):
+    """Return {name: Setting} of the lines `name = value  # help` above a script's definitions.
+
+    source: the script's text. A setting has the type of its annotation or else of its value.
+    """
+    settings = {}
+    lines = source.splitlines()
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            break
+        pattern = r"([a-z]\w*)(?:: (\w+)( \| None)?)? = .+?  # (.+)$"
+        line = lines[node.lineno - 1]
+        found = re.match(pattern, line)
+        if re.match(r"[a-z]\w* = \($", line):  # a formatter has wrapped it
+            raise ValueError(f"{line!r}: write a setting in one line, name = value  # help")
+        if found and isinstance(node, ast.Assign | ast.AnnAssign):
+            name, annotation, optional, help_text = found.groups()
+            default = ast.literal_eval(node.value)
+            known_types = {"bool": bool, "int": int, "float": float, "str": str}
+            type_ = known_types.get(annotation, type(default))
+            settings[name] = Setting(type_, bool(optional), help_text, default)
+    return settings
+
+
+def own_source():
+    """Return the text of this file or, where it is pasted into a notebook, of its cell."""
+    return "".join(linecache.getlines(own_source.__code__.co_filename, globals()))
+
+
+SETTINGS = read_settings(own_source())
+
+
+def check_setting(name, value, settings):
+    """Return value as the setting `name` holds it; flags, configs and Python callers pass here.
+
+    Numbers of numpy, paths, devices and dtypes become plain numbers and texts, so that a checkpoint
+    can hold them. Raises ValueError for an unknown name and for a value of another type.
+    """
+    if name not in settings:
+        close = difflib.get_close_matches(name, settings, 1)
+        remedy = f"did you mean {close[0]}?" if close else "--help lists all settings"
+        raise ValueError(f"unknown setting {name!r}: {remedy}")
+    expected, optional, _, _ = settings[name]
+    value = as_plain(value, expected)
+    if type(value) is float and not math.isfinite(value):
+        raise ValueError(f"{name} is {value}: expected a finite number")
+    if type(value) is expected or (value is None and optional):
+        return value
+    words = {bool: "True or False", int: "an integer", float: "a number", str: "text"}[expected]
+    words += ", or None" if optional else ""
+    raise ValueError(f"{name} is {value!r}: expected {words}")
+
+
+def as_plain(value, expected):
+    """Return a value as the plain type that is expected, where it stands for the same."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if expected is str and isinstance(value, Path | torch.device | torch.dtype):
+        return str(value).removeprefix("torch.")
+    if expected is float and type(value) is int:
+        return float(value)
+    if expected is bool and type(value) is int and value in (0, 1):
+        return bool(value)
+    return value
+
+
+CHOICES = {
+    "optimizer": ("muon", "adamw"),
+    "dtype": ("auto", "float32", "bfloat16", "float16"),
+    "lr_schedule": ("cosine", "linear", "wsd", "constant"),
+}
+POSITIVE = ("batch_size", "gradient_accumulation_steps", "learning_rate", "block_size")
+POSITIVE += ("eval_interval", "eval_iters", "log_interval")
+BELOW_ONE = ("beta1", "beta2", "muon_momentum")
+NAMES_OF_THIS_FILE = set()  # filled at the end of the file
+
+
+def checked_settings(**changes):
+    """Return a namespace of the settings at the top of this file, overridden by `changes`.
+
+    Raises ValueError for the first one that is unknown, has another type or no meaning.
+    """
+    values = {name: globals()[name] for name in SETTINGS} | changes
+    if __name__ == "gpt":  # imported: a number or text that was added is a mistyped setting
+        for name in set(globals()) - NAMES_OF_THIS_FILE:
+            if isinstance(globals()[name], bool | int | float | str | np.generic | Path):
+                values[name] = globals()[name]
+    for name in values:
+        values[name] = check_setting(name, values[name], SETTINGS)
+        check_meaning(name, values[name])
+    settings = SimpleNamespace(**values)
+    model_config(settings, vocab_size=1)  # raises ValueError for sizes that do not fit each other
+    return settings
+
+
+def check_meaning(name, value):
+    """Raise ValueError for a value of the right type that has no meaning."""
+    if name in CHOICES and value not in CHOICES[name]:
+        raise ValueError(f"{name} is {value!r}: it must be one of {', '.join(CHOICES[name])}")
+    if name in POSITIVE and not (isinstance(value, int | float) and 0 < value < 2**31):
+        raise ValueError(f"{name} is {value!r}: it must be a number above 0, below 2**31")
+    if type(value) in (int, float) and not 0 <= value < 2**31:
+        raise ValueError(f"{name} is {value}: it must be at least 0 and below 2**31")
+    if name in BELOW_ONE and value >= 1:
+        raise ValueError(f"{name} is {value}: it must be below 1")
+
+
+def as_path(text):
+    """Return text as a Path with a leading ~ expanded; every path that a user gives passes here."""
+    return Path(text).expanduser()
+
+
+def read_text(path):
+    """Return the text of a UTF-8 file without a byte order mark; line ends stay as they are.
+
+    Raises ValueError if the file is not UTF-8, and OSError if it cannot be read.
+    """
+    try:
+        return as_path(path).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path} is not UTF-8 text (byte {e.start}): convert it to UTF-8") from e
+
+
+# ---- Tokenizer ----------------------------------------------------------------------------------
+# What stands around a system text, a question and an answer, parted by ||.
+CHAT = "%s||<|user|>%s<|assistant|>||%s"
 
 
 class Tokenizer:
-    """Text to ids and back by a tiktoken.Encoding; data sets and checkpoints hold `state`, strings only.
-    kind "char": one id per character of `chars`; "bpe": `ranks` are the tokens' bytes in base64, `pattern`
-    cuts words; `json`: the tokenizers library's; other kinds are tiktoken's. special: names of tokens that no
-    text gives, behind the others or at `special_ids`; `begin` begins texts, `end` ends documents, answers."""
+    """Text to ids and back, by a tiktoken.Encoding.
+
+    `state` is all that rebuilds the tokenizer, in strings; data sets and checkpoints hold it.
+
+    kind: "char" gives each character of `chars` one id; "bpe" merges bytes by `ranks`, the tokens'
+        bytes in base64, within the words that `pattern` cuts; "tokenizers" leaves a tokenizer.json,
+        given as `json`, to Hugging Face's library; any other kind names an encoding of tiktoken.
+    special: names of special tokens, which no text can spell. Their ids follow the other tokens' or
+        are given as `special_ids`. `begin` begins a text; `end` ends a document and an answer.
+    """
 
     def __init__(
         self,
@@ -139,52 +275,81 @@ class Tokenizer:
         end="<|endoftext|>",
         chat=CHAT,
     ):
-        self.state = {k: v for k, v in locals().items() if k != "self"}
-        tokens = [c.encode() for c in chars] or [base64.b64decode(token) for token in ranks.split()]
-        names, n = special.split(), len(tokens)
-        special = dict(zip(names, map(int, special_ids.split() or range(n, n + len(names)))))
-        free = sorted({*range(n + len(names))} - {*special.values()})  # the other tokens' ids
-        if tokens:
-            self.encoding = tiktoken.Encoding(
-                kind,
-                pat_str=pattern,
-                special_tokens=special,
-                mergeable_ranks=dict(zip(tokens, free)),
-            )
-        else:
-            from tokenizer_json import other_encoding
+        self.state = {name: value for name, value in locals().items() if name != "self"}
+        for name, value in self.state.items():
+            if type(value) is not str:
+                raise ValueError(f"{name} of the tokenizer is {value!r}: it must be text")
+        if chars:
+            tokens = [c.encode() for c in chars]
+            self.encoding = make_encoding(kind, tokens, pattern, special, special_ids)
+        elif ranks:
+            tokens = [base64.b64decode(token) for token in ranks.split()]
+            self.encoding = make_encoding(kind, tokens, pattern, special, special_ids)
+        elif json:
+            from extras.hf_tokenizer import LibraryEncoding
 
-            self.encoding = other_encoding(kind, json)
-        self.vocab_size, self.chat = self.encoding.n_vocab, chat.split("||")
-        self.special = {
-            s: self.encoding.encode_single_token(s) for s in self.encoding.special_tokens_set
-        }
-        self.begin, self.end = self.special.get(begin), self.special.get(end)
+            self.encoding = LibraryEncoding(json)
+        else:
+            self.encoding = load_encoding(kind)
+        names = self.encoding.special_tokens_set
+        self.special = {name: self.encoding.encode_single_token(name) for name in names}
+        self.vocab_size = self.encoding.n_vocab
+        self.begin = self.special.get(begin)
+        self.end = self.special.get(end)
+        self.chat = chat.split("||")
 
     def encode(self, text):
-        """Return text's ids, a list: [2, 0, 1] of "cab" with chars "abc". Raises ValueError for others."""
+        """Return the ids of a text as a list: [2, 0, 1] for "cab" with the characters "abc".
+
+        Raises ValueError for a character that is not in the vocabulary.
+        """
         chars = self.state["chars"]
-        if chars and (unknown := set(text) - set(chars)):
-            i, known = (
-                min(map(text.index, unknown)),
-                "".join(c for c in chars if c.isprintable())[:100],
-            )
+        unknown = set(text) - set(chars) if chars else set()
+        if unknown:
+            i = min(text.index(c) for c in unknown)
+            known = "".join(c for c in chars if c.isprintable())[:100]
             raise ValueError(
                 f"the vocabulary, {known!r}, lacks {text[i]!r}, character {i} of the text"
             )
         return self.encoding.encode_ordinary(text)
 
     def decode_bytes(self, ids):
-        return self.encoding.decode_bytes(ids)  # a BPE token may end in a character
+        """Return the bytes of ids; the last token of a BPE may end within a character."""
+        return self.encoding.decode_bytes(ids)
 
     def decode(self, ids):
+        """Return the text of ids, with U+FFFD for bytes that are no UTF-8."""
         return self.decode_bytes(ids).decode(errors="replace")
 
 
-# ---- Model -------------------------------------------------------------------------------------------------
+def make_encoding(kind, tokens, pattern, special, special_ids):
+    """Return the tiktoken.Encoding of a list of tokens (bytes) and of special tokens' names."""
+    names = special.split()
+    count = len(tokens) + len(names)
+    ids = [int(i) for i in special_ids.split()] or range(len(tokens), count)
+    special_tokens = dict(zip(names, ids))
+    free_ids = sorted(set(range(count)) - set(special_tokens.values()))
+    ranks = dict(zip(tokens, free_ids))
+    return tiktoken.Encoding(
+        kind, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens
+    )
+
+
+def load_encoding(name):
+    """Return tiktoken's own encoding of this name, such as gpt2. Raises ValueError."""
+    try:
+        return tiktoken.get_encoding(name)
+    except Exception as e:  # tiktoken documents no exceptions
+        raise ValueError(
+            f"tiktoken could not load {name!r} ({type(e).__name__}): connect to the network, set "
+            "TIKTOKEN_CACHE_DIR to a folder that holds it, or prepare the text by --tokenizer=bpe"
+        ) from e
+
+
+# ---- Model --------------------------------------------------------------------------------------
 @dataclass
 class GPTConfig:
-    """What rebuilds a model (defaults: not the settings'). GPT-2: bias, n_kv_head = n_head, no use_ part."""
+    """What rebuilds a model. GPT-2 is bias=True, n_kv_head=n_head and all use_ parts False."""
 
     block_size: int = 256
     vocab_size: int = 8192
@@ -203,46 +368,52 @@ class GPTConfig:
     tie_weights: bool = True
     gradient_checkpointing: bool = False
     rope_theta: float = 10000.0
-    rope_scaling: dict | None = None  # Llama 3.1's four numbers, see pretrained.py
+    rope_scaling: dict | None = None  # the keywords of slow_down, for Llama 3.1 and later
     norm_eps: float = 1e-5
+    head_dim: int | None = None  # None: n_embd / n_head
+    mlp_hidden: int | None = None  # None: by mlp_ratio, which for SwiGLU is rounded to 32
 
     def __post_init__(self):
-        for name in (
-            "block_size",
-            "vocab_size",
-            "n_layer",
-            "n_head",
-            "n_kv_head",
-            "n_embd",
-            "mlp_hidden",
-        ):
-            value, most = getattr(self, name), 2**16 if name == "n_layer" else 2**31
-            if not 1 <= value <= most:
-                raise ValueError(f"{name} is {value}: it must be from 1 to {most}")
-        for name, part in (("n_embd", "n_head"), ("n_head", "n_kv_head")):
-            if (n := getattr(self, name)) % (of := getattr(self, part)):
-                raise ValueError(f"{name} ({n}) must be a multiple of {part} ({of})")
-        if self.use_rope and self.head_dim % 2:
-            raise ValueError(
-                f"n_embd / n_head is {self.head_dim}: rotary positions need an even number"
-            )
-        if not (0 < (t := self.train_temperature) < math.inf and 0 <= self.dropout < 1):
-            raise ValueError(
-                f"dropout is {self.dropout}: from 0 to below 1; train_temperature {t}: above 0"
-            )
+        for name, declared in self.__dataclass_fields__.items():
+            kinds = (int, float) if declared.type is float else declared.type
+            if not isinstance(getattr(self, name), kinds):
+                raise ValueError(f"{name} is {getattr(self, name)!r}, which is of another type")
+        for name in ("n_layer", "n_head", "n_kv_head", "n_embd", "block_size", "vocab_size"):
+            value = getattr(self, name)
+            if type(value) is not int or not 1 <= value < 2**31:
+                raise ValueError(f"{name} is {value!r}: it must be an integer above 0, below 2**31")
+        if self.n_head % self.n_kv_head:
+            n_head, n_kv_head = self.n_head, self.n_kv_head
+            raise ValueError(f"n_head ({n_head}) must be a multiple of n_kv_head ({n_kv_head})")
+        if self.head_dim is None:
+            if self.n_embd % self.n_head:
+                n_embd, n_head = self.n_embd, self.n_head
+                raise ValueError(f"n_embd ({n_embd}) must be a multiple of n_head ({n_head})")
+            self.head_dim = self.n_embd // self.n_head
+        if self.mlp_hidden is None:
+            width = self.mlp_ratio * self.n_embd
+            self.mlp_hidden = 32 * round(width * 2 / 3 / 32) if self.use_swiglu else round(width)
+        self.check_shares()
 
-    head_dim = property(lambda self: self.n_embd // self.n_head)
-    mlp_hidden = property(
-        lambda self: (
-            32 * round(self.mlp_ratio * self.n_embd * 2 / 3 / 32)
-            if self.use_swiglu
-            else round(self.mlp_ratio * self.n_embd)
-        )
-    )
+    def check_shares(self):
+        if self.head_dim < 1 or (self.use_rope and self.head_dim % 2):
+            raise ValueError(
+                f"head_dim, n_embd / n_head, is {self.head_dim}: it must be above 0 and, for "
+                "rotary positions, even"
+            )
+        if not 1 <= self.mlp_hidden < 2**31:
+            raise ValueError(
+                f"mlp_hidden is {self.mlp_hidden} (mlp_ratio {self.mlp_ratio}): it must be at "
+                "least 1 and below 2**31"
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}: it must be at least 0 and below 1")
+        if not 0 < self.train_temperature < math.inf:
+            raise ValueError(f"train_temperature is {self.train_temperature}: it must be above 0")
 
 
 class RMSNorm(nn.RMSNorm):
-    """nn.RMSNorm (arXiv:1910.07467), weight and result in x's dtype: its fused kernel needs them so."""
+    """nn.RMSNorm (arXiv:1910.07467) with its weight in x's dtype, as the fused kernel needs it."""
 
     def forward(self, x):
         weight = None if self.weight is None else self.weight.to(x.dtype)
@@ -250,105 +421,119 @@ class RMSNorm(nn.RMSNorm):
 
 
 def make_norm(config):
-    size = config.n_embd, config.norm_eps
-    return RMSNorm(*size) if config.use_rms_norm else nn.LayerNorm(*size, bias=config.bias)
+    if config.use_rms_norm:
+        return RMSNorm(config.n_embd, config.norm_eps)
+    return nn.LayerNorm(config.n_embd, config.norm_eps, bias=config.bias)
+
+
+class ChannelDropout(nn.Dropout1d):
+    """Drop whole channels of x (B, T, C), the same ones at each position (arXiv:1512.05287)."""
+
+    def forward(self, x):
+        return super().forward(x.mT).mT
 
 
 def rotary_table(config):
-    """Return cos and sin of all positions' angles, (2, block_size, d/2) float32: components i and i + d/2 of
-    a head turn by position * rope_theta^(-2i / d) radians (arXiv:2104.09864; Hugging Face's layout)."""
-    speeds = config.rope_theta ** -(torch.arange(0, config.head_dim, 2).float() / config.head_dim)
-    if config.rope_scaling:
-        from pretrained import slow_down
+    """Return the cos and sin of every position's angles, (2, block_size, head_dim / 2) float32.
 
+    Components i and i + head_dim / 2 of a head turn together, by position * rope_theta ** (-2 i /
+    head_dim) radians (arXiv:2104.09864, in Hugging Face's layout).
+    """
+    exponents = torch.arange(0, config.head_dim, 2).float() / config.head_dim
+    speeds = config.rope_theta**-exponents  # radians per position
+    if config.rope_scaling:
         speeds = slow_down(speeds, **config.rope_scaling)
     angles = torch.outer(torch.arange(config.block_size), speeds)
     return torch.stack((angles.cos(), angles.sin()))
 
 
+def slow_down(speeds, factor, low_freq_factor, high_freq_factor, original_max_position_embeddings):
+    """Return the rotary speeds that suit a context longer than the original (arXiv:2407.21783).
+
+    Speeds that turn seldom within the original context are divided by `factor`; those that turn
+    often are kept; those between are interpolated.
+    """
+    turns = original_max_position_embeddings * speeds / (2 * math.pi)
+    kept = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor)
+    return torch.lerp(speeds / factor, speeds, kept.clamp(0, 1))
+
+
 def rotate(x, rotary):
-    """Turn x (B, T, heads, d) by its positions' rows of the table (2, B or 1, T, 1, d/2)."""
-    (a, b), (cos, sin) = x.chunk(2, -1), rotary
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+    """Turn x (B, T, heads, d) by the angles of its positions: rotary (2, B or 1, T, 1, d / 2)."""
+    cos, sin = rotary
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
-def attention(q, k, v, mask=None):
-    """Attend from q (B, n_head, T, d) to k, v (B, n_kv_head, S, d); the one place that knows backends.
-    mask: (B, 1, T, S) bool, True where a query may look; None: causal, S = T. Returns (B, n_head, T, d)."""
-    B, n_head, T, d = size = q.shape
-    groups = n_head // (n_kv_head := k.size(1))  # query heads per key/value head (arXiv:2305.13245)
+def attend(q, k, v, mask=None):
+    """Return softmax(q @ k.mT / sqrt(d) + mask) @ v, by the fastest kernel for the hardware.
+
+    q: (B, n_head, T, d). k, v: (B, n_kv_head, S, d); each head serves n_head / n_kv_head
+        neighbouring queries' heads (arXiv:2305.13245).
+    mask: (B or 1, n_head or 1, T or 1, S); bool, True where a query may look, or float, added to
+        the scores. None means causal, with S = T.
+    Returns (B, n_head, T, d).
+    """
+    B, n_head, T, d = q.shape
+    n_kv_head = k.size(1)
+    groups = n_head // n_kv_head
     if mask is None and q.dtype == torch.bfloat16 and q.device.type in ("cpu", "mps"):
-        # SDPA is slower on a CPU, and on MPS it looks ahead (pytorch issue 195910)
-        k, v, parts = k.reshape(-1, T, d), v.reshape(-1, T, d), []
-        for i, n in zip(
-            range(0, T, 128), [*range(128, T, 128), T]
-        ):  # queries i to n, with the keys they see
-            future = q.new_full((n - i, n), -torch.inf).triu(1 + i).repeat(groups, 1)
-            rows = q[:, :, i:n].reshape(len(k), -1, d)
-            scores = torch.baddbmm(future, rows, k[:, :n].mT, alpha=d**-0.5)
-            parts.append((scores.softmax(-1) @ v[:, :n]).view(B, n_head, n - i, d))
-        return torch.cat(parts, 2)
-    major = (
-        torch.cuda.get_device_capability(q.device)[0]
-        if q.is_cuda and q.dtype != torch.float32
-        else 0
-    )
-    one_query = (
-        T == 1 and major == 9 and (torch.version.cuda or "") >= "13"
-    )  # for which cuDNN knows groups
-    gqa = groups > 1 and (
-        major >= 8 if mask is None else one_query
-    )  # without a mask flash attention does
-    if groups > 1 and mask is None and not gqa:
-        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    elif groups > 1 and not gqa:  # the heads of a group serve as rows
-        q, mask = q.reshape(B, n_kv_head, groups * T, d), mask.repeat(1, 1, groups, 1)
-    return F.scaled_dot_product_attention(
-        q, k, v, mask, is_causal=mask is None, enable_gqa=gqa
-    ).reshape(size)
+        return attend_by_chunks(q, k, v)
+    if mask is not None and mask.is_floating_point():
+        mask = mask.to(q.dtype)
+    if groups > 1 and kernels_know_groups(q, mask):
+        causal = mask is None
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True)
+    if groups > 1 and mask is None:
+        k = k.repeat_interleave(groups, dim=1)
+        v = v.repeat_interleave(groups, dim=1)
+    elif groups > 1:  # the heads of a group become rows, so that keys and values need no copy
+        q = q.reshape(B, n_kv_head, groups * T, d)
+        heads = max(groups, mask.size(1))  # of one mask for all heads only a group's rows are made
+        mask = mask.expand(-1, heads, T, -1).reshape(len(mask), -1, groups * T, k.size(2))
+    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
+    return y.reshape(B, n_head, T, d)
 
 
-def to_device(t, device):  # from pinned memory, so that Python need not wait for the copy
-    return (t.pin_memory() if t.is_cpu and device.type == "cuda" else t).to(
-        device, non_blocking=True
-    )
+def kernels_know_groups(q, mask):
+    """Tell whether a fast CUDA kernel lets a group of queries' heads share a key/value head.
+
+    Without a mask flash attention does from Ampere on; for one query, cuDNN of CUDA 13 on Hopper.
+    """
+    if not q.is_cuda or q.dtype == torch.float32:
+        return False
+    major, _ = torch.cuda.get_device_capability(q.device)
+    if mask is None:
+        return major >= 8
+    return q.size(2) == 1 and major == 9 and (torch.version.cuda or "") >= "13"
 
 
-class Replay:
-    """A function of tensors and numbers whose third call, on a GPU, is recorded as a CUDA graph, which calls
-    of the same shapes replay: no kernel waits for Python. A result holds until the next call."""
+def attend_by_chunks(q, k, v, size=128):
+    """Return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).
 
-    def __init__(self, function, device, generator=None):
-        self.function, self.device, self.generator, self.inputs = function, device, generator, []
-
-    def __call__(self, *inputs):
-        if self.device.type != "cuda" or not cuda_graphs:
-            return self.function(*inputs)
-        inputs = [to_device(torch.as_tensor(t), self.device) for t in inputs]
-        if [t.shape for t in inputs] != [t.shape for t in self.inputs]:
-            self.inputs, self.calls, self.graph = (
-                [t.clone() for t in inputs],
-                0,
-                torch.cuda.CUDAGraph(),
-            )
-        torch._foreach_copy_(self.inputs, inputs)
-        self.calls += 1
-        if self.calls < 3:  # in which is set up, or compiled, what cannot be recorded
-            return self.function(*self.inputs)
-        if self.calls == 3:
-            if self.generator is not None:
-                self.graph.register_generator_state(self.generator)
-            with torch.cuda.graph(
-                self.graph, stream=torch.cuda.Stream(self.device)
-            ):  # no .item() in here
-                self.result = self.function(*self.inputs)
-        self.graph.replay()
-        return self.result
+    In bfloat16 torch's kernel is slower than this on a CPU, and on MPS it looks ahead (pytorch
+    issue 195910). Each chunk of `size` queries meets only the keys up to its last one.
+    """
+    B, n_head, T, d = q.shape
+    groups = n_head // k.size(1)
+    k = k.reshape(-1, T, d)
+    v = v.reshape(-1, T, d)
+    chunks = []
+    for start in range(0, T, size):
+        end = min(start + size, T)
+        future = q.new_full((end - start, end), -torch.inf).triu(1 + start).repeat(groups, 1)
+        rows = q[:, :, start:end].reshape(len(k), -1, d)  # the heads of a group become rows
+        scores = torch.baddbmm(future, rows, k[:, :end].mT, alpha=d**-0.5)
+        chunks.append((scores.softmax(-1) @ v[:, :end]).view(B, n_head, end - start, d))
+    return torch.cat(chunks, dim=2)
 
 
 class KVCache:
-    """Keys and values of every layer, allocated once; pos (B,) counts the tokens in each row. GPT.forward
-    appends T tokens to every row and advances pos; lowering pos[b] forgets row b's last ones."""
+    """The keys and values of every layer, allocated once.
+
+    pos (B,) counts the tokens in each row. GPT.forward appends T tokens to every row and advances
+    pos; lowering pos[b] forgets the last ones of row b.
+    """
 
     def __init__(self, config, batch_size, device="cpu", dtype=torch.float32):
         shape = (batch_size, config.n_kv_head, config.block_size, config.head_dim)
@@ -357,656 +542,907 @@ class KVCache:
         self.pos = torch.zeros(batch_size, device=device, dtype=torch.long)
 
     def update(self, layer, k, v, positions):
-        """Write k, v (B, n_kv_head, T, head_dim) at positions (B, T); return all of the layer's."""
+        """Store k, v (B, n_kv_head, T, head_dim) at positions (B, T); return the whole layer's."""
         rows = torch.arange(len(positions), device=k.device)[:, None]
-        for store, new in ((self.k[layer], k), (self.v[layer], v)):
-            store[rows, :, positions] = new.transpose(1, 2).to(store.dtype)
+        self.k[layer][rows, :, positions] = k.transpose(1, 2).to(self.k[layer].dtype)
+        self.v[layer][rows, :, positions] = v.transpose(1, 2).to(self.v[layer].dtype)
         return self.k[layer], self.v[layer]
 
 
 class CausalSelfAttention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
-        self.layer, self.head_dim = layer, config.head_dim
-        self.heads = [config.n_head, config.n_kv_head, config.n_kv_head]  # of q, k, v
-        self.parts = [n * config.head_dim for n in self.heads]  # their rows in c_attn
+        self.layer = layer
+        self.n_head = config.n_head
+        self.n_kv_head = config.n_kv_head
+        self.head_dim = config.head_dim
+        heads = (config.n_head, config.n_kv_head, config.n_kv_head)
+        self.parts = [n * config.head_dim for n in heads]  # the rows of q, k, v in c_attn
         self.c_attn = nn.Linear(config.n_embd, sum(self.parts), bias=config.bias)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.qk_norm = (
-            RMSNorm(self.head_dim, config.norm_eps, False) if config.qk_norm else nn.Identity()
-        )
+        self.c_proj = nn.Linear(config.n_head * config.head_dim, config.n_embd, bias=config.bias)
+        self.qk_norm = nn.Identity()
+        if config.qk_norm:
+            self.qk_norm = RMSNorm(config.head_dim, config.norm_eps, elementwise_affine=False)
+
+    def project(self, x, rotary):
+        """Return q, k, v (B, heads, T, head_dim) of x; q and k are normalized and rotated."""
+        B, T, _ = x.shape
+        heads = self.c_attn(x).view(B, T, -1, self.head_dim)
+        qk, v = heads.split((self.n_head + self.n_kv_head, self.n_kv_head), dim=2)
+        qk = self.qk_norm(qk)
+        if rotary is not None:
+            qk = rotate(qk, rotary)
+        q, k = qk.split((self.n_head, self.n_kv_head), dim=2)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def forward(self, x, positions, rotary, mask, cache):
-        B, T, C = x.shape
-        qk, v = (
-            self.c_attn(x)
-            .view(B, T, -1, self.head_dim)
-            .split((sum(self.heads[:2]), self.heads[2]), 2)
-        )
-        qk = self.qk_norm(qk) if rotary is None else rotate(self.qk_norm(qk), rotary)
-        q, k, v = (
-            t.transpose(1, 2) for t in (*qk.split(self.heads[:2], 2), v)
-        )  # (B, heads, T, head_dim)
+        q, k, v = self.project(x, rotary)
         if cache is not None:
             k, v = cache.update(self.layer, k, v, positions)  # (B, n_kv_head, block_size, head_dim)
-        y = attention(q.to(k.dtype), k, v, mask)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C).to(x.dtype))
+        y = attend(q.to(k.dtype), k, v, mask)
+        y = y.transpose(1, 2).flatten(2)  # (B, T, n_head * head_dim)
+        return self.c_proj(y.to(x.dtype))
 
 
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.parts = [config.mlp_hidden] * (
-            2 if config.use_swiglu else 1
-        )  # rows of gate, up in c_fc
+        self.use_swiglu = config.use_swiglu
+        self.parts = [config.mlp_hidden]  # the rows of c_fc: those of gate and up, or one matrix's
+        if config.use_swiglu:
+            self.parts = [config.mlp_hidden, config.mlp_hidden]
         self.c_fc = nn.Linear(config.n_embd, sum(self.parts), bias=config.bias)
         self.c_proj = nn.Linear(config.mlp_hidden, config.n_embd, bias=config.bias)
 
     def forward(self, x):
         hidden = self.c_fc(x)
-        if len(self.parts) == 1:
-            return self.c_proj(F.gelu(hidden, approximate="tanh"))
-        gate, up = hidden.chunk(2, dim=-1)  # SwiGLU (arXiv:2002.05202)
-        return self.c_proj(F.silu(gate) * up)
+        if self.use_swiglu:  # arXiv:2002.05202
+            gate, up = hidden.chunk(2, dim=-1)
+            hidden = F.silu(gate) * up
+        else:
+            hidden = F.gelu(hidden, approximate="tanh")
+        return self.c_proj(hidden)
 
 
 class Block(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
-        self.ln_1, self.attn = make_norm(config), CausalSelfAttention(config, layer)
-        self.ln_2, self.mlp = make_norm(config), MLP(config)
-        self.drop = nn.Dropout1d(config.dropout)  # of channels, alike for all T (arXiv:1512.05287)
+        self.ln_1 = make_norm(config)
+        self.attn = CausalSelfAttention(config, layer)
+        self.ln_2 = make_norm(config)
+        self.mlp = MLP(config)
+        self.drop = ChannelDropout(config.dropout)
 
     def forward(self, x, positions, rotary, mask, cache):
-        x = x + self.drop(self.attn(self.ln_1(x), positions, rotary, mask, cache).mT).mT
-        return x + self.drop(self.mlp(self.ln_2(x)).mT).mT
-
-
-class HeadLoss(torch.autograd.Function):
-    """The sum of w (N,) times the loss in nats of y (N,), for x (N, n_embd) and the head's weight. Gradients
-    come along, for about `most` logits at a time, the head's summed in x's dtype. y may be -1 if w is 0."""
-
-    @staticmethod
-    def forward(ctx, x, weight, y, w, learn=True, most=0):
-        pad, cap = (
-            (-len(weight) % 64, 2**27) if x.is_cuda else (0, 2**25)
-        )  # tensor cores want multiples
-        head = F.pad(weight.to(x.dtype), (0, 0, 0, pad))
-        bias = F.pad(head.new_zeros(len(weight)), (0, pad), value=-torch.inf)
-        ids, n_parts = (
-            torch.arange(len(head), device=x.device),
-            math.ceil(len(x) * len(head) / (most or cap)),
-        )
-        loss, grad_x, grad_head = (
-            0,
-            [],
-            torch.zeros_like(head if weight.requires_grad else head[:0]),
-        )
-        for rows, targets, factor in zip(
-            *(t.chunk(n_parts) for t in (x, y.clamp(0)[:, None], w[:, None]))
-        ):
-            log_probs = F.linear(rows, head, bias).log_softmax(-1, dtype=torch.float32)
-            loss = loss - (log_probs.gather(1, targets) * factor).sum()
-            if learn:
-                grad = log_probs.exp_().sub_((ids == targets).float()).mul_(factor).to(x.dtype)
-                grad_x.append(grad @ head)
-                grad_head = (
-                    torch.addmm(grad_head, grad.mT, rows) if weight.requires_grad else grad_head
-                )
-        if learn:
-            ctx.save_for_backward(torch.cat(grad_x), grad_head[: len(weight)].to(weight.dtype))
-        return loss
-
-    @staticmethod
-    def backward(ctx, grad):
-        return *(g * grad for g in ctx.saved_tensors), None, None, None, None
+        x = x + self.drop(self.attn(self.ln_1(x), positions, rotary, mask, cache))
+        x = x + self.drop(self.mlp(self.ln_2(x)))
+        return x
 
 
 class GPT(nn.Module):
-    """A decoder-only transformer: token embedding, blocks on one residual stream, norm, output head."""
+    """A decoder-only transformer: embedding, blocks on one residual stream, norm, output head."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = None if config.use_rope else nn.Embedding(config.block_size, config.n_embd)
-        self.drop = nn.Dropout1d(config.dropout)
+        self.drop = ChannelDropout(config.dropout)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = make_norm(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_weights:
             self.lm_head.weight = self.wte.weight
-        self.register_buffer(
-            "rotary", rotary_table(config) if config.use_rope else None, persistent=False
-        )
-        self.base = ""  # the checkpoint, folder or id that it was finetuned from
+        rotary = rotary_table(config) if config.use_rope else None
+        self.register_buffer("rotary", rotary, persistent=False)
+        self.base = ""  # the checkpoint that this model was finetuned from
         self.init_weights()
 
     def init_weights(self):
-        """Draw the weights anew, normal: matrices by 1 / sqrt(columns), embeddings by 0.3, c_proj and head 0;
-        if tied, as GPT-2's, by 0.02, embeddings by 0.01, c_proj by 0.02 / sqrt(2 n_layer)."""
+        """Draw the weights from normal distributions with these standard deviations, and no bias:
+
+                                  untied head                  tied head, as GPT-2
+        linear layers             1 / sqrt(columns)            0.02
+        attn.c_proj, mlp.c_proj   0                            0.02 / sqrt(2 n_layer)
+        embeddings                0.3                          0.01
+        output head               0                            is the embedding
+        """
         tied = self.config.tie_weights
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02 if tied else module.in_features**-0.5)
-            if getattr(module, "bias", None) is not None:
-                nn.init.zeros_(module.bias)
-        for proj in (proj for block in self.h for proj in (block.attn.c_proj, block.mlp.c_proj)):
-            nn.init.normal_(
-                proj.weight, std=0.02 / math.sqrt(2 * self.config.n_layer) if tied else 0.0
-            )
-        nn.init.zeros_(self.lm_head.weight)
-        for table in (self.wte, self.wpe or self.wte):  # after lm_head, whose weight wte's may be
-            nn.init.normal_(table.weight, std=0.01 if tied else 0.3)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        proj_std = 0.02 / math.sqrt(2 * self.config.n_layer) if tied else 0.0
+        for block in self.h:
+            nn.init.normal_(block.attn.c_proj.weight, std=proj_std)
+            nn.init.normal_(block.mlp.c_proj.weight, std=proj_std)
+        nn.init.zeros_(self.lm_head.weight)  # before the embedding, whose matrix it may be
+        for embedding in (self.wte, self.wpe):
+            if embedding is not None:
+                nn.init.normal_(embedding.weight, std=0.01 if tied else 0.3)
 
     def forward(self, idx, targets=None, cache=None, weights=None, at=None):
-        """Return logits (B, T, vocab_size), None with weights, and the targets' mean loss in nats, or None.
-        idx, targets: (B, T) int64; -1 does not count, others by weights (B, T). cache: what idx continues.
-        at (B,): positions whose logits alone are made, (B, 1, vocab_size). The loss has its own: HeadLoss."""
-        T, block_size, kind = idx.size(1), self.config.block_size, idx.device.type
+        """Return (logits, loss): logits (B, T, vocab_size), and the mean loss in nats or None.
+
+        idx: (B, T) int64 ids. targets: (B, T) int64, the ids that follow; -1 does not count.
+        cache: a KVCache that holds the tokens before idx; idx is appended to it.
+        weights: (B, T) float, how much each target counts. With them, as in training, the logits
+            are None, because they never exist all at once; see weighted_loss.
+        at: (B,) positions in idx; only their logits are computed, (B, 1, vocab_size).
+        """
+        T, block_size = idx.size(1), self.config.block_size
         assert T <= block_size, f"{T} tokens do not fit block_size {block_size}"
-        positions = torch.arange(T, device=idx.device)[None] + (
-            0 if cache is None else cache.pos[:, None]
-        )
-        x = (
-            self.wte(idx) if self.wpe is None else self.wte(idx) + self.wpe(positions)
-        )  # (B, T, n_embd)
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        x = self.drop(
-            (x.to(dtype) if dtype == torch.bfloat16 else x).mT
-        ).mT  # faster; float16 lacks range
-        rotary = None if self.rotary is None else self.rotary[:, positions].unsqueeze(3).to(dtype)
-        rows = positions[
-            :, None, :, None
-        ]  # with a cache a query sees what came before, not the unused rest
-        mask = None if cache is None else torch.arange(block_size, device=idx.device) <= rows
-        save_memory = self.config.gradient_checkpointing and self.training
-        for block in (
-            self.h if self.training else [b._call_impl for b in self.h]
-        ):  # only training is compiled
-            run = partial(checkpoint, block, use_reentrant=False) if save_memory else block
-            x = run(x, positions, rotary, mask, cache)
+        positions = torch.arange(T, device=idx.device)[None]
+        if cache is not None:
+            positions = positions + cache.pos[:, None]  # (B, T)
+        x = self.wte(idx)  # (B, T, n_embd)
+        if self.wpe is not None:
+            x = x + self.wpe(positions)
+        dtype = matmul_dtype(x)
+        if dtype == torch.bfloat16:  # the stream, too, for speed; float16 would overflow
+            x = x.to(dtype)
+        x = self.drop(x)
+        rotary = None
+        if self.rotary is not None:
+            rotary = self.rotary[:, positions].unsqueeze(3).to(dtype)
+        mask = self.attention_mask(positions, cache)
+        for block in self.h:
+            if self.config.gradient_checkpointing and self.training:
+                x = torch.utils.checkpoint.checkpoint(
+                    block, x, positions, rotary, mask, cache, use_reentrant=False
+                )
+            else:
+                x = block(x, positions, rotary, mask, cache)
         if cache is not None:
             cache.pos += T
-        x = self.ln_f(x if at is None else x[torch.arange(len(x)), at][:, None]).to(dtype)
-        x = x / self.config.train_temperature if self.training else x  # as if the logits were
+
+        if at is not None:
+            x = x[torch.arange(len(x), device=x.device), at][:, None]
+        x = self.ln_f(x).to(dtype)
         logits = self.lm_head(x) if weights is None else None
         if targets is None:
             return logits, None
-        y, learn = targets.flatten(), torch.is_grad_enabled()
-        w = (y >= 0) * (1.0 if weights is None else weights.flatten())
-        loss = HeadLoss.apply(x.flatten(0, 1), self.lm_head.weight, y, w, learn)
-        return logits, loss / w.sum().clamp(min=1e-6)
+        weights = (targets >= 0) * (1.0 if weights is None else weights)
+        losses_of = functools.partial(token_losses, config=self.config, training=self.training)
+        loss = weighted_loss(
+            x.flatten(0, 1), self.lm_head.weight, targets.flatten(), weights.flatten(), losses_of
+        )
+        return logits, loss / weights.sum().clamp(min=1e-6)
 
-    @staticmethod
-    def from_pretrained(path, **options):  # of a Hugging Face folder or hub id
-        from pretrained import load_model
+    def attention_mask(self, positions, cache):
+        """Return what each query may look at, as attend's mask; None for plain causal attention.
 
-        return load_model(path, **options)
+        With a cache a query sees what came before it, and not the unused rest of the cache.
+        """
+        if cache is None:
+            return None
+        keys = torch.arange(self.config.block_size, device=positions.device)
+        return keys <= positions[:, None, :, None]  # (B, 1, T, block_size)
 
     def n_params(self):
-        return sum(p.numel() for p in self.parameters())  # a tied matrix counts once
+        """Return the number of parameters, in which a tied matrix counts once."""
+        return sum(p.numel() for p in self.parameters())
 
-    def flops_per_token(
-        self,
-    ):  # training's: 6 a multiplying weight, and attention's (arXiv:2204.02311)
+    def flops_per_token(self):
+        """Return the operations of a training step per token (arXiv:2204.02311, appendix B).
+
+        Each weight that multiplies takes 6, and attention 12 per layer, channel and position.
+        """
         c = self.config
-        lookups = c.n_embd * (c.vocab_size * (not c.tie_weights) + c.block_size * (not c.use_rope))
-        return 6 * (self.n_params() - lookups) + 12 * c.n_layer * c.n_embd * c.block_size
+        lookups = 0 if c.tie_weights else c.vocab_size * c.n_embd
+        if self.wpe is not None:
+            lookups += c.block_size * c.n_embd
+        attention = 12 * c.n_layer * c.n_head * c.head_dim * c.block_size
+        return 6 * (self.n_params() - lookups) + attention
 
     @torch.inference_mode()
-    def generate(self, idx, max_tokens, pick=None, forward=None, **sampling):
-        """Yield max_tokens tensors (B,) of next ids for idx: (B, T) int64, or B lists of ids of any lengths.
-        context_length says what is seen. pick: if not sample_next; forward: compiled, for single ids only."""
-        device, block_size, lengths = (
-            self.ln_f.weight.device,
-            self.config.block_size,
-            [len(p) for p in idx],
-        )
-        if not all(lengths):
+    def generate(self, prompts, max_tokens, pick=None, forward=None, cuda_graphs=True, **sampling):
+        """Yield the next ids of all prompts, (B,) int64, max_tokens times.
+
+        prompts: (B, T) int64 ids, or a list of B lists of ids of any lengths.
+        pick: a function of logits (B, vocab_size) and of `sampling` that replaces sample_next.
+        forward: a compiled forward, used for the steps that take one id of each row.
+        cuda_graphs: whether these steps are recorded on a GPU; see Replay.
+        sampling: the keywords of sample_next.
+        Raises ValueError for an empty prompt. A long text is forgotten as context_length says.
+        """
+        if not all(len(prompt) for prompt in prompts):
             raise ValueError("a prompt is empty: give at least one token")
-        texts = [torch.as_tensor(prompt, dtype=torch.long, device=device) for prompt in idx]
+        device = self.ln_f.weight.device
+        block_size = self.config.block_size
         dtype = torch.float32 if device.type == "cpu" else self.ln_f.weight.dtype
-        cache, drawn = KVCache(self.config, len(lengths), device, dtype), []
-        choose = partial(sample_next, **sampling) if pick is None else lambda logits: logits
-        run, draws = forward or self._call_impl, sampling.get("generator")
-        advance = Replay(
-            lambda last: choose(run(last[:, None], cache=cache)[0][:, -1]), device, draws
-        )
+        cache = KVCache(self.config, len(prompts), device, dtype)
+        texts = [torch.as_tensor(prompt, dtype=torch.long, device=device) for prompt in prompts]
+        drawn = []  # the ids of each step, (B,)
+
+        def choose(logits):  # a pick of the caller's runs outside of the recording
+            return logits if pick else sample_next(logits, **sampling)
+
+        def decode_one_token(last):
+            logits, _ = (forward or self)(last[:, None], cache=cache)
+            return choose(logits[:, -1])
+
+        decode = Replay(decode_one_token, device, cuda_graphs, sampling.get("generator"))
         for step in range(max_tokens):
-            kept = [context_length(n + step, block_size) for n in lengths]
-            if step == 0 or any(
-                k <= context_length(n + step - 1, block_size) for n, k in zip(lengths, kept)
-            ):
-                cache.pos.zero_()  # read the texts anew, padded on the right, where causality hides it
-                new = [
-                    list(ids.split(1)) for ids in drawn[-block_size:]
-                ]  # of each step: one of each row
-                tails = [torch.cat(row)[-k:] for k, row in zip(kept, zip(texts, *new))]
-                padded, ends = (
-                    nn.utils.rnn.pad_sequence(tails, batch_first=True),
-                    torch.tensor(kept) - 1,
-                )
-                chosen = choose(self._call_impl(padded, cache=cache, at=ends.to(device))[0][:, 0])
-                cache.pos.copy_(ends + 1)  # forget the padding
+            kept = [context_length(len(text) + step, block_size) for text in texts]
+            before = [context_length(len(text) + step - 1, block_size) for text in texts]
+            if step == 0 or any(now <= then for now, then in zip(kept, before)):
+                tails = last_tokens(texts, drawn[-block_size:], kept)
+                chosen = choose(self.prefill(tails, cache))
             else:
-                chosen = advance(drawn[-1])
-            drawn.append(chosen.clone() if pick is None else pick(chosen, **sampling))
+                chosen = decode(drawn[-1])
+            drawn.append(pick(chosen, **sampling) if pick else chosen.clone())
             yield drawn[-1]
 
+    def prefill(self, texts, cache):
+        """Empty the cache and fill it with B texts; return the logits that follow them.
 
-# ---- Generation --------------------------------------------------------------------------------------------
+        The texts are padded on the right, where causality hides the padding from them.
+        """
+        lengths = torch.tensor([len(text) for text in texts], device=cache.pos.device)
+        padded = nn.utils.rnn.pad_sequence(texts, batch_first=True)
+        cache.pos.zero_()
+        logits, _ = self(padded, cache=cache, at=lengths - 1)
+        cache.pos.copy_(lengths)  # forgets the padding
+        return logits[:, 0]
+
+
+def matmul_dtype(x):
+    """Return the dtype in which matrices multiply x: autocast's if it is on, else x's own."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+# ---- Loss ---------------------------------------------------------------------------------------
+LOGITS_AT_ONCE = {"cpu": 2**25, "cuda": 2**27, "mps": 2**25}
+
+
+def token_losses(logits, targets, config, training):
+    """Return the loss in nats of each target, (N,) float32, by its logits (N, vocab_size).
+
+    Whatever makes up the loss stands here: weighted_loss and evaluation both come here.
+    """
+    logits = logits.float()
+    if training and config.train_temperature != 1:
+        logits = logits / config.train_temperature
+    return F.cross_entropy(logits, targets.clamp(min=0), reduction="none")
+
+
+def weighted_loss(x, head, targets, weights, losses_of):
+    """Return the sum of weights times the loss of each target.
+
+    x: (N, n_embd), the normalized residual stream. head: (vocab_size, n_embd). targets: (N,) int64,
+    which may be -1 where the weight is 0. weights: (N,). losses_of: token_losses, as a function of
+    logits and targets. Equals summed_loss; where the logits are many, they are made by parts, so
+    that their memory stays small.
+    """
+    most = LOGITS_AT_ONCE.get(x.device.type, 2**25)
+    n_parts = math.ceil(len(x) * len(head) / most)
+    if n_parts > 1 and torch.is_grad_enabled():
+        return LossByParts.apply(x, head, targets, weights, losses_of, n_parts)
+    parts = zip(x.chunk(n_parts), targets.chunk(n_parts), weights.chunk(n_parts))
+    return sum(summed_loss(x, head, y, w, losses_of) for x, y, w in parts)
+
+
+def summed_loss(x, head, targets, weights, losses_of):
+    """Return the sum of weights times the loss of each target, by logits that exist all at once."""
+    vocab_size = len(head)
+    head = head.to(x.dtype)
+    if x.is_cuda:  # tensor cores are fast for multiples of 64
+        head = F.pad(head, (0, 0, 0, -vocab_size % 64))
+    logits = F.linear(x, head)[:, :vocab_size]
+    return (losses_of(logits, targets) * weights).sum()
+
+
+class LossByParts(torch.autograd.Function):
+    """summed_loss, part by part, each with its gradients at once.
+
+    The backward pass then only scales the gradients, so no part's logits must be kept for it.
+    """
+
+    @staticmethod
+    def forward(ctx, x, head, targets, weights, losses_of, n_parts):
+        inputs = (0, 1) if ctx.needs_input_grad[1] else (0,)  # a frozen head needs no gradient
+        loss_and_gradients = torch.func.grad_and_value(summed_loss, argnums=inputs)
+        head_as_x = head.to(x.dtype)
+        grad_head = torch.zeros_like(head if len(inputs) == 2 else head[:0])
+        grads_x = []
+        loss = torch.zeros((), device=x.device)
+        parts = zip(x.chunk(n_parts), targets.chunk(n_parts), weights.chunk(n_parts))
+        for x_part, y, w in parts:
+            grads, part_loss = loss_and_gradients(x_part, head_as_x, y, w, losses_of)
+            loss = loss + part_loss
+            grads_x.append(grads[0])
+            if len(grads) == 2:
+                grad_head += grads[1]
+        ctx.save_for_backward(torch.cat(grads_x), grad_head)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad_x, grad_head = ctx.saved_tensors
+        return grad_x * grad, grad_head * grad, None, None, None, None
+
+
+# ---- Generation ---------------------------------------------------------------------------------
 def sample_next(logits, temperature=0.8, top_k=200, top_p=0.9, min_p=0.0, generator=None):
-    """Draw one id (B,) int64 per row of logits (B, vocab_size): of the top_k likeliest, of the fewest of them
-    that reach top_p (arXiv:1904.09751), of none below min_p times the first's share (arXiv:2407.01082)."""
+    """Draw one id for each row of logits (B, vocab_size); return (B,) int64.
+
+    top_k: draw among the k likeliest; 0: all. top_p: draw among the fewest that reach this
+    probability together (arXiv:1904.09751). min_p: drop those below this share of the likeliest's
+    probability (arXiv:2407.01082). temperature 0 takes the likeliest.
+    """
     if temperature < 1e-6:
         return logits.argmax(-1)
-    logits, ids = logits.topk(min(top_k or 2**31, logits.size(-1)))  # best first
+    k = min(top_k or logits.size(-1), logits.size(-1))
+    logits, ids = logits.topk(k)  # in falling order
     probs = (logits.float() / temperature).softmax(-1)
-    probs = probs * (probs.cumsum(-1) - probs < top_p) * (probs >= min_p * probs[:, :1])
+    before = probs.cumsum(-1) - probs
+    probs = probs * (before < top_p) * (probs >= min_p * probs[:, :1])
+    # The largest of probs / noise is a draw by probs; unlike multinomial, it never waits for a GPU.
     noise = torch.empty_like(probs).exponential_(generator=generator)
-    return ids.gather(-1, (probs / noise).argmax(-1, keepdim=True))[
-        :, 0
-    ]  # by probs, with no wait for a GPU
+    return ids.gather(-1, (probs / noise).argmax(-1, keepdim=True))[:, 0]
 
 
 def context_length(n, block_size):
-    """Return how many of the last of n tokens the model sees: all that fit, else half a block to a block.
-    When the block is full its older half is forgotten at once, so that the cache is refilled only then."""
-    return (
-        n
-        if n <= block_size
-        else block_size // 2 + 1 + (n - block_size - 1) % math.ceil(block_size / 2)
-    )
+    """Return how many of the last of n tokens the model sees: all that fit, or half a block.
+
+    When the block is full, its older half is forgotten at once, so that the cache must be filled
+    anew only every half block.
+    """
+    if n <= block_size:
+        return n
+    return block_size // 2 + 1 + (n - block_size - 1) % math.ceil(block_size / 2)
 
 
-# ---- Optimizer ---------------------------------------------------------------------------------------------
-def whole(tensor):
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # FSDP's shards
+def last_tokens(texts, drawn, kept):
+    """Return the last kept[b] tokens of each text b, to which the steps in `drawn` have added."""
+    tails = []
+    for b, (text, n) in enumerate(zip(texts, kept)):
+        new = [step[b : b + 1] for step in drawn]
+        tails.append(torch.cat([text, *new])[-n:])
+    return tails
 
 
+class Replay:
+    """A function of tensors that a GPU records as a CUDA graph in its third call, and then replays.
+
+    A replay launches all kernels at once, so that none waits for Python. A call with other shapes
+    begins anew. The result holds until the next call. Elsewhere this is the plain function.
+    """
+
+    def __init__(self, function, device, enabled=True, generator=None):
+        self.function = function
+        self.device = device
+        self.enabled = enabled and device.type == "cuda"
+        self.generator = generator
+        self.inputs = None
+
+    def __call__(self, *inputs):
+        if not self.enabled:
+            return self.function(*inputs)
+        inputs = [to_device(torch.as_tensor(t), self.device) for t in inputs]
+        if self.inputs is None or [t.shape for t in inputs] != [t.shape for t in self.inputs]:
+            self.inputs = [t.clone() for t in inputs]
+            self.graph = torch.cuda.CUDAGraph()
+            self.calls = 0
+        for kept, new in zip(self.inputs, inputs):
+            kept.copy_(new)
+        self.calls += 1
+        if self.calls < 3:  # the first calls set up and compile what cannot be recorded
+            return self.function(*self.inputs)
+        if self.calls == 3:
+            if self.generator is not None:
+                self.graph.register_generator_state(self.generator)
+            # .item() and print of a tensor would break the recording
+            with torch.cuda.graph(self.graph, stream=torch.cuda.Stream(self.device)):
+                self.result = self.function(*self.inputs)
+        self.graph.replay()
+        return self.result
+
+
+def to_device(tensor, device):
+    """Return the tensor on a device; its memory is pinned, so that Python need not wait."""
+    if device.type == "cuda" and tensor.is_cpu:
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+# ---- Optimizers ---------------------------------------------------------------------------------
 def orthogonalize(G, dtype=torch.float32):
-    """Return nearly UV^T, singular values of about 0.7 to 1.2, for each G = USV^T of a batch (n, rows, cols):
-    five Newton-Schulz steps of the quintic in kellerjordan.github.io/posts/muon, in `dtype`."""
-    X = G.mT if G.size(1) > G.size(2) else G
-    X = (X / (X.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)
+    """Return, for each matrix of a batch, the nearest one whose singular values are all about 1.
+
+    Five Newton-Schulz steps of a quintic whose coefficients were chosen to converge fast, not
+    exactly (kellerjordan.github.io/posts/muon): the values end between 0.7 and 1.2, which is all
+    that training needs.
+
+    G: (n, rows, cols). dtype: of the steps. Returns the same shape.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    X = G.mT if G.size(1) > G.size(2) else G  # the products below are cheaper for wide matrices
+    X = X / (X.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    X = X.to(dtype)
     for _ in range(5):
         A = X @ X.mT
-        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=-4.7750, alpha=2.0315), X, beta=3.4445)
+        B = torch.baddbmm(A, A, A, beta=b, alpha=c)  # b * A + c * A @ A
+        X = torch.baddbmm(X, B, X, beta=a)  # a * X + B @ X
     return X.mT if G.size(1) > G.size(2) else X
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose updates turn all directions of a hidden matrix alike, not mostly the few strong ones.
-    Not for embeddings and head, whose rows are tokens, nor norms, biases. A group's matrices, of one shape,
-    are a batch; parts: rows of those fused. lr: updates' spectral norm, times sqrt(rows / cols) if tall."""
+    """Momentum whose updates are orthogonalized, for the weight matrices inside the blocks.
+
+    A gradient matrix is dominated by a few strong directions. Muon replaces it by the nearest
+    matrix that treats all directions alike, so that weak but useful ones learn as fast. Do not use
+    it for the embedding and the head, whose rows belong to single tokens, nor for norms and biases.
+    Source: kellerjordan.github.io/posts/muon.
+
+    param_groups: dicts with "params", matrices of one shape, which are orthogonalized as one batch,
+        and "parts", the numbers of rows of the matrices that each of them fuses.
+    lr: the spectral norm of an update, before the factor for tall matrices.
+    momentum: decay of the gradient's running mean (Nesterov's form).
+    weight_decay: decoupled, per unit of lr. dtype: of the Newton-Schulz steps.
+    """
 
     def __init__(self, param_groups, lr, momentum=0.95, weight_decay=0.0, dtype=torch.float32):
-        super().__init__(
-            param_groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
-        )
-        self.dtype, self.found_inf = dtype, None  # of the Newton-Schulz steps; see step
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        super().__init__(param_groups, defaults)
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            params, lr, momentum = group["params"], group["lr"], group["momentum"]
-            for p in (p for p in params if p not in self.state):
-                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            averages, grads = (
-                [self.state[p]["momentum_buffer"] for p in params],
-                [p.grad for p in params],
-            )
-            if self.found_inf is not None:  # 1: change nothing, as torch's fused AdamW does
-                finite = self.found_inf == 0
-                grads = [grad.where(finite, average) for grad, average in zip(grads, averages)]
-                lr = lr * (1 - self.found_inf)
-            torch._foreach_lerp_(averages, grads, 1 - momentum)
-            updates = torch.stack([*map(whole, torch._foreach_lerp(grads, averages, momentum))])
-            parts = [
-                orthogonalize(part, self.dtype) * (-lr * max(1, part.size(1) / part.size(2)) ** 0.5)
-                for part in updates.split(group["parts"], dim=1)
-            ]  # updates: (n, rows, cols)
-            updates = list(torch.cat(parts, dim=1).float())
-            if hasattr(params[0], "full_tensor"):
-                from scaling import shard
+            params = group["params"]
+            grads = [p.grad for p in params]
+            means = [self.running_mean(p) for p in params]
+            torch._foreach_lerp_(means, grads, 1 - group["momentum"])
+            ahead = [grad.lerp(mean, group["momentum"]) for grad, mean in zip(grads, means)]
+            updates = torch.stack([whole(update) for update in ahead])  # (n, rows, cols)
 
-                updates = [*map(shard, updates, params)]
-            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+            parts = []
+            for part in updates.split(group["parts"], dim=1):
+                rows, cols = part.shape[-2:]
+                scale = max(1, rows / cols) ** 0.5  # a tall matrix needs larger steps
+                parts.append(orthogonalize(part, self.dtype) * scale)
+            updates = list(torch.cat(parts, dim=1).float().unbind())
+            if is_sharded(params[0]):
+                from extras.fsdp import shard_like
+
+                updates = [shard_like(update, p) for update, p in zip(updates, params)]
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_mul_(updates, -group["lr"])
             torch._foreach_add_(params, updates)
 
+    def running_mean(self, p):
+        state = self.state[p]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(p)
+        return state["momentum_buffer"]
 
-def make_optimizers(model, machine):
-    """Return [AdamW] or [AdamW, Muon], as the setting says; together they hold every parameter once."""
-    width, first, blocks = [model.config.n_embd], model.h[0], model.h if optimizer == "muon" else []
-    kinds = zip(*((b.attn.c_attn, b.attn.c_proj, b.mlp.c_fc, b.mlp.c_proj) for b in blocks))
-    parts = (first.attn.parts, width, first.mlp.parts, width)
-    hidden = [
-        {"params": [m.weight for m in kind], "parts": rows} for kind, rows in zip(kinds, parts)
+
+def is_sharded(tensor):
+    return hasattr(tensor, "full_tensor")  # a DTensor, as FSDP makes them
+
+
+def whole(tensor):
+    """Return a tensor that FSDP has sharded as a whole one, and any other as it is."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def make_optimizers(model, settings, machine):
+    """Return the optimizers, which together hold every trainable parameter once.
+
+    Each of their groups has its peak learning rate as "initial_lr"; see set_learning_rates.
+    """
+    groups = muon_groups(model, settings.muon_lr) if settings.optimizer == "muon" else []
+    taken = {id(p) for group in groups for p in group["params"]}
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
+    lr = settings.learning_rate
+    decay = settings.weight_decay
+    rest_groups = [
+        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": decay, "initial_lr": lr},
+        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0, "initial_lr": lr},
     ]
-    taken = {id(p) for group in hidden for p in group["params"]}
-    rest = [p for p in model.parameters() if id(p) not in taken and p.requires_grad]
-    groups = [
-        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
-    ]  # norms, biases
-    fast = machine.dtype != torch.bfloat16 or native_bfloat16(machine.device)
-    ns_dtype = machine.dtype if fast else torch.float32  # of the Newton-Schulz steps
-    muon = [Muon(hidden, muon_lr, muon_momentum, weight_decay, ns_dtype)] if hidden else []
-    return [torch.optim.AdamW(groups, learning_rate, (beta1, beta2), fused=True), *muon]
+    betas = (settings.beta1, settings.beta2)
+    on_gpu = machine.device.type == "cuda"
+    rate = as_rate(lr, machine)
+    optimizers = [torch.optim.AdamW(rest_groups, rate, betas, capturable=on_gpu, fused=True)]
+    if groups:
+        slow = machine.dtype == torch.bfloat16 and not native_bfloat16(machine.device)
+        dtype = torch.float32 if slow else machine.dtype
+        rate = as_rate(settings.muon_lr, machine)
+        optimizers.append(Muon(groups, rate, settings.muon_momentum, decay, dtype))
+    return optimizers
 
 
-# ---- Data: data/<name>/{train.bin, val.bin, meta.json} -----------------------------------------------------
-SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-SHAKESPEARE_URLS = [
-    f"https://{mirror}/data/tinyshakespeare/input.txt"
-    for mirror in (
-        "raw.githubusercontent.com/karpathy/char-rnn/master",
-        "cdn.jsdelivr.net/gh/karpathy/char-rnn@master",
-    )
-]
-
-
-def corpus(name):
-    """Return (text, source) of shakespeare or pydoc. Raises ConnectionError where no mirror has the one."""
-    if name == "pydoc":  # English documentation, half a megabyte, ships with every CPython
-        from pydoc_data.topics import topics
-
-        return "\n\n".join(
-            topics[k].strip() for k in sorted(topics)
-        ) + "\n", "Python's pydoc_data.topics"
-    for url in SHAKESPEARE_URLS:
-        try:
-            content, problem = urllib.request.urlopen(url, timeout=15).read(), "its sha256 is wrong"
-            if hashlib.sha256(content).hexdigest() == SHAKESPEARE_SHA256:
-                return content.decode(), "tiny Shakespeare"
-        except Exception as e:  # noqa: BLE001  # networks fail in many ways
-            problem = e
-    raise ConnectionError(
-        f"{url}: no download ({problem}); prepare.py shakespeare --input=FILE takes a copy"
-    )
-
-
-def write_dataset(folder, text, tokenizer, source, val_fraction=0.1):
-    """Write text, its last val_fraction for validation, as train.bin, val.bin, meta.json; return the meta."""
-    dtype, cut = (
-        "uint16" if tokenizer.vocab_size <= 2**16 else "uint32",
-        int(len(text) * (1 - val_fraction)),
-    )
-    meta = {
-        "source": source,
-        "sha256": hashlib.sha256(text.encode()).hexdigest(),
-        "dtype": dtype,
-        "vocab_size": tokenizer.vocab_size,
-        "tokenizer": tokenizer.state,
+def muon_groups(model, lr):
+    """Return Muon's groups: the matrices of one kind, of all blocks, make one."""
+    attn, mlp = model.h[0].attn, model.h[0].mlp
+    n_embd = model.config.n_embd
+    parts_of = {
+        "attn.c_attn": attn.parts,
+        "attn.c_proj": [n_embd],
+        "mlp.c_fc": mlp.parts,
+        "mlp.c_proj": [n_embd],
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in (folder / "meta.json", *folder.glob("*.bin")):
-        old.unlink(missing_ok=True)  # a run that has them open keeps the old ones
-    for split, part in (("train", text[:cut]), ("val", text[cut:])):
-        ids = np.array(tokenizer.encode(part), np.dtype(dtype).newbyteorder("<"))
-        ids.tofile(folder / f"{split}.bin")
-        meta |= {f"{split}_tokens": len(ids), f"{split}_bytes": len(part.encode())}
-    (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
-    return meta
+    groups = []
+    for name, parts in parts_of.items():
+        params = [block.get_parameter(f"{name}.weight") for block in model.h]
+        groups.append({"params": params, "parts": parts, "initial_lr": lr})
+    return groups
 
 
-def prepare_if_missing(name):
-    """Return the folder of a data set, made first, if need be, where gpt.py knows how; or else pydoc's."""
-    folder = Path(data_dir or HERE / "data") / name
-    if name in ("shakespeare", "pydoc") and not (folder / "meta.json").exists():
-        try:
-            text, source = corpus(name)
-        except ConnectionError as e:
-            print(f"{e}; training on pydoc, Python's own documentation, instead")
-            return prepare_if_missing("pydoc")
-        write_dataset(folder, text, Tokenizer("char", "".join(sorted(set(text)))), source)
-    return folder
+def as_rate(lr, machine):
+    """Return a learning rate; on a GPU as a tensor, which a recorded step reads at each replay."""
+    return torch.tensor(lr, device=machine.device) if machine.device.type == "cuda" else lr
 
 
-class Tokens:
-    """The numbers in <name>.bin, or in <name>_0000.bin, <name>_0001.bin and so on, taken as one array."""
-
-    def __init__(self, folder, name, dtype):
-        paths = sorted(folder.glob(f"{name}_*.bin")) or folder.glob(f"{name}.bin")
-        self.files, self.dtype = [open(path, "rb") for path in paths], dtype  # noqa: SIM115
-        self.bounds = np.cumsum(
-            [0, *(os.fstat(f.fileno()).st_size // dtype.itemsize for f in self.files)]
-        )
-
-    def __len__(self):
-        return int(self.bounds[-1])
-
-    def __getitem__(self, positions):
-        """Return the numbers at positions (int64). Files stay mapped no longer: pages read would add up."""
-        found, file = (
-            np.empty(positions.shape, self.dtype),
-            self.bounds.searchsorted(positions, "right") - 1,
-        )
-        for i in np.unique(file):
-            here = file == i
-            try:
-                found[here] = np.memmap(self.files[i], self.dtype, "r")[
-                    positions[here] - self.bounds[i]
-                ]
-            except (IndexError, ValueError) as e:
-                raise OSError(
-                    f"{self.files[i].name} has become shorter: prepare the data set again"
-                ) from e
-        return found
+def set_learning_rates(optimizers, scale):
+    """Set every group's learning rate to `scale` times its peak."""
+    for o in optimizers:
+        for group in o.param_groups:
+            lr = group["initial_lr"] * scale
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
 
 
-@lru_cache(maxsize=2)
-def epoch_order(
-    n_rows, n_offsets, seed, epoch
-):  # an offset below n_offsets and an order of the rows
-    rng = np.random.default_rng((seed, epoch))
-    return int(rng.integers(n_offsets)), rng.permutation(np.arange(n_rows, dtype=np.uint32))
+def lr_scale(step, progress, settings):
+    """Return the factor on the peak learning rates of the update that follows `step` others.
 
-
-class Data:
-    """A data set whose batches depend on seed and step alone; with weights, no row reaches from one example,
-    which ends with tokenizer.end, into the next. Raises FileNotFoundError, ValueError."""
-
-    def __init__(self, folder, block_size, splits=("train", "val")):
-        self.folder, self.block_size, self.tokens, self.weights, self.starts = (
-            folder,
-            block_size,
-            {},
-            {},
-            {},
-        )
-        if not (folder / "meta.json").exists():
-            raise FileNotFoundError(
-                f"{folder} holds no data set: python prepare.py --input=FILE "
-                f"--name={folder.name} makes one; prepare.py --help tells of others"
-            )
-        try:
-            self.meta = json.loads((folder / "meta.json").read_bytes())
-            keys = "sha256", "dtype", "vocab_size", "train_tokens", "val_tokens", "val_bytes"
-            _, dtype, *numbers = (self.meta[key] for key in keys)
-            if (
-                {*map(type, numbers)} != {int}
-                or min(numbers) < 0
-                or dtype not in ("uint16", "uint32")
-            ):
-                raise TypeError(f"{dtype}, {numbers}")
-            dtype, self.tokenizer = (
-                np.dtype(dtype).newbyteorder("<"),
-                Tokenizer(**self.meta["tokenizer"]),
-            )
-        except Exception as e:  # tiktoken documents none
-            raise ValueError(
-                f"{folder / 'meta.json'} is damaged ({e!r}): prepare the data set again"
-            ) from e
-        self.weighted = any(folder.glob("*.weight*.bin"))
-        for split in splits:
-            n, tokens = self.meta[f"{split}_tokens"], Tokens(folder, split, dtype)
-            weights = Tokens(folder, f"{split}.weight", np.dtype("uint8"))
-            if len(tokens) != n or len(weights) != n * self.weighted:
-                raise ValueError(
-                    f"{folder} holds {len(tokens)} of {n} tokens for {split}: prepare it again"
-                )
-            last = n - 1 if split == "val" else max(n > block_size, n - 2 * block_size)
-            starts = range(0, last, block_size)
-            if self.weighted:
-                ends = np.flatnonzero(tokens[np.arange(n)] == self.tokenizer.end) + 1
-                starts = [i for a, b in zip([0, *ends], ends) for i in range(a, b - 1, block_size)]
-            if not starts:
-                raise ValueError(
-                    f"{split} holds {n} tokens: lower block_size {block_size} or add text"
-                )
-            self.tokens[split], self.weights[split], self.starts[split] = tokens, weights, starts
-
-    def start(self, split, row):
-        """Return where a row begins: of "val" in order, of "train" each once an epoch, shuffled by `seed`."""
-        starts, n_tokens = self.starts[split], len(self.tokens[split])
-        if split == "val":
-            return starts[row] if row < len(starts) else n_tokens
-        n_offsets = 1 if self.weighted else n_tokens - len(starts) * self.block_size
-        offset, order = epoch_order(len(starts), n_offsets, seed, row // len(starts))
-        return starts[order[row % len(starts)]] + offset
-
-    def get_batch(self, split, step, batch_size):
-        """Return inputs, targets (batch_size, block_size) int64, weights float32; past the end 0, -1, 0."""
-        tokens, rows = self.tokens[split], range(step * batch_size, (step + 1) * batch_size)
-        positions = np.array([[self.start(split, row)] for row in rows]) + np.arange(
-            self.block_size + 1
-        )
-        inside, positions = positions < len(tokens), np.minimum(positions, len(tokens) - 1)
-        ids = np.where(inside, tokens[positions], np.int64(-1))
-        if ids.max() >= (n := self.meta["vocab_size"]):
-            raise ValueError(
-                f"{self.folder} holds id {ids.max()} of {n}: prepare the data set again"
-            )
-        x, y, w = ids[:, :-1].clip(min=0), ids[:, 1:].copy(), inside[:, 1:].astype(np.float32)
-        if self.weighted:
-            ended = (x == self.tokenizer.end).cumsum(1) > 0  # another example follows
-            w *= ~ended * self.weights[split][positions[:, 1:]] / np.float32(255)
-        return [torch.from_numpy(array) for array in (x, y, w)]
-
-    def n_val_batches(self):
-        return math.ceil(len(self.starts["val"]) / batch_size)
-
-
-# ---- Schedule and evaluation -------------------------------------------------------------------------------
-def lr_scale(step, progress):
-    """Return the factor on the peak rates of the update after `step` others; progress: share done, 0 to 1."""
-    warm = min(1, (step + 1) / (warmup_iters + 1))
-    falls = {
-        "cosine": 0.5 + 0.5 * math.cos(math.pi * min(progress, 1)),
+    progress: the share of the schedule that is done, from 0 to 1.
+    """
+    warm = min(1, (step + 1) / (settings.warmup_iters + 1))
+    shapes = {
+        "cosine": 0.5 + 0.5 * math.cos(math.pi * progress),
         "linear": 1 - progress,
         "wsd": min(1, 5 * (1 - progress)),
         "constant": 1,
     }
-    return warm * (
-        min_lr / learning_rate + (1 - min_lr / learning_rate) * max(0, falls[lr_schedule])
+    lowest = settings.min_lr / settings.learning_rate
+    return warm * (lowest + (1 - lowest) * shapes[settings.lr_schedule])
+
+
+# ---- Data: data/<name>/{train.bin, val.bin, meta.json} ------------------------------------------
+SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+SHAKESPEARE_URLS = [
+    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+    "https://cdn.jsdelivr.net/gh/karpathy/char-rnn@master/data/tinyshakespeare/input.txt",
+]
+
+
+def load_corpus(name):
+    """Return (text, source) of shakespeare or pydoc. Raises ConnectionError without a network."""
+    if name == "pydoc":  # English documentation, half a megabyte, which every CPython ships
+        from pydoc_data.topics import topics
+
+        paragraphs = [topics[key].strip() for key in sorted(topics)]
+        return "\n\n".join(paragraphs) + "\n", "Python's pydoc_data.topics"
+    for url in SHAKESPEARE_URLS:
+        try:
+            content = urllib.request.urlopen(url, timeout=15).read()
+        except Exception as e:  # networks fail in many ways
+            problem = e
+            continue
+        if hashlib.sha256(content).hexdigest() == SHAKESPEARE_SHA256:
+            return content.decode(), "tiny Shakespeare"
+        problem = "its sha256 is wrong"
+    raise ConnectionError(
+        f"{url} could not be downloaded ({problem}): python prepare.py shakespeare "
+        "--input=FILE takes a copy of your own"
     )
 
 
-@torch.no_grad()
-def evaluate(model, data, machine, n_batches):
-    """Return the mean loss in nats per token of n_batches spread over validation; None if a signal comes."""
-    nats, weight, end = 0.0, 0.0, data.n_val_batches()
-    chosen = np.linspace(0, end - 1, min(n_batches, end)).round().astype(int).tolist()
-    model.eval()
-    chosen += [end] * (
-        -len(chosen) % machine.world_size
-    )  # empty ones, for processes to have equally many
-    for i in chosen[machine.rank :: machine.world_size]:
-        w = (batch := data.get_batch("val", i, batch_size))[2].sum().item()
-        nats, weight = nats + machine.loss(model._call_impl, batch).item() * w, weight + w
-        if machine.stopping():
-            return None
-    model.train()
-    nats, weight = machine.reduce([nats, weight], "SUM")
-    return nats / max(weight, 1e-6)
+def write_dataset(folder, text, tokenizer, source, val_fraction=0.1):
+    """Write a text as a data set, its last val_fraction for validation; return the meta, a dict.
+
+    folder: receives train.bin and val.bin, little-endian ids, and meta.json. source: says where the
+    text is from.
+    """
+    folder = as_path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in (folder / "meta.json", *folder.glob("*.bin")):
+        old.unlink(missing_ok=True)  # a run that has them open keeps the old ones
+    cut = int(len(text) * (1 - val_fraction))
+    meta = {
+        "source": source,
+        "sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "dtype": "uint16" if tokenizer.vocab_size <= 2**16 else "uint32",
+        "vocab_size": tokenizer.vocab_size,
+        "tokenizer": tokenizer.state,
+    }
+    for split, part in (("train", text[:cut]), ("val", text[cut:])):
+        ids = np.array(tokenizer.encode(part), np.dtype(meta["dtype"]).newbyteorder("<"))
+        ids.tofile(folder / f"{split}.bin")
+        meta[f"{split}_tokens"] = len(ids)
+        meta[f"{split}_bytes"] = len(part.encode())
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+    return meta
 
 
-def final_figures(loss, data, machine, title):
-    """Return a full split's loss, perplexity, tokens and bits per byte; print them after title."""
-    n_tokens, figures = (
-        data.meta["val_tokens"],
-        {"val_loss": loss, "perplexity": math.exp(min(loss, 700))},
-    )
-    if not data.weighted:  # else bytes count that are no targets
-        figures["bits_per_byte"] = loss / math.log(2) * n_tokens / max(1, data.meta["val_bytes"])
-    machine.say(
-        f"{title}, {n_tokens:,} tokens: " + ", ".join(f"{k} {v:.4f}" for k, v in figures.items())
-    )
-    return figures | {"tokens": n_tokens}
+def prepare_if_missing(name, root):
+    """Return the data set's folder, prepared first if it is missing and its text is known here.
+
+    Without a network pydoc takes the place of shakespeare, which is said.
+    """
+    folder = root / name
+    if name not in ("shakespeare", "pydoc") or (folder / "meta.json").exists():
+        return folder
+    try:
+        text, source = load_corpus(name)
+    except ConnectionError as e:
+        print(f"{e}; training on pydoc, Python's own documentation, instead")
+        return prepare_if_missing("pydoc", root)
+    write_dataset(folder, text, Tokenizer("char", "".join(sorted(set(text)))), source)
+    return folder
 
 
-# ---- Checkpoints: ckpt.pt resumes, best.pt is weights for use ----------------------------------------------
-def save_checkpoint(path, state, keep=1):
-    """Write state to path, all or nothing; of `keep` files the others are <stem>-1.pt, ... Raises OSError."""
-    part, older = (
-        path.with_suffix(".tmp"),
-        [path.with_stem(f"{path.stem}-{i}") for i in range(1, keep)],
-    )
+class TokenFile:
+    """The numbers in a file, indexed like an array, of which only what is read takes memory."""
+
+    def __init__(self, path, dtype):
+        try:
+            self.file = open(path, "rb")  # kept open, it outlives a data set prepared anew
+        except FileNotFoundError as e:
+            raise ValueError(f"{path} is missing: prepare the data set again") from e
+        self.dtype = np.dtype(dtype).newbyteorder("<")
+        self.length = os.fstat(self.file.fileno()).st_size // self.dtype.itemsize
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, where):
+        """Return the numbers at positions or in a slice. Raises OSError if the file has shrunk."""
+        try:  # mapped anew each time, because the pages that a mapping has read would add up
+            return np.array(np.memmap(self.file, self.dtype, "r")[where])
+        except (IndexError, ValueError) as e:
+            raise OSError(f"{self.file.name} has become shorter: prepare the data set again") from e
+
+
+def read_meta(folder):
+    """Return (meta, tokenizer) of a data set. Raises FileNotFoundError and ValueError."""
+    path = folder / "meta.json"
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{folder} holds no data set: python prepare.py --input=FILE "
+            f"--name={folder.name} makes one of your text"
+        )
+    try:
+        meta = json.loads(path.read_bytes())
+        counts = [meta[key] for key in ("vocab_size", "train_tokens", "val_tokens", "val_bytes")]
+        if not all(type(n) is int and n >= 0 for n in counts):
+            raise ValueError(f"numbers {counts}")
+        if meta["dtype"] not in ("uint16", "uint32"):
+            raise ValueError(f"dtype {meta['dtype']}")
+        state = {"kind": meta["tokenizer"]["kind"]} | meta["tokenizer"]
+        meta["sha256"] = str(meta["sha256"])
+    except (KeyError, TypeError, ValueError) as e:
+        raise ValueError(f"{path} is damaged ({e!r}): prepare the data set again") from e
+    try:
+        return meta, Tokenizer(**state)
+    except TypeError as e:  # a name that Tokenizer does not know
+        raise ValueError(f"{path} is damaged ({e}): prepare the data set again") from e
+
+
+class Data:
+    """A data set, whose batches depend on the seed and on how many rows came before, alone.
+
+    A row is block_size tokens and the one after. Without weights, rows follow each other through
+    the text. With weights, as prompts and responses have them, each row holds one example or a part
+    of it, and rows that hold no target are left out.
+
+    Raises FileNotFoundError if there is no data set, ValueError if it is damaged or too short.
+    """
+
+    def __init__(self, folder, block_size, seed=1337, splits=("train", "val")):
+        self.folder = as_path(folder)
+        self.block_size = block_size
+        self.seed = seed
+        self.meta, self.tokenizer = read_meta(self.folder)
+        self.weighted = any(self.folder.glob("*.weight.bin"))
+        self.tokens = {}
+        self.weights = {}
+        self.starts = {}  # where the rows of a split begin
+        self.n_empty = 0  # rows left out
+        for split in splits:
+            self.open_split(split)
+
+    def open_split(self, split):
+        n = self.meta[f"{split}_tokens"]
+        for name in (split, f"{split}.weight"):
+            if (self.folder / f"{name}_0000.bin").exists():
+                raise ValueError(
+                    f"{self.folder} holds shards, as versions before 2.0.0 wrote them: join them "
+                    f"by cd {self.folder} && cat {name}_*.bin > {name}.bin && rm {name}_*.bin"
+                )
+        files = {split: TokenFile(self.folder / f"{split}.bin", self.meta["dtype"])}
+        if self.weighted:
+            files["weight"] = TokenFile(self.folder / f"{split}.weight.bin", "uint8")
+        for file in files.values():
+            if len(file) != n:
+                raise ValueError(
+                    f"{self.folder} holds {len(file)} of {n} tokens for {split}: prepare it again"
+                )
+        self.tokens[split] = files[split]
+        self.weights[split] = files.get("weight")
+        if self.weighted:
+            starts = self.example_rows(split)
+        elif split == "val":
+            starts = range(0, n - 1, self.block_size)
+        else:  # the last rows' room lets each epoch begin at another offset
+            starts = range(0, max(n > self.block_size, n - 2 * self.block_size), self.block_size)
+        if not starts:
+            raise ValueError(f"{self.folder} holds {n} tokens for {split}, {self.lack(split)}")
+        self.starts[split] = starts
+
+    def lack(self, split):
+        """Return why a split has no row, and the remedy."""
+        if self.weighted:
+            return "but no example whose answer counts: prepare it from other examples"
+        if split == "val":
+            return "too few for a loss: prepare it with a larger --val_fraction, or of more text"
+        return f"too few for block_size {self.block_size}: add text, or lower it"
+
+    def example_rows(self, split):
+        """Return the starts of the rows that hold a target; count the others in n_empty."""
+        weights = self.weights[split][:]
+        sums = np.concatenate(([0], np.cumsum(weights, dtype=np.int64)))
+        starts = []
+        begin = 0
+        for end in np.flatnonzero(self.tokens[split][:] == self.tokenizer.end) + 1:
+            for start in range(begin, end - 1, self.block_size):
+                last = min(start + self.block_size, end - 1)  # of the row's targets
+                if sums[last + 1] > sums[start + 1]:
+                    starts.append(start)
+                else:
+                    self.n_empty += 1
+            begin = end
+        return starts
+
+    def row_start(self, split, row):
+        """Return where a row begins: of "val" in order, of "train" each once an epoch, shuffled."""
+        starts = self.starts[split]
+        n_tokens = len(self.tokens[split])
+        if split == "val":
+            return starts[row] if row < len(starts) else n_tokens
+        n_offsets = 1 if self.weighted else n_tokens - len(starts) * self.block_size
+        offset, order = epoch_order(len(starts), n_offsets, self.seed, row // len(starts))
+        return starts[order[row % len(starts)]] + offset
+
+    def get_batch(self, split, first_row, n_rows):
+        """Return inputs and targets (n_rows, block_size) int64, and the targets' weights, float32.
+
+        What lies past the end, or past the end of an example, has weight 0.
+        """
+        tokens = self.tokens[split]
+        starts = [self.row_start(split, row) for row in range(first_row, first_row + n_rows)]
+        positions = np.array(starts)[:, None] + np.arange(self.block_size + 1)
+        inside = positions < len(tokens)
+        positions = np.minimum(positions, len(tokens) - 1)
+        ids = np.where(inside, tokens[positions], np.int64(-1))
+        if ids.max() >= self.meta["vocab_size"]:
+            raise ValueError(
+                f"{self.folder} holds id {ids.max()}, its vocabulary {self.meta['vocab_size']}: "
+                "prepare it again"
+            )
+        x = ids[:, :-1].clip(min=0)
+        y = ids[:, 1:].copy()
+        w = inside[:, 1:].astype(np.float32)
+        if self.weighted:
+            example_ended = (x == self.tokenizer.end).cumsum(1) > 0
+            w *= ~example_ended * self.weights[split][positions[:, 1:]] / np.float32(255)
+        return torch.from_numpy(x), torch.from_numpy(y), torch.from_numpy(w)
+
+    def n_rows(self, split):
+        """Return how many rows a split has; for "train", in an epoch."""
+        return len(self.starts[split])
+
+    def n_val_batches(self, batch_size):
+        return math.ceil(self.n_rows("val") / batch_size)
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(n_rows, n_offsets, seed, epoch):
+    """Return an epoch's offset, below n_offsets, and the order in which it takes its rows."""
+    rng = np.random.default_rng((seed, epoch))
+    offset = int(rng.integers(n_offsets))
+    return offset, rng.permutation(np.arange(n_rows, dtype=np.uint32))
+
+
+# ---- Checkpoints: ckpt.pt resumes a run, best.pt is for use -------------------------------------
+def save_checkpoint(path, state):
+    """Write a dict to path, whole or not at all. Raises OSError; the file before then stays."""
+    path = as_path(path)
+    part = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         torch.save(state, part)
-        with open(part, "rb+") as f:
-            os.fsync(f.fileno())
-        for old, new in reversed([*zip([path, *older], older)]):
-            if old.exists():
-                old.replace(new)
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())
         part.replace(path)
     except (OSError, RuntimeError) as e:  # torch makes a RuntimeError of a failed write
         part.unlink(missing_ok=True)
-        raise OSError(
-            f"{path} could not be saved ({e}); the one saved before it is untouched"
-        ) from e
+        raise OSError(f"{path} could not be saved ({e}); the one before it is untouched") from e
 
 
 def read_checkpoint(path):
-    """Return what save_checkpoint wrote. Raises FileNotFoundError; ValueError if it is damaged."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(
-            f"{path} does not exist: train first, or name another checkpoint or out_dir"
-        )
+    """Return the dict that save_checkpoint wrote. path: the file, or a folder that holds best.pt.
+
+    Raises FileNotFoundError, and ValueError for a file that is damaged or something else.
+    """
+    path = as_path(path)
+    if path.is_dir():
+        path = path / "best.pt"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: name a checkpoint, or train one first")
     try:
-        if part := zipfile.ZipFile(path).testzip():  # torch itself compares no checksums
-            raise zipfile.BadZipFile(f"checksum of {part}")
-        state = {"base": "", "lora_rank": 0} | torch.load(
-            path, map_location="cpu", weights_only=True
-        )
-        kinds = {
-            "model": dict,
-            "model_args": dict,
-            "tokenizer": dict,
-            "base": str,
-            "lora_rank": int,
-        }
-        return state | {name: kind(state[name]) for name, kind in kinds.items()}
+        broken = zipfile.ZipFile(path).testzip()  # torch itself compares no checksums
+        if broken:
+            raise zipfile.BadZipFile(f"checksum of {broken}")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
     except Exception as e:  # torch raises half a dozen types
         raise ValueError(
-            f"{path} is damaged or no checkpoint ({type(e).__name__}): use another"
+            f"{path} is damaged or no checkpoint ({type(e).__name__}): use another, such as "
+            "best.pt or ckpt.pt beside it"
         ) from e
+    for key in ("model", "model_args", "tokenizer"):
+        if not isinstance(state, dict) or not isinstance(state.get(key), dict):
+            raise ValueError(f"{path} is no checkpoint of gpt.py (it has no {key}): name another")
+    state = {"base": "", "lora_rank": 0} | state
+    if type(state["base"]) is not str or type(state["lora_rank"]) is not int:
+        raise ValueError(f"{path} is damaged (base or lora_rank): use another")
+    if state["lora_rank"] and "wte.weight" not in state["model"]:
+        raise ValueError(
+            f"{path} holds LoRA matrices alone, as versions before 2.0.0 wrote them: "
+            f"python hub.py merge {path} makes it whole"
+        )
+    return state
 
 
 def load_checkpoint(path, device="cpu", **changes):
-    """Return (model, tokenizer, checkpoint) of a path or Hugging Face id; changes: of the model's config."""
-    state = read_checkpoint(path) if Path(path).is_file() or Path(path).suffix == ".pt" else None
-    if state is None or state["lora_rank"]:
-        from pretrained import load_other
+    """Return (model, tokenizer, checkpoint); the model is in evaluation mode, on the device.
 
-        return load_other(path, state, device, **changes)
+    changes: fields of GPTConfig that shape no weight, such as dropout. LoRA's matrices are merged.
+    Raises as read_checkpoint does, and ValueError if the checkpoint does not fit this GPT.
+    """
+    state = read_checkpoint(path)
     try:
-        model, tokenizer = (
-            GPT(GPTConfig(**state["model_args"] | changes)),
-            Tokenizer(**state["tokenizer"]),
-        )
-        model.load_state_dict(state["model"])
-    except Exception as e:  # as many as there are ways to be damaged
+        model = GPT(GPTConfig(**state["model_args"] | changes))
+        tokenizer = Tokenizer(**state["tokenizer"])
+        load_weights(model, state)
+    except (AttributeError, KeyError, RuntimeError, TypeError) as e:
+        made_by = state.get("version", "before 2.0.0")
         raise ValueError(
-            f"{path} does not fit this gpt.py's GPT: use the version it was made with"
+            f"{path} does not fit this GPT ({one_line(e)}): it was made by version {made_by} of "
+            f"gpt.py, this is {__version__}"
         ) from e
+    if state["lora_rank"]:
+        from extras.lora import merge_lora
+
+        merge_lora(model)
     return model.eval().to(device), tokenizer, state
 
 
-# ---- The machine: what is chosen by hardware is chosen here ------------------------------------------------
-# dense bfloat16 or float16 by the makers' data sheets; the first name found in the GPU's counts
+def load_weights(model, state):
+    """Copy a checkpoint's weights into a model, with LoRA's matrices beside them if it has some."""
+    if state["lora_rank"]:
+        from extras.lora import add_lora
+
+        add_lora(model, state["lora_rank"])
+    model.load_state_dict(state["model"])
+
+
+def one_line(error):
+    return " ".join(str(error).split())[:200]
+
+
+# ---- Machine: what depends on the hardware or on the number of processes ------------------------
+# Dense bfloat16 or float16 teraflops by the makers' data sheets. The first name found in the GPU's
+# counts, so the longer ones of a family come first.
 PEAK_TFLOPS = {
     "B200": 2250,
     "H200": 989,
@@ -1027,551 +1463,1136 @@ PEAK_TFLOPS = {
 
 @dataclass
 class Machine:
+    """Where a run computes: its device, and its place among the processes of torchrun."""
+
     device: torch.device
     dtype: torch.dtype  # of matrix products; the weights stay float32
-    compile: bool
-    rank: int
-    world_size: int
-    caught: list = field(default_factory=list)  # signals that ask the run to save and end
-    sharded = property(lambda self: fsdp and self.world_size > 1)  # by FSDP, else DDP
+    rank: int = 0
+    world_size: int = 1
+    fsdp: bool = False  # whether the processes shard the model, instead of DDP's copies
+    stop_signals: list = field(default_factory=list)  # that have asked the run to save and end
+    files: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)  # open during the run
 
     def name(self):
-        kind = (
-            torch.cuda.get_device_name(self.device)
-            if self.device.type == "cuda"
-            else self.device.type
-        )
+        kind = self.device.type
+        if kind == "cuda":
+            kind = torch.cuda.get_device_name(self.device)
         return f"{self.world_size} x {kind}"
 
-    def loss(self, forward, batch):
-        x, y, w = (to_device(t, self.device) for t in batch)
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            return forward(x, y, weights=w)[1]
-
     def say(self, text):
-        print(text, flush=True) if self.rank == 0 else None
+        """Print a text in the first process."""
+        if self.rank > 0:
+            return
+        try:
+            print(text, flush=True)
+        except OSError as e:
+            if e.errno != errno.EIO:  # a terminal that has been closed: SIGHUP will end the run
+                raise
 
-    def stopping(self):
-        return self.reduce([bool(self.caught)], "MAX")[0] > 0  # a signal, to any process?
+    def autocast(self):
+        """Return the context in which matrix products take the machine's dtype."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    # for one process; scaling.py puts others in their place where there are several
-    def reduce(self, values, op):
-        return [float(v) for v in values]  # op: SUM or MAX over processes
+    def mfu(self, flops_per_second):
+        """Return which share of the GPUs' peak this is, or None where the peak is not known."""
+        for gpu, tflops in PEAK_TFLOPS.items():
+            if gpu in self.name() and self.dtype != torch.float32:
+                return flops_per_second / (tflops * 1e12 * self.world_size)
+        return None
 
-    def first(self, function, *arguments):
-        return function(*arguments)  # called in the first, returned in all
+    def combine(self, values, how):
+        """Return the "sum" or "max" of each number over all processes, as a list of floats."""
+        values = [float(value) for value in values]
+        if self.world_size == 1:
+            return values
+        together = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(together, dist.ReduceOp.SUM if how == "sum" else dist.ReduceOp.MAX)
+        return together.tolist()
 
-    def divide(self, n_micro, rows):
-        return n_micro, rows  # number of micro-batches a step, and their size
+    def mean(self, value):
+        """Return the mean of a number over all processes."""
+        return self.combine([value], "sum")[0] / self.world_size
 
-    def prepare(self, model):
-        return model.to(self.device)  # returned: what is called to train it
+    def from_first(self, function, *arguments):
+        """Call a function in the first process; return its result in all."""
+        if self.world_size == 1:
+            return function(*arguments)
+        result = [function(*arguments) if self.rank == 0 else None]
+        dist.broadcast_object_list(result)
+        return result[0]
 
-    def gather(self, state):
-        return state  # a checkpoint's, of whole tensors
+    def must_stop(self):
+        """Tell whether a signal has asked any of the processes to stop."""
+        return self.combine([bool(self.stop_signals)], "max")[0] > 0
 
     def leave(self):
-        pass
+        """Leave the other processes, at the end."""
+        if self.world_size > 1:
+            import gc
 
-    def mfu(
-        self, flops
-    ):  # the share that flops per second are of the GPUs' peak, None where not known
-        peak = next((tflops for gpu, tflops in PEAK_TFLOPS.items() if gpu in self.name()), None)
-        return (
-            flops / (peak * 1e12 * self.world_size)
-            if peak and self.dtype != torch.float32
-            else None
-        )
+            gc.collect()  # DDP's reference cycles hold threads that would abort the process
+            dist.destroy_process_group()
 
 
 def pick_device(name):
-    """Return the torch.device that the setting `device` names. Raises ValueError if it is not there."""
+    """Return the torch.device that the setting `device` names. Raises ValueError without it."""
     if name == "auto":
-        name = (
-            torch.accelerator.current_accelerator().type
-            if torch.accelerator.is_available()
-            else "cpu"
-        )
-    if name == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun's processes take one GPU each
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
+        found = torch.accelerator.is_available()
+        name = torch.accelerator.current_accelerator().type if found else "cpu"
+    if name == "cuda" and launched_by_torchrun():
+        name = f"cuda:{os.environ['LOCAL_RANK']}"  # one GPU for each process
     try:
         return torch.zeros(1, device=name).device
     except Exception as e:  # torch raises half a dozen types
-        raise ValueError(f"device {name!r} is not there: use --device=auto or cpu") from e
+        raise ValueError(f"device {name!r} is not available: use --device=auto or cpu") from e
 
 
-def native_bfloat16(device):  # does the hardware itself multiply it? A T4, say, emulates it
+def native_bfloat16(device):
+    """Tell whether the hardware itself multiplies bfloat16; a T4, for one, emulates it."""
     if device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512":
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def set_up_machine():
-    """Choose device and dtype, and whether one can compile; under torchrun, join the other processes."""
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    found = pick_device(device)
+def launched_by_torchrun():
+    """Tell whether torchrun started this process, which then has all of these variables."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    return all(os.environ.get(name) for name in names)
+
+
+def set_up_machine(settings):
+    """Return the Machine of the settings and the hardware, joined to torchrun's processes.
+
+    Raises ValueError for a device or dtype that is not available.
+    """
+    found = pick_device(settings.device)
+    capability = (0, 0)
     if found.type == "cuda":
         torch.cuda.set_device(found)
-    elif sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-3, 2**30) or libc.mallopt(
-            -3, 2**25
-        )  # M_MMAP_THRESHOLD, where 2**30 is too much: keep
-        libc.mallopt(
-            -1, 2**31 - 1
-        )  # M_TRIM_THRESHOLD; freed memory, or else each step asks for new pages
-    capability = torch.cuda.get_device_capability(found) if found.type == "cuda" else (0, 0)
-    best = (
-        "bfloat16" if native_bfloat16(found) else "float16" if capability >= (7, 0) else "float32"
-    )
-    chosen = getattr(torch, best if dtype == "auto" else dtype)
+        capability = torch.cuda.get_device_capability(found)
+    best = "float16" if capability >= (7, 0) else "float32"
+    if native_bfloat16(found):
+        best = "bfloat16"
+    chosen = getattr(torch, best if settings.dtype == "auto" else settings.dtype)
     if chosen == torch.float16 and found.type != "cuda":
-        raise ValueError(
-            f"dtype float16 needs a CUDA GPU, not {found.type}: use bfloat16 or float32"
-        )
+        raise ValueError(f"dtype float16 needs a CUDA GPU: on {found.type} use bfloat16 or float32")
     torch.set_float32_matmul_precision("high")  # TF32 for what stays float32 on CUDA
-    able = capability >= (7, 0) or bool(
-        found.type == "cpu" and shutil.which("g++")
-    )  # to compile; see build
-    machine = Machine(found, chosen, able if compile is None else compile, rank, world_size)
+    if found.type == "cpu":
+        keep_freed_memory()
+    if launched_by_torchrun():
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    else:
+        rank, world_size = 0, 1
+        stray = [
+            name
+            for name in ("RANK", "WORLD_SIZE")
+            if os.environ.get(name, "") not in ("", "0", "1")
+        ]
+        if stray:
+            print(f"{stray[0]} is set, but not by torchrun: this process trains alone")
+    machine = Machine(found, chosen, rank, world_size, settings.fsdp and world_size > 1)
     if world_size > 1:
-        from scaling import join_processes
-
         join_processes(machine)
     return machine
 
 
-def compile_model(model, machine, batch):
-    """Compile the model, or several processes' blocks, in place, if that works on a batch; return seconds."""
-    os.environ.setdefault(
-        "TORCHINDUCTOR_VEC_ISA_OK", "1"
-    )  # spares seconds of trying the C++ compiler
-    began, outcome, parts = time.time(), "compiled", model.h if machine.world_size > 1 else [model]
-    for (
-        part
-    ) in parts:  # so processes exchange a block's gradients while they compute the next one's
-        part.compile(
-            dynamic=False
-        )  # part(...) is compiled from now on, part._call_impl(...) is not
-    try:
-        machine.loss(model, batch).backward()
-    except torch.OutOfMemoryError:
-        pass  # the step will meet it, too
-    except Exception as e:  # noqa: BLE001  # compilers' errors have no common type
-        outcome = f"not compiled: torch.compile failed ({type(e).__name__})"
-        for part in parts:
-            part._compiled_call_impl = None
-    model.zero_grad(set_to_none=True)
-    machine.say(f"{outcome} in {time.time() - began:.0f} s")
-    return time.time() - began
+def keep_freed_memory():
+    """Let glibc keep freed memory, or else each step must ask the system for new pages."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
+        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+        if not libc.mallopt(M_MMAP_THRESHOLD, 2**30):
+            libc.mallopt(M_MMAP_THRESHOLD, 2**25)  # the most that some versions take
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-# ---- Training ----------------------------------------------------------------------------------------------
-def model_config(vocab_size):
-    return GPTConfig(
-        vocab_size=vocab_size, **{k: globals()[k] for k in SETTINGS if hasattr(GPTConfig, k)}
-    )
+def join_processes(machine):
+    """Join torchrun's other processes; also after torchrun has restarted them all."""
+    store = next(dist.rendezvous("env://"))[0]
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # The store outlives a restart and still holds the addresses of the ended processes.
+        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+    backend = "cpu:gloo,cuda:nccl" if machine.device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=machine.rank, world_size=machine.world_size)
 
 
-def check_settings():
-    """Raise ValueError for the first setting whose value has no meaning."""
-    choices = {
-        "optimizer": "muon adamw",
-        "dtype": "auto float32 bfloat16 float16",
-        "lr_schedule": "cosine linear wsd constant",
-    }
-    positive = (
-        "batch_size gradient_accumulation_steps eval_interval eval_iters log_interval learning_rate"
-    )
-    for name in SETTINGS:
-        value, least = globals()[name], 1e-12 if name in positive.split() else 0
-        if name in choices and value not in choices[name].split():
-            raise ValueError(
-                f"{name} is {value!r}: it must be one of {choices[name].replace(' ', ', ')}"
-            )
-        if type(value) in (int, float) and not least <= value < 2**31:
-            raise ValueError(
-                f"{name} is {value}: it must be {'above' if least else 'from'} 0, below 2**31"
-            )
-    model_config(vocab_size=1)
+@contextlib.contextmanager
+def catch_stop_signals(machine):
+    """Note the first signal that asks to stop in machine.stop_signals; the next acts as usual."""
+    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    hangup = getattr(signal, "SIGHUP", None)
+    actions = {}
 
-
-def build(data, machine, state, out=Path()):
-    """Return (model, what is called to train it, optimizers, scaler); decide whether machine.compile pays."""
-    torch.manual_seed(seed)
-    if state or lora_rank or init_from not in ("scratch", "resume", "auto"):
-        from resume import go_on, trained_model
-
-        model = trained_model(sys.modules[__name__], data, state, out)
-    else:
-        model = GPT(model_config(data.meta["vocab_size"]))
-    flops = (
-        model.flops_per_token() * max_iters * batch_size * gradient_accumulation_steps * block_size
-    )
-    enough = 5e15 if machine.device.type == "cuda" else 5e13
-    long = (
-        max_minutes >= (5 if machine.dtype == torch.float32 else 2)
-        if max_minutes
-        else flops >= enough
-    )
-    machine.compile = machine.compile and (compile or long)
-    forward, optimizers = machine.prepare(model), make_optimizers(model, machine)
-    scaler = torch.amp.GradScaler("cuda", enabled=machine.dtype == torch.float16)
-    if state:
-        go_on(optimizers, scaler, state, machine)
-    return model, forward, optimizers, scaler
-
-
-def open_run(out, resumed):
-    """Make the run's folder, renaming an earlier run's files; return the functions that log a dict there."""
-    others = []
-    try:
-        if tensorboard or wandb_log or ("__file__" in globals() and (HERE / "plots.py").exists()):
-            from plots import writers
-
-            others = writers(sys.modules[__name__], out)
-        out.mkdir(parents=True, exist_ok=True)
-        old = (
-            []
-            if resumed
-            else filter(Path.exists, [*out.glob("*.pt"), out / "log.jsonl", out / "loss.png"])
-        )
-        kept = [path.rename(f"{path}.{time.strftime('%Y-%m-%d-%H%M%S')}").name for path in old]
-        if kept:
-            print(f"{out}: the earlier run's files are now {', '.join(kept)}")
-        log_file = open(out / "log.jsonl", "a", encoding="utf-8", buffering=1)  # noqa: SIM115  # by lines
-    except OSError as e:
-        raise OSError(
-            f"{out} cannot be written ({e.strerror}): choose another folder with --out_dir"
-        ) from e
-    return [lambda values: print(json.dumps(values), file=log_file), *others]
-
-
-def describe(machine, data, model, out, step):
-    n, trained = model.n_params(), sum(p.numel() for p in model.parameters() if p.requires_grad)
-    way = (
-        ", FSDP"
-        if machine.sharded
-        else ", DDP"
-        if machine.world_size > 1
-        else ", fsdp: alone" * fsdp
-    )
-    meta, tokens = data.meta, batch_size * gradient_accumulation_steps * block_size
-    origin = f", from {model.base}" * bool(model.base) + f", on from step {step:,}" * (step > 0)
-    return f"""machine  {machine.name()}, {torch.get_num_threads()} threads, torch {torch.__version__}
-         {str(machine.dtype)[6:]}, {"compiled" if machine.compile else "eager"}{way}
-data     {data.folder}: {meta["train_tokens"]:,} training and {meta["val_tokens"]:,} validation tokens
-         {meta["tokenizer"]["kind"]} vocabulary of {meta["vocab_size"]:,}
-model    {n / 1e6:,.2f}M parameters{f", {trained:,} trained" * (trained < n)}; up to \
-{(n + 3 * trained) / 2**18:,.0f} MiB with gradients and averages, plus activations
-run      {f"{max_minutes:g} minutes" if max_minutes else f"{max_iters:,} steps"} of {tokens:,} tokens
-         {len(data.starts["train"]) * block_size / tokens:,.0f} steps an epoch, in {out}{origin}"""
-
-
-def print_sample(model, data, machine):
-    """Print up to sample_tokens that continue a newline or, if weighted, validation's first prompt."""
-    if sample_tokens == 0 or (
-        machine.rank > 0 and not machine.sharded
-    ):  # whose weights are everywhere
-        return
-    x, _, w = data.get_batch("val", 0, 1)  # w: 0 up to the first token of an answer
-    plain = not data.weighted and "\n" in (data.tokenizer.state["chars"] or "\n")
-    ids = data.tokenizer.encode("\n") if plain else x[0, : 1 + int(w[0].argmax())].tolist()
-    model.eval()
-    draws = torch.Generator(machine.device).manual_seed(seed)
-    ids += [int(i) for i in model.generate([ids], sample_tokens, generator=draws)] + [
-        data.tokenizer.end
-    ]
-    model.train()
-    if machine.rank == 0:
-        text = data.tokenizer.decode(ids[: ids.index(data.tokenizer.end)])
-        print("-" * 80, text.strip(), "-" * 80, sep="\n")
-
-
-def snapshot(model, data, machine, step, best_val_loss, **more):
-    """Return what a checkpoint for use holds, and more: tensors, numbers, strings, lists and dicts only."""
-    weights = {k: v for k, v in model.state_dict().items() if not lora_rank or ".lora." in k}
-    return machine.gather(
-        {
-            "model": weights,
-            "model_args": asdict(model.config),
-            "tokenizer": data.tokenizer.state,
-            "config": {name: globals()[name] for name in SETTINGS} | {"dataset": data.folder.name},
-            "optimizer": optimizer,
-            "base": model.base,
-            "lora_rank": lora_rank,
-            "step": step,
-            "dataset_sha256": data.meta["sha256"],
-            "best_val_loss": best_val_loss,
-            **more,
-        }
-    )
-
-
-def accumulate(backward, forward, batches, step, weight, machine):
-    """Add up a process's gradients, averaged over processes; return the loss, or None if memory ran out."""
-    loss, first = torch.zeros((), device=machine.device), step * machine.world_size + machine.rank
-    try:
-        for micro, batch in enumerate(
-            batches, first * len(batches)
-        ):  # its number among all of the run's
-            torch.manual_seed((seed << 32) + micro)  # dropout, too, depends on (seed, step) alone
-            forward.require_backward_grad_sync = last = batch is batches[-1]  # DDP's switch
-            if machine.sharded:
-                forward.set_requires_gradient_sync(last)
-            loss += backward(*batch, float(batch[2].sum() / max(weight, 1e-6)))
-    except RuntimeError as e:  # torch.OutOfMemoryError or, on MPS, this itself
-        if "out of memory" not in str(e):
-            raise
-        return None
-    return loss
-
-
-def make_step(model, forward, optimizers, scaler, machine, n_micro):
-    """Return a step's two halves. On one GPU, where n_micro is 1, they are Replays, which belong together."""
-
-    def backward(x, y, w, factor):
-        loss = machine.loss(forward, (x, y, w)) * factor
-        scaler.scale(loss).backward()
-        return loss.detach()
-
-    def update(*rates):
-        """Clip, take each optimizer's step, none if a gradient is not finite; return the norm before."""
-        for o in optimizers:
-            scaler.unscale_(o)
-        norm = whole(nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf))
-        for o, rate in zip(optimizers, rates):
-            for group in o.param_groups:
-                group |= {"lr": rate, "capturable": norm.is_cuda}
-            o.found_inf = (
-                ~norm.isfinite()
-            ).float()  # 1: step() changes nothing, and nobody waits to know
-            o.step() if machine.device.type != "mps" or not o.found_inf else None  # whose AdamW ignores it
-            o.zero_grad(set_to_none=True)
-        scaler.update()
-        return norm
-
-    alone = (
-        machine.world_size * n_micro == 1 and not gradient_checkpointing
-    )  # whose random state it reads
-    return (
-        (Replay(backward, machine.device), Replay(update, machine.device))
-        if alone
-        else (backward, update)
-    )
-
-
-def train(started=None):
-    """Train as the settings say; return the final figures as a dict. SIGINT, SIGTERM, SIGUSR1 save, end a run
-    and are its "stopped_by"; max_minutes counts from `started`, or now. Raises ValueError, OSError."""
-    check_settings()
-    machine, actions = set_up_machine(), {}
-
-    def note(signum, frame):
-        machine.caught.append(signum)
-        signal.signal(signum, actions[signum])  # a second one acts as ever
+    def note(number, frame):
+        machine.stop_signals.append(number)
+        for each, action in actions.items():  # a closed terminal sends SIGHUP more than once
+            signal.signal(each, signal.SIG_IGN if each == hangup else action)
+        if machine.rank == 0:
+            with contextlib.suppress(OSError):  # print() may itself have been interrupted
+                os.write(2, b"stopping after this step, to save; the next signal stops at once\n")
 
     if threading.current_thread() is threading.main_thread():  # elsewhere Python forbids handlers
-        actions = {
-            n: signal.signal(n, note) for n in {2, 15, getattr(signal, "SIGUSR1", 2)}
-        }  # INT, TERM
+        for number in numbers:
+            if number != hangup or signal.getsignal(number) is not signal.SIG_IGN:  # nohup's wish
+                actions[number] = signal.signal(number, note)
     try:
-        if eval_only or eval_text or dry_run:
-            from evaluation import without_training
-
-            figures = without_training(sys.modules[__name__], machine)
-        else:
-            figures = training_run(started or time.time(), machine)
+        yield
     finally:
-        for signum, action in actions.items():
-            signal.signal(signum, action)
-    machine.leave()
+        for number, action in actions.items():
+            signal.signal(number, action)
+
+
+class StopRequested(Exception):
+    """A signal asks the run to end."""
+
+
+# ---- Evaluation ---------------------------------------------------------------------------------
+@torch.no_grad()
+def evaluate(model, data, machine, n_batches, batch_size):
+    """Return the mean loss in nats per target of n_batches, spread over the validation split.
+
+    Several processes share the batches. Raises StopRequested if a signal comes.
+    """
+    end = data.n_val_batches(batch_size)
+    chosen = np.linspace(0, end - 1, min(n_batches, end)).round().astype(int).tolist()
+    chosen += [end] * (-len(chosen) % machine.world_size)  # empty ones, so that all have as many
+    nats = 0.0
+    weight = 0.0
+    model.eval()
+    try:
+        for i in chosen[machine.rank :: machine.world_size]:
+            x, y, w = data.get_batch("val", i * batch_size, batch_size)
+            loss = batch_loss(model, x, y, w, machine).item()
+            nats += loss * w.sum().item()
+            weight += w.sum().item()
+            if machine.must_stop():
+                raise StopRequested("stopped in an evaluation")
+    finally:
+        model.train()
+    nats, weight = machine.combine([nats, weight], "sum")
+    return nats / weight
+
+
+def batch_loss(model, x, y, w, machine):
+    """Return a batch's mean loss, computed in the machine's dtype."""
+    x, y, w = (to_device(t, machine.device) for t in (x, y, w))
+    with machine.autocast():
+        return model(x, y, weights=w)[1]
+
+
+def final_figures(loss, data, machine, title):
+    """Print and return what the loss over the whole validation split means, as a dict."""
+    figures = {"val_loss": loss, "perplexity": math.exp(min(loss, 700))}
+    n_tokens = data.meta["val_tokens"]
+    if not data.weighted:  # where prompts do not count, there is no number of bytes to divide by
+        n_bytes = max(1, data.meta["val_bytes"])
+        figures["bits_per_byte"] = loss / math.log(2) * n_tokens / n_bytes
+    words = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
+    machine.say(f"{title}, {n_tokens:,} tokens: {words}")
+    return figures | {"tokens": n_tokens}
+
+
+def evaluate_checkpoint(settings, machine, folder):
+    """Return the figures of init_from, or else out_dir/best.pt, on the whole validation split."""
+    path = run_folder(settings, folder) / "best.pt"
+    if settings.init_from not in ("scratch", "resume", "auto"):
+        path = settings.init_from
+    model, tokenizer, state = load_checkpoint(path, machine.device)
+    trained_block = state.get("config", {}).get("block_size", settings.block_size)
+    block_size = min(trained_block, model.config.block_size)
+    data = Data(folder, block_size, settings.seed, ["val"])
+    check_tokenizer(data, tokenizer)
+    n_batches = data.n_val_batches(settings.batch_size)
+    loss = evaluate(model, data, machine, n_batches, settings.batch_size)
+    title = f"{path}, step {state.get('step', 0):,}, whole validation split"
+    return final_figures(loss, data, machine, title)
+
+
+def check_tokenizer(data, tokenizer):
+    """Raise ValueError if an id does not mean the same to the data set and to the model."""
+    theirs = data.tokenizer
+    same = theirs.state["json"] == tokenizer.state["json"] and theirs.special == tokenizer.special
+    if same and not tokenizer.state["json"]:
+        same = theirs.encoding._mergeable_ranks == tokenizer.encoding._mergeable_ranks
+    if not same:
+        raise ValueError(
+            f"{data.folder} has another tokenizer than the model: prepare it by "
+            "prepare.py --tokenizer=CHECKPOINT"
+        )
+
+
+# ---- Training -----------------------------------------------------------------------------------
+FREE_FIELDS = ("dropout", "train_temperature", "gradient_checkpointing")  # they shape no weight
+EXIT_SHARE = 0.01  # of max_minutes: what the end of the process takes
+
+
+@dataclass
+class Progress:
+    """Where a run stands. A checkpoint holds all of it."""
+
+    step: int = 0
+    next_row: int = 0  # the training rows taken so far, over all epochs
+    best_val_loss: float = math.inf
+    stale: int = 0  # evaluations since the best one
+    skipped: int = 0  # steps whose gradient was not finite
+    trained_s: float = 0.0  # seconds in the loop
+    spent_s: float = 0.0  # seconds of the run's processes, from their start to their end
+
+
+class Clock:
+    """Tells how much of a run is done, from 0 to 1: by steps or, with max_minutes, by time.
+
+    Setting up and compiling use up minutes, but are no progress, so the schedule begins with the
+    loop. Evaluations are a part of it. reserve_s is kept for the last evaluation.
+    """
+
+    def __init__(self, settings, progress, started):
+        self.settings = settings
+        self.started = started - progress.spent_s  # as if one process had done all
+        self.loop_began = time.monotonic() - progress.trained_s
+        self.reserve_s = 0.0
+
+    def begin_loop(self, progress):
+        self.loop_began = time.monotonic() - progress.trained_s
+
+    def spent_s(self):
+        return time.monotonic() - self.started
+
+    def trained_s(self):
+        return time.monotonic() - self.loop_began
+
+    def left_s(self):
+        """Return the seconds that training may still take under max_minutes."""
+        budget = 60 * self.settings.max_minutes * (1 - EXIT_SHARE)
+        return max(0.0, budget - self.spent_s() - self.reserve_s)
+
+    def share_done(self, step):
+        if self.settings.max_minutes:
+            trained = self.trained_s()
+            return trained / max(1.0, trained + self.left_s())  # it trains for a second at least
+        return step / self.settings.max_iters if self.settings.max_iters else 1.0
+
+
+def data_root(settings):
+    return as_path(settings.data_dir or HERE / "data")
+
+
+@contextlib.contextmanager
+def data_folder(settings, machine):
+    """Yield the data set's folder, which is prepared if need be; a dry run does so elsewhere."""
+    root = data_root(settings)
+    with contextlib.ExitStack() as stack:
+        missing = not (root / settings.dataset / "meta.json").exists()
+        if settings.dry_run and missing and settings.dataset in ("shakespeare", "pydoc"):
+            root = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        yield machine.from_first(prepare_if_missing, settings.dataset, root)
+
+
+def run_folder(settings, folder):
+    return as_path(settings.out_dir or HERE / "out" / folder.name)
+
+
+def model_config(settings, vocab_size):
+    """Return the GPTConfig of the settings. Raises ValueError for sizes that do not fit."""
+    fields = GPTConfig.__dataclass_fields__
+    values = {name: value for name, value in vars(settings).items() if name in fields}
+    return GPTConfig(vocab_size=vocab_size, **values)
+
+
+def read_run(settings, out, machine):
+    """Return the checkpoint of the run to resume, or None for a new run.
+
+    Raises FileNotFoundError if there is none to resume, and ValueError if it is damaged.
+    """
+    path = out / "ckpt.pt"
+    resume = settings.init_from == "resume"
+    if settings.init_from == "auto":
+        resume = machine.from_first(path.exists)
+    if not resume:
+        return None
+    state = read_checkpoint(path)
+    if "optimizers" not in state:
+        raise ValueError(f"{path} does not hold a run to resume: best.pt, say, is for use only")
+    return state
+
+
+def read_progress(state):
+    """Return the Progress that a run's checkpoint holds. Raises TypeError if it makes no sense."""
+    if "progress" in state:
+        progress = Progress(**state["progress"])
+    else:  # before version 2.0.0, whose seconds a clock that was set could make negative
+        rows = state["config"]["batch_size"] * state["config"]["gradient_accumulation_steps"]
+        progress = Progress(
+            step=state["step"],
+            next_row=state["step"] * rows,
+            best_val_loss=state["best_val_loss"],
+            trained_s=max(0.0, state["elapsed_s"] - state["paused"]),
+            spent_s=max(0.0, state["elapsed_s"]),
+        )
+    for name, value in vars(progress).items():
+        if type(value) is not type(getattr(Progress, name)) or not value >= 0:
+            raise TypeError(f"{name} is {value!r}")
+    return progress
+
+
+@contextlib.contextmanager
+def naming_damage(what):
+    """Turn the errors of reading what another program, or a fault, has written into a sentence."""
+    try:
+        yield
+    except (AttributeError, LookupError, RuntimeError, TypeError) as e:
+        raise ValueError(f"{what} is damaged or of another program ({one_line(e)!r})") from e
+
+
+def build_model(settings, data, state, out):
+    """Return the model to train: a new one, init_from's to finetune, or that of a run's state."""
+    torch.manual_seed(settings.seed)
+    if state is not None:
+        return resumed_model(settings, data, state)
+    if settings.init_from not in ("scratch", "auto"):
+        return model_to_finetune(settings, data, out)
+    if settings.lora_rank:
+        raise ValueError(f"lora_rank is {settings.lora_rank}: name the model by --init_from")
+    return GPT(model_config(settings, data.meta["vocab_size"]))
+
+
+def resumed_model(settings, data, state):
+    """Return the model of a run's state. Raises ValueError if the settings ask for another one."""
+    check_tokenizer(data, Tokenizer(**state["tokenizer"]))
+    free = {name: getattr(settings, name) for name in FREE_FIELDS}
+    there = state["config"] | asdict(GPTConfig(**state["model_args"])) | free
+    there["block_size"] = state["config"]["block_size"]  # a finetuned table may be longer
+    names = {"block_size", "optimizer", "lora_rank"}
+    if not state["base"]:  # else the model has the shape of what it was finetuned from
+        names |= SETTINGS.keys() & GPTConfig.__dataclass_fields__.keys()
+    wanted = {name: getattr(settings, name) for name in sorted(names)}
+    differing = [name for name in wanted if wanted[name] != there[name]]
+    if differing:
+        found = [f"{name} is {wanted[name]}, in the checkpoint {there[name]}" for name in differing]
+        flags = [f"--{name}={there[name]}" for name in differing]
+        raise ValueError(f"{'; '.join(found)}: resume with {' '.join(flags)}")
+    model = GPT(GPTConfig(**state["model_args"] | free))
+    load_weights(model, state)
+    model.base = state["base"]
+    return model
+
+
+def model_to_finetune(settings, data, out):
+    """Return the model of the checkpoint that init_from names, with LoRA's matrices if asked."""
+    path = as_path(settings.init_from)
+    if not path.is_file() and not (path / "best.pt").exists():
+        raise FileNotFoundError(
+            f"init_from is {settings.init_from!r}, which is no checkpoint here; if it is a model "
+            f"of Hugging Face, python hub.py get {settings.init_from} makes one of it"
+        )
+    if (path if path.is_dir() else path.parent).resolve() == out.resolve():
+        raise ValueError(f"{path} lies in out_dir, whose files a new run renames: choose another")
+    if settings.lora_rank and settings.optimizer == "muon":
+        raise ValueError(f"lora_rank is {settings.lora_rank}: it needs --optimizer=adamw, not muon")
+    free = {name: getattr(settings, name) for name in FREE_FIELDS}
+    model, tokenizer, _ = load_checkpoint(path, **free)
+    check_tokenizer(data, tokenizer)
+    if model.config.block_size < settings.block_size:
+        most = model.config.block_size
+        raise ValueError(f"block_size is {settings.block_size}: {path} takes at most {most}")
+    if model.wpe is None:  # a table of learned positions keeps its length
+        model.config.block_size = settings.block_size
+    if settings.lora_rank:
+        from extras.lora import add_lora
+
+        add_lora(model, settings.lora_rank)
+    model.base = settings.init_from
+    return model.train()
+
+
+def say_what_has_no_effect(settings, model, machine):
+    """Print which settings are passed over because a finetuned model has the sizes of its base."""
+    for name, value in asdict(model.config).items():
+        if name in SETTINGS and name != "block_size":
+            asked = getattr(settings, name)
+            if asked not in (value, SETTINGS[name].default):
+                machine.say(f"{name}={asked} has no effect: {model.base} has {name}={value}")
+
+
+def load_optimizers(optimizers, saved_states, machine):
+    """Give the optimizers the state that a checkpoint holds; learning rates stay as they are set.
+
+    Raises TypeError if it is the state of other parameters.
+    """
+    if len(saved_states) != len(optimizers):
+        raise TypeError(f"state of {len(saved_states)} optimizers instead of {len(optimizers)}")
+    for o, saved in zip(optimizers, saved_states):
+        params = [p for group in o.param_groups for p in group["params"]]
+        if len(saved["state"]) not in (0, len(params)):  # 0: before the first step
+            raise TypeError(f"optimizer state that is not of these {len(params)} parameters")
+        for i, tensors in saved["state"].items():
+            for name, tensor in tensors.items():
+                if tensor.shape != (() if name == "step" else params[i].shape):
+                    raise TypeError(f"{name} of parameter {i} has another shape")
+                if machine.fsdp:
+                    from extras.fsdp import shard_like
+
+                    tensors[name] = shard_like(tensor, params[i])
+        groups = o.state_dict()["param_groups"]
+        o.load_state_dict({"state": saved["state"], "param_groups": groups})
+
+
+def compare_with_run(config, state, progress, measure, machine):
+    """Print which settings differ from the resumed run's; begin measures anew that then differ.
+
+    config: the settings, as a checkpoint holds them.
+    """
+    before = state["config"]
+    earlier = state.get("measure") or before | {"dataset_sha256": state["dataset_sha256"]}
+    for name, value in config.items():
+        then = before.get(name, SETTINGS[name].default)
+        if then != value and name not in ("init_from", "out_dir", "data_dir"):
+            machine.say(f"resuming with {name}={value} instead of {then}")
+    changed = [name for name in measure if earlier.get(name, measure[name]) != measure[name]]
+    if changed and progress.best_val_loss < math.inf:
+        machine.say(
+            f"{' and '.join(changed)} changed: the validation losses before cannot be compared "
+            "with those to come, so best.pt and early_stop begin anew"
+        )
+        progress.best_val_loss = math.inf
+        progress.stale = 0
+
+
+class Trainer:
+    """A model in training: it turns batches into gradients, and gradients into updates.
+
+    A step is batch_size * gradient_accumulation_steps rows. Each process takes an equal share of
+    them, in micro-batches of micro_rows.
+    """
+
+    def __init__(self, settings, model, data, machine):
+        self.settings = settings
+        self.data = data
+        self.machine = machine
+        self.rows_per_step = settings.batch_size * settings.gradient_accumulation_steps
+        n_micro_batches = math.ceil(settings.gradient_accumulation_steps / machine.world_size)
+        multiple = n_micro_batches * machine.world_size
+        if self.rows_per_step % multiple:
+            raise ValueError(
+                f"batch_size * gradient_accumulation_steps is {self.rows_per_step}: for "
+                f"{machine.world_size} processes let it be a multiple of {multiple}"
+            )
+        self.rows = self.rows_per_step // machine.world_size
+        self.micro_rows = self.rows // n_micro_batches
+
+        self.model = model  # holds the weights that are trained
+        self.train_model = model  # is called to train them: by way of DDP, and compiled
+        self.eval_model = model  # is evaluated, generates and becomes best.pt
+        self.ddp_model = None
+        if machine.fsdp:  # moves each block's shares by themselves: the whole may not fit a GPU
+            from extras.fsdp import shard_model
+
+            shard_model(model, machine.device, machine.dtype, machine.world_size)
+        else:
+            model.to(machine.device)
+        if machine.world_size > 1 and not machine.fsdp:
+            self.ddp_model = nn.parallel.DistributedDataParallel(
+                model, gradient_as_bucket_view=True
+            )
+            self.ddp_model.broadcast_buffers = False  # none changes; as an argument it warns
+            self.train_model = self.ddp_model
+        self.will_compile = compile_pays(settings, model, machine)
+        self.optimizers = make_optimizers(model, settings, machine)
+        self.scaler = torch.amp.GradScaler("cuda", enabled=machine.dtype == torch.float16)
+        self.record_steps()
+
+    def record_steps(self):
+        """Have whole steps recorded as CUDA graphs where that is possible; see Replay."""
+        possible = (
+            self.settings.cuda_graphs
+            and self.rows_per_step == self.micro_rows
+            and not self.settings.gradient_checkpointing  # it reads the random state
+        )
+        self.first_backward = Replay(self.zero_and_backward, self.machine.device, possible)
+        self.take_steps = Replay(self.optimizer_steps, self.machine.device, possible)
+
+    def fetch(self, first_row):
+        """Return this process's micro-batches of the step whose rows begin at first_row."""
+        first = first_row + self.machine.rank * self.rows
+        starts = range(first, first + self.rows, self.micro_rows)
+        return [self.data.get_batch("train", start, self.micro_rows) for start in starts]
+
+    def gradients(self, batches, first_row):
+        """Compute the gradients of a step's mean loss; return that loss, of this process's rows."""
+        weight = self.machine.mean(sum(w.sum() for _, _, w in batches))
+        loss = 0.0
+        for i, (x, y, w) in enumerate(batches):
+            row = first_row + self.machine.rank * self.rows + i * self.micro_rows
+            torch.manual_seed((self.settings.seed << 32) + row)  # for dropout
+            self.exchange_gradients(i == len(batches) - 1)
+            backward = self.first_backward if i == 0 else self.backward
+            try:
+                loss = loss + backward(x, y, w, float(w.sum()) / weight)
+            except RuntimeError as e:
+                if out_of_memory(e):
+                    raise ValueError(memory_is_full(self.settings, self.micro_rows)) from e
+                raise
+        return loss
+
+    def backward(self, x, y, w, share):
+        """Add a micro-batch's gradients to those before; return its loss times its share."""
+        loss = batch_loss(self.train_model, x, y, w, self.machine) * share
+        self.scaler.scale(loss).backward()
+        return loss.detach()
+
+    def zero_and_backward(self, x, y, w, share):
+        for o in self.optimizers:
+            o.zero_grad()
+        return self.backward(x, y, w, share)
+
+    def exchange_gradients(self, now):
+        """Let the processes average their gradients in the next backward pass, or not yet."""
+        if self.ddp_model is not None:
+            self.ddp_model.require_backward_grad_sync = now
+        elif self.machine.fsdp:
+            self.model.set_requires_gradient_sync(now)
+
+    def clip_gradients(self):
+        """Scale the gradients to a norm of at most grad_clip; return the norm before, a float."""
+        for o in self.optimizers:
+            self.scaler.unscale_(o)
+        most = self.settings.grad_clip or math.inf
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), most)
+        return float(whole(norm))
+
+    def update(self, grad_norm):
+        """Take each optimizer's step, unless the gradient is not finite."""
+        if math.isfinite(grad_norm):
+            self.take_steps()
+        self.scaler.update()  # after an overflow of float16 the scale must fall
+
+    def state_dict(self):
+        """Return what resuming needs beside the model."""
+        states = [o.state_dict() for o in self.optimizers]
+        return {"optimizers": states, "scaler": self.scaler.state_dict()}
+
+    def load_state_dict(self, state):
+        """Take up what state_dict returned; learning rates stay as they are set."""
+        load_optimizers(self.optimizers, state["optimizers"], self.machine)
+        self.scaler.load_state_dict(state["scaler"] or self.scaler.state_dict())
+
+    def optimizer_steps(self):
+        for o in self.optimizers:
+            o.step()
+
+    def warm_up(self):
+        """Compile, if that pays, and find out which micro-batch fits a GPU's memory."""
+        if self.will_compile:
+            self.compile()
+        while self.machine.device.type != "cpu":
+            try:
+                return self.try_micro_batch()
+            except RuntimeError as e:
+                if not out_of_memory(e):
+                    raise
+                if self.micro_rows == 1 or self.machine.world_size > 1:
+                    raise ValueError(memory_is_full(self.settings, self.micro_rows)) from e
+            smaller = range(self.micro_rows // 2, 0, -1)
+            self.micro_rows = next(n for n in smaller if self.micro_rows % n == 0)
+            self.machine.say(f"memory is full: trying micro-batches of {self.micro_rows} rows")
+            self.record_steps()
+
+    def compile(self):
+        """Compile the model and try it; where that fails, say so and train without."""
+        self.machine.say("compiling, which takes about half a minute")
+        began = time.monotonic()
+        os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # spares trying the C++ compiler
+        plain_model = self.train_model
+        self.train_model = torch.compile(plain_model, dynamic=False)
+        try:
+            self.try_micro_batch()
+        except Exception as e:  # compilers' errors have no common type
+            if out_of_memory(e):
+                return  # warm_up will find out what fits
+            self.train_model = plain_model
+            self.machine.say(f"torch.compile failed ({type(e).__name__}): training without it")
+            return
+        self.machine.say(f"compiled in {time.monotonic() - began:.0f} s")
+
+    def try_micro_batch(self):
+        """Compute a micro-batch's gradients, beside as much memory as the optimizers will take."""
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        optimizer_state = [torch.empty_like(p) for p in trained for _ in range(2)]
+        try:
+            self.backward(*self.fetch(0)[0], 0.0)
+        finally:
+            del optimizer_state
+            for o in self.optimizers:
+                o.zero_grad()
+
+
+def out_of_memory(error):
+    return isinstance(error, RuntimeError) and "out of memory" in str(error)
+
+
+def memory_is_full(settings, rows):
+    """Return the sentence for a user whose memory is full with micro-batches of `rows` rows."""
+    return (
+        f"memory is full with micro-batches of {rows} rows: lower batch_size "
+        f"({settings.batch_size}) and raise gradient_accumulation_steps "
+        f"({settings.gradient_accumulation_steps}), set --gradient_checkpointing=True, lower "
+        f"block_size ({settings.block_size}), or use several GPUs with --fsdp=True under torchrun"
+    )
+
+
+def compile_pays(settings, model, machine):
+    """Tell whether to compile: as the setting says or, without one, if the run is long enough."""
+    if settings.compile is not None:
+        return settings.compile
+    float32 = machine.dtype == torch.float32
+    flops = model.flops_per_token() * settings.max_iters * settings.block_size
+    flops *= settings.batch_size * settings.gradient_accumulation_steps
+    if machine.device.type == "cuda":
+        able = torch.cuda.get_device_capability(machine.device) >= (7, 0)
+        long = flops >= 5e15  # about two minutes
+    else:
+        able = machine.device.type == "cpu" and shutil.which("g++") is not None
+        long = flops >= 5e13  # about two minutes
+    if settings.max_minutes:
+        long = settings.max_minutes >= (5 if float32 else 2)
+    return able and long
+
+
+def checkpoint_state(model, data, settings, progress):
+    """Return what a checkpoint for use holds: tensors, numbers, strings, lists and dicts only."""
+    return {
+        "version": __version__,
+        "model": model.state_dict(),
+        "model_args": asdict(model.config),
+        "tokenizer": data.tokenizer.state,
+        "config": vars(settings) | {"dataset": data.folder.name},
+        "optimizer": settings.optimizer,
+        "lora_rank": settings.lora_rank,
+        "base": model.base,
+        "dataset_sha256": data.meta["sha256"],
+        "step": progress.step,
+        "best_val_loss": progress.best_val_loss,
+    }
+
+
+def open_run(settings, out, machine, resumed, step):
+    """Make the run's folder and return the function that logs a dict there, as a line of JSON.
+
+    Files of an earlier run get new names, unless this one resumes it, at `step`. Raises OSError,
+    and ValueError if another run writes there or a library is missing.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        claim_folder(out, machine.files)
+        writers = open_writers(settings, out, step)
+        if not resumed:
+            keep_earlier_files(out)
+        log_file = machine.files.enter_context(open_log(out))
+    except OSError as e:
+        raise OSError(f"{out} cannot be written ({e.strerror}): choose another --out_dir") from e
+
+    def log(values):
+        line = dict(values)
+        for name, value in values.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                line[name] = None  # JSON has no NaN
+        log_file.write(json.dumps(line).encode() + b"\n")
+        for write in writers:
+            write(line)
+
+    return log
+
+
+def open_writers(settings, out, step):
+    """Return the functions that draw or log, beside log.jsonl, what a run logs."""
+    if "__file__" in globals() and (HERE / "extras" / "plots.py").exists():
+        from extras import plots
+
+        config = vars(settings)
+        return plots.open_writers(out, config, settings.tensorboard, settings.wandb_log, step)
+    if settings.tensorboard or settings.wandb_log:
+        raise ValueError("tensorboard and wandb_log need extras/plots.py beside gpt.py")
+    return []
+
+
+def claim_folder(out, files):
+    """Keep other runs out of a folder until `files` are closed. Raises ValueError if one is there.
+
+    What a run that was killed has left half written is removed.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    folder = os.open(out, os.O_RDONLY)
+    files.callback(os.close, folder)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        raise ValueError(f"another run writes to {out}: choose another --out_dir") from e
+    except OSError:
+        return  # some network file systems have no such locks
+    for part in (*out.glob("ckpt.*.tmp"), *out.glob("best.*.tmp")):
+        part.unlink()
+
+
+def open_log(out):
+    """Open log.jsonl to append whole lines."""
+    file = open(out / "log.jsonl", "a+b", buffering=0)  # closed as the run ends
+    file.seek(max(0, file.tell() - 1))
+    if file.read(1) not in (b"", b"\n"):  # a kill has cut the last line
+        file.write(b"\n")
+    return file
+
+
+def keep_earlier_files(out):
+    """Rename the files of an earlier run to names that no file has yet, and say so."""
+    names = [path.name for path in out.glob("*.pt")] + ["log.jsonl", "loss.png"]
+    names = [name for name in names if (out / name).exists() and (out / name).stat().st_size]
+    date = time.strftime("%Y-%m-%d-%H%M%S")
+    count = 1
+    while any((out / f"{name}.{date}-{count}").exists() for name in names):
+        count += 1
+    for name in names:
+        (out / name).rename(out / f"{name}.{date}-{count}")
+    if names:
+        print(f"{out}: {', '.join(names)} of the earlier run now end in .{date}-{count}")
+
+
+def describe(settings, trainer, out, progress):
+    """Print what was chosen for a run, in a few lines."""
+    machine, data, model = trainer.machine, trainer.data, trainer.model
+    way = "compiled" if trainer.will_compile else "eager"
+    if machine.world_size > 1:
+        way += ", FSDP" if machine.fsdp else ", DDP"
+    n = model.n_params()
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    size = f"{n / 1e6:,.2f}M parameters"
+    if trained < n:
+        size += f", {trained:,} of them trained"
+    if model.base:
+        size += f", from {model.base}"
+    memory = (n + 3 * trained) * 4 / 2**20
+    tokens = trainer.rows_per_step * settings.block_size
+    epoch = data.n_rows("train") / trainer.rows_per_step
+    length = f"{settings.max_iters:,} steps"
+    if settings.max_minutes:
+        length = f"{settings.max_minutes:g} minutes"
+    if progress.step:
+        length += f", resumed after step {progress.step:,},"
+    machine.say(
+        f"machine  {machine.name()}, {torch.get_num_threads()} threads, torch {torch.__version__}\n"
+        f"         {str(machine.dtype).removeprefix('torch.')}, {way}\n"
+        f"data     {data.folder}: {data.meta['train_tokens']:,} training and "
+        f"{data.meta['val_tokens']:,} validation tokens\n"
+        f"         {data.meta['tokenizer']['kind']} vocabulary of {data.meta['vocab_size']:,}\n"
+        f"model    {size}, {memory:,.0f} MiB with gradients and optimizer state\n"
+        f"run      {length} of {tokens:,} tokens, {epoch:,.0f} steps an epoch, in {out}"
+    )
+    if data.n_empty:
+        machine.say(f"         {data.n_empty:,} rows hold no target and are left out")
+    if model.base:
+        say_what_has_no_effect(settings, model, machine)
+
+
+def print_sample(trainer, settings):
+    """Print sample_tokens that continue a newline or, with weights, the first validation prompt."""
+    machine, data, model = trainer.machine, trainer.data, trainer.eval_model
+    if settings.sample_tokens == 0 or (machine.rank > 0 and not machine.fsdp):
+        return  # with FSDP each process holds a share of the weights, and must take part
+    chars = data.tokenizer.state["chars"]
+    if data.weighted or (chars and "\n" not in chars):
+        x, _, w = data.get_batch("val", 0, 1)
+        ids = x[0, : 1 + int(w[0].argmax())].tolist()  # up to the first token that counts
+    else:
+        ids = data.tokenizer.encode("\n")
+    generator = torch.Generator(machine.device).manual_seed(settings.seed)
+    record = settings.cuda_graphs and not machine.fsdp
+    model.eval()
+    drawn = model.generate([ids], settings.sample_tokens, cuda_graphs=record, generator=generator)
+    ids += [int(next_id) for next_id in drawn] + [data.tokenizer.end]
+    model.train()
+    text = data.tokenizer.decode(ids[: ids.index(data.tokenizer.end)])
+    machine.say(f"{'-' * 80}\n{text.strip()}\n{'-' * 80}")
+
+
+def plan(settings, trainer):
+    """Print what the run will take, by three measured steps; return the figures as a dict."""
+    machine = trainer.machine
+    trainer.warm_up()
+    set_learning_rates(trainer.optimizers, 0.0)
+    seconds = []
+    for step in range(7):  # the first ones set up what the last three use
+        began = time.monotonic()
+        row = step * trainer.rows_per_step
+        trainer.gradients(trainer.fetch(row), row)
+        trainer.update(trainer.clip_gradients())
+        seconds.append(time.monotonic() - began)
+        if machine.must_stop():
+            raise StopRequested("stopped")
+    step_s = max(1e-9, sum(seconds[-3:]) / 3)
+    steps = settings.max_iters
+    if settings.max_minutes:
+        steps = int(60 * settings.max_minutes / step_s)
+    tokens = trainer.rows_per_step * settings.block_size
+    epochs = steps * trainer.rows_per_step / trainer.data.n_rows("train")
+    flops = steps * tokens * trainer.model.flops_per_token()
+    machine.say(
+        f"step     {step_s:.3g} s, {tokens / step_s:,.0f} tokens/s, {peak_memory(machine.device)}\n"
+        f"in all   {steps:,} steps in {steps * step_s / 60:,.1f} minutes, {epochs:,.1f} epochs, "
+        f"{flops:.1e} FLOPs\n         a dry run: nothing was written"
+    )
+    figures = {"steps": steps, "tokens_per_step": tokens, "seconds_per_step": step_s}
+    return {"step": 0, "flops": flops} | figures
+
+
+def peak_memory(device):
+    """Return in words how much memory this process has taken at most."""
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated(device) / 2**20:,.0f} MiB of the GPU at most"
+    try:
+        import resource
+    except ImportError:  # Windows
+        return "memory not measured"
+    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if sys.platform == "darwin":  # where it is in bytes
+        kib /= 1024
+    return f"{kib / 1024:,.0f} MiB at most, with Python and torch"
+
+
+def train_model(settings, machine, folder, progress, started):  # noqa: C901
+    """Train on a data set's folder, and return the final figures as a dict; keep progress current.
+
+    Each pass of the loop takes a step: save and evaluate, if it is time | compute the gradients of
+    one global batch | update | log. A signal ends the run once its checkpoint is saved.
+    """
+    data = Data(folder, settings.block_size, settings.seed)
+    out = run_folder(settings, folder)
+    config = vars(settings) | {"dataset": folder.name}
+    state = read_run(settings, out, machine)
+    with naming_damage(f"the checkpoint in {out}"):
+        if state is not None:
+            vars(progress).update(vars(read_progress(state)))
+        model = build_model(settings, data, state, out)
+    clock = Clock(settings, progress, started)
+    trainer = Trainer(settings, model, data, machine)
+    # A validation loss can be compared with another one only if all of this is the same.
+    measure = {"dataset_sha256": data.meta["sha256"], "val_tokens": data.meta["val_tokens"]}
+    measure |= {n: getattr(settings, n) for n in ("eval_iters", "batch_size", "block_size")}
+    if state is not None:
+        with naming_damage(f"the checkpoint in {out}"):
+            trainer.load_state_dict(state)
+            compare_with_run(config, state, progress, measure, machine)
+    describe(settings, trainer, out, progress)
+    if settings.dry_run:
+        return plan(settings, trainer)
+    writes = machine.rank == 0
+    resumed = state is not None
+    write_log = open_run(settings, out, machine, resumed, progress.step) if writes else len
+    del state  # it holds a copy of all weights
+
+    def log(**values):
+        step_and_time = {"step": progress.step, "elapsed_s": round(clock.spent_s(), 3)}
+        write_log(step_and_time | values)
+
+    def save(name, model, **more):
+        contents = checkpoint_state(model, data, settings, progress) | more
+        if machine.fsdp:
+            from extras.fsdp import gather
+
+            contents = gather(contents)
+        if writes:
+            save_checkpoint(out / name, contents)
+
+    versions = {"version": __version__, "torch": torch.__version__}
+    sha256 = data.meta["sha256"]
+    log(config=config, dataset_sha256=sha256, machine=machine.name(), **versions)
+    trainer.warm_up()
+    n_val_batches = data.n_val_batches(settings.batch_size)
+    tokens_per_step = trainer.rows_per_step * settings.block_size
+    bad_steps = 0  # in a row
+    batches = trainer.fetch(progress.next_row)
+    clock.begin_loop(progress)
+    mark = time.monotonic()  # since when the speed is measured
+    mark_step = progress.step
+    while True:
+        # How far is the run? The processes agree, since their clocks may not.
+        share_done, stopping = machine.combine(
+            [clock.share_done(progress.step), bool(machine.stop_signals)], "max"
+        )
+        finished = share_done >= 1
+
+        # Save and evaluate. The checkpoint comes first: what follows it may fail.
+        if progress.step % settings.eval_interval == 0 or finished or stopping:
+            pause_began = time.monotonic()
+            check_finite(model, bad_steps, settings, out, progress)
+            progress.trained_s = clock.trained_s()
+            progress.spent_s = clock.spent_s()
+            now = vars(progress).copy()
+            save("ckpt.pt", model, progress=now, measure=measure, **trainer.state_dict())
+            if stopping:
+                raise StopRequested(
+                    f"stopped at step {progress.step:,}: {out / 'ckpt.pt'} is saved"
+                )
+            eval_began = time.monotonic()
+            n_batches = settings.eval_iters
+            val_loss = evaluate(trainer.eval_model, data, machine, n_batches, settings.batch_size)
+            eval_s = time.monotonic() - eval_began
+            log(val_loss=val_loss)
+            machine.say(f"step {progress.step:6,} | val loss {val_loss:.4f}")
+            progress.stale += progress.step > 0
+            if val_loss < progress.best_val_loss and (progress.step > 0 or finished):
+                progress.best_val_loss = val_loss
+                progress.stale = 0
+                save("best.pt", trainer.eval_model)
+            if 0 < settings.early_stop <= progress.stale:
+                finished = True
+                machine.say(f"early stop: {progress.stale} evaluations without a new best")
+            if settings.sample_at_eval and not finished:
+                print_sample(trainer, settings)
+            pause_s = time.monotonic() - pause_began
+            mark += pause_s
+            more_batches = max(0, n_val_batches / settings.eval_iters - 1)  # of the last evaluation
+            clock.reserve_s = 2 * pause_s + eval_s * more_batches
+        if finished:
+            break
+
+        # Gradients of the global batch. The next batch is fetched while a GPU is still at work.
+        schedule_done = share_done
+        if settings.lr_decay_iters and not settings.max_minutes:
+            schedule_done = min(1, progress.step / settings.lr_decay_iters)
+        scale = lr_scale(progress.step, schedule_done, settings)
+        set_learning_rates(trainer.optimizers, scale)
+        loss = trainer.gradients(batches, progress.next_row)
+        progress.next_row += trainer.rows_per_step
+        batches = trainer.fetch(progress.next_row)
+
+        # Update. A step whose gradient is not finite is skipped and counted.
+        grad_norm = trainer.clip_gradients()
+        trainer.update(grad_norm)
+        bad_steps = 0 if math.isfinite(grad_norm) else bad_steps + 1
+        progress.skipped += bad_steps > 0
+        progress.step += 1
+
+        # Log.
+        if progress.step % settings.log_interval == 0 or progress.step == 1:
+            loss = machine.mean(loss)
+            lr = settings.learning_rate * scale
+            step_s = max(1e-9, time.monotonic() - mark) / (progress.step - mark_step)
+            mark = time.monotonic()
+            mark_step = progress.step
+            speed = tokens_per_step / step_s
+            mfu = machine.mfu(speed * model.flops_per_token())
+            skipped = progress.skipped
+            log(loss=loss, lr=lr, grad_norm=grad_norm, tokens_per_s=speed, mfu=mfu, skipped=skipped)
+            left_s = (settings.max_iters - progress.step) * step_s
+            if settings.max_minutes:
+                left_s = clock.left_s() + clock.reserve_s
+            machine.say(progress_line(progress, loss, lr, speed, mfu, left_s))
+        if bad_steps > settings.max_bad_steps:
+            check_finite(model, bad_steps, settings, out, progress)
+
+    title = f"{progress.step:,} steps, {clock.spent_s():.0f} s, whole validation split"
+    loss = evaluate(trainer.eval_model, data, machine, n_val_batches, settings.batch_size)
+    figures = final_figures(loss, data, machine, title)
+    log(**figures)
+    print_sample(trainer, settings)
     return figures
 
 
-def training_run(started, machine):
-    """Set up; then, step by step: how far? | save, evaluate | set lr | accumulate | update | log."""
-    n_micro, rows = machine.divide(gradient_accumulation_steps, batch_size)
-    data, state = Data(machine.first(prepare_if_missing, dataset), block_size), None
-    out = Path(out_dir or HERE / "out" / data.folder.name)
-    # stale: evaluations since the best; paused: seconds not spent on steps; reserve: those that the end takes
-    new = {
-        "step": 0,
-        "best_val_loss": math.inf,
-        "stale": 0,
-        "reserve": 0.0,
-        "paused": 0.0,
-        "elapsed_s": 0.0,
-    }
-    if init_from in ("resume", "auto"):
-        from resume import read_run
-
-        state = read_run(sys.modules[__name__], out, machine, new)
-    step, best_val_loss, stale, reserve, paused, elapsed = ((state or new)[name] for name in new)
-    started, paused, progress = started - elapsed, paused - elapsed, 0.0
-    model, forward, optimizers, scaler = build(data, machine, state, out)
-    writers = open_run(out, resumed=state is not None) if machine.rank == 0 else []
-
-    def log(**values):
-        values = {"step": step, "elapsed_s": round(time.time() - started, 3)} | values
-        for write in writers:
-            write(values)
-
-    def save(name, keep=1, **more):
-        state = snapshot(model, data, machine, step, best_val_loss, **more)
-        if machine.rank == 0:
-            save_checkpoint(out / name, state, keep)
-
-    log(
-        config={name: globals()[name] for name in SETTINGS} | {"dataset": data.folder.name},
-        dataset_sha256=data.meta["sha256"],
-        torch=torch.__version__,
-        machine=machine.name(),
-    )
-    machine.say(describe(machine, data, model, out, step))
-    remedy = (
-        f"are not finite: go on from {out} by --init_from=resume with lower learning_rate, muon_lr"
-    )
-    tokens_per_step, n_val = (
-        batch_size * gradient_accumulation_steps * block_size,
-        data.n_val_batches(),
-    )
-    backward, update = make_step(model, forward, optimizers, scaler, machine, n_micro)
-    bad_steps = skipped = torch.zeros(
-        (), device=machine.device
-    )  # gradients not finite: in a row, all
-    paused += time.time() - started
-    mark, mark_step, to_compile = (
-        time.time() - paused,
-        step,
-        machine.compile,
-    )  # since when speed is measured
-    while True:  # how far?
-        elapsed = time.time() - started
-        budget = max(
-            59.4 * max_minutes - paused - reserve, 1
-        )  # the hundredth part is for the process's end
-        done = (elapsed - paused) / budget if max_minutes else step / max_iters if max_iters else 1
-        progress, stop = machine.reduce([max(progress, done), bool(machine.caught)], "MAX")
-        last = progress >= 1
-        # save, evaluate
-        if step % eval_interval == 0 or last or stop:
-            pause = time.time()
-            if (
-                bad_steps > max_bad_steps
-                or not whole(nn.utils.get_total_norm(model.parameters())).isfinite()
-            ):
-                raise ValueError(
-                    f"step {step}: weights or {max_bad_steps + 1} gradients in a row {remedy}"
-                )
-            save(
-                "ckpt.pt",
-                keep_checkpoints,
-                elapsed_s=elapsed,
-                paused=paused,
-                reserve=reserve,
-                stale=stale,
-                scaler=scaler.state_dict(),
-                optimizers=[o.state_dict() for o in optimizers],
-            )
-            saved, val_loss = (
-                time.time(),
-                None if stop else evaluate(model, data, machine, eval_iters),
-            )
-            if not (stop := val_loss is None):
-                took = time.time() - saved
-                log(val_loss=val_loss)
-                machine.say(f"step {step:6,} | val loss {val_loss:.4f}")
-                reserve = 2 * (time.time() - pause) + took * (max(1, n_val / eval_iters) - 1)
-                stale += step > 0
-                if val_loss < best_val_loss and (step or last):
-                    best_val_loss, stale = val_loss, 0
-                    save("best.pt")
-                last = last or stale >= early_stop > 0
-                if sample_at_eval and not last:
-                    print_sample(model, data, machine)
-            paused += time.time() - pause
-        if last or stop:
-            break
-        # set lr
-        scale = lr_scale(
-            step, step / lr_decay_iters if lr_decay_iters and not max_minutes else progress
+def check_finite(model, bad_steps, settings, out, progress):
+    """Raise ValueError if the weights, or too many gradients in a row, are not finite."""
+    found = ""
+    if bad_steps > settings.max_bad_steps:
+        found = f"{bad_steps} gradients in a row"
+    elif not whole(nn.utils.get_total_norm(model.parameters())).isfinite():
+        found = "weights"
+    if found:
+        raise ValueError(
+            f"step {progress.step}: {found} are not finite: resume {out} by --init_from=resume "
+            "with lower learning_rate and muon_lr"
         )
-        # accumulate
-        first = (
-            step * machine.world_size + machine.rank
-        ) * n_micro  # among all of the run's micro-batches
-        batches = [data.get_batch("train", i, rows) for i in range(first, first + n_micro)]
-        weight = (
-            machine.reduce([sum(batch[2].sum() for batch in batches)], "SUM")[0]
-            / machine.world_size
-        )
-        if to_compile and (
-            step or machine.device.type == "cuda"
-        ):  # on CPU the first step shows at once
-            paused, to_compile = paused + compile_model(model, machine, batches[0]), False
-        while (loss := accumulate(backward, forward, batches, step, weight, machine)) is None:
-            from scaling import cut
 
-            batches = cut(batches, model, forward, machine, optimizer)
-            n_micro, rows = len(batches), len(batches[0][0])
-            backward, update = make_step(model, forward, optimizers, scaler, machine, n_micro)
-        # update
-        norm = update(learning_rate * scale, muon_lr * scale)
-        bad = ~norm.isfinite()
-        bad_steps, skipped = (bad_steps + 1) * (bad | (bad_steps > max_bad_steps)), skipped + bad
-        step += 1
-        # log
-        if step % log_interval == 0 or step == 1:
-            mean, now = machine.reduce([loss], "SUM")[0] / machine.world_size, time.time() - paused
-            speed = (step - mark_step) * tokens_per_step / (now - mark)
-            mfu, lr = machine.mfu(speed * model.flops_per_token()), learning_rate * scale
-            log(
-                loss=mean,
-                lr=lr,
-                grad_norm=float(norm),
-                tokens_per_s=speed,
-                mfu=mfu,
-                skipped=int(skipped),
-            )
-            left = (
-                60 * max_minutes - elapsed
-                if max_minutes
-                else (max_iters - step) * tokens_per_step / speed
-            )
-            machine.say(
-                f"step {step:6,} | loss {mean:.4f} | lr {lr:.1e} | {speed:,.0f} tokens/s | "
-                f"mfu {'n/a' if mfu is None else f'{mfu:.0%}'} | {timedelta(seconds=int(left))} left"
-                + f" | {int(skipped)} skipped: gradient not finite"
-                * (skipped > 0)
-            )
-            if bad_steps > max_bad_steps:
-                raise ValueError(f"step {step}: {max_bad_steps + 1} gradients in a row {remedy}")
-            mark, mark_step = now, step
-    result = {"step": step, "best_val_loss": best_val_loss, "out_dir": str(out), "stopped_by": None}
-    loss = None if stop else evaluate(model, data, machine, n_val)
-    if loss is None:
-        machine.say(
-            f"stopped at step {step:,}: {out / 'ckpt.pt'} is saved: --init_from=resume goes on"
-        )
-        return result | {"stopped_by": (machine.caught or [signal.SIGTERM])[0]}
-    figures = final_figures(
-        loss, data, machine, f"{step:,} steps, {elapsed:.0f} s, full validation split"
+
+def progress_line(progress, loss, lr, speed, mfu, left_s):
+    share = "n/a" if mfu is None else f"{mfu:.0%}"
+    line = (
+        f"step {progress.step:6,} | loss {loss:.4f} | lr {lr:.1e} | {speed:,.0f} tokens/s | "
+        f"mfu {share} | {timedelta(seconds=int(max(0, left_s)))} left"
     )
-    log(**figures)
-    print_sample(model, data, machine)
-    return result | figures
+    if progress.skipped:
+        line += f" | {progress.skipped} skipped: gradient not finite"
+    return line
 
 
-if __name__ == "__main__" and "__file__" in globals():  # a script
-    from configurator import run_script
+def run(settings, started):
+    """Train, or evaluate, as the settings say; return the figures as a dict."""
+    machine = set_up_machine(settings)
+    progress = Progress()
+    figures = {"stopped_by": None}
+    try:
+        with machine.files, catch_stop_signals(machine), data_folder(settings, machine) as folder:
+            if settings.eval_only:
+                figures |= evaluate_checkpoint(settings, machine, folder)
+            else:
+                figures["out_dir"] = str(run_folder(settings, folder))
+                figures |= train_model(settings, machine, folder, progress, started)
+    except StopRequested as e:
+        machine.say(f"{e}; python gpt.py ... --init_from=resume continues a run")
+        figures["stopped_by"] = (machine.stop_signals or [signal.SIGTERM])[0]
+    except ModuleNotFoundError as e:
+        if not str(e.name).startswith("extras"):
+            raise
+        raise ValueError("this needs the folder extras/ beside gpt.py, which is missing") from e
+    machine.leave()
+    if not settings.eval_only:
+        figures = {"step": progress.step, "best_val_loss": progress.best_val_loss} | figures
+    return figures
 
-    run_script(
-        globals(),
-        lambda: train(__started__),
-        lambda: {
-            "device_type": (found := pick_device(device)).type,
-            "native_bfloat16": native_bfloat16(found),
-        },
-    )
+
+def train(**settings):
+    """Train as the names at the top of this file say, overridden by keywords; return the figures.
+
+    SIGINT, SIGTERM, SIGHUP and SIGUSR1 save the run and end it; the figures then hold the signal
+    as "stopped_by". Raises ValueError and OSError, with a sentence that says what to do.
+    """
+    return run(checked_settings(**settings), time.monotonic())
+
+
+def names_for_configs():
+    """Return what config files may read besides the settings."""
+    found = pick_device(check_setting("device", device, SETTINGS))
+    return {"device_type": found.type, "native_bfloat16": native_bfloat16(found)}
+
+
+def main():
+    return run(checked_settings(), STARTED)
+
+
+def run_as_script():
+    """Run with the flags and config files of the command line; a mistake is one sentence."""
+    sys.modules["gpt"] = sys.modules["__main__"]  # for hub.py, which a config file may import
+    if (HERE / "configurator.py").exists():
+        from configurator import run_script
+
+        return run_script(globals(), main, SETTINGS, check_setting, names_for_configs)
+    if len(sys.argv) > 1:
+        sys.exit(
+            "error: flags and config files need configurator.py beside gpt.py; without it, edit "
+            "the settings at the top of gpt.py"
+        )
+    try:
+        figures = main()
+    except (ValueError, OSError) as e:
+        sys.exit(f"error: {e}")
+    if figures["stopped_by"]:
+        sys.exit(128 + figures["stopped_by"])
+
+
+NAMES_OF_THIS_FILE.update(globals())
+
+if __name__ == "__main__" and "__file__" in globals():
+    run_as_script()
 elif __name__ == "__main__":  # pasted into a notebook cell
-    train(__started__)
+    main()

@@ -1,22 +1,24 @@
 """sample.py: let a trained model continue a text, or talk with it.
 
-    python sample.py --prompt "ROMEO:"                 the newest run under out/; --prompt may be left out
+    python sample.py --prompt "ROMEO:"            the newest run under out/ continues the prompt
     python sample.py --out_dir=out/pydoc --interactive
-    python sample.py --out_dir=out/mine --chat         talk with a model trained on messages
-    python sample.py --show --prompt "ROMEO:"          the likeliest next tokens; --show=attention draws a map
+    python sample.py --out_dir=out/mine --chat    talk with a model trained on messages
+    python sample.py --show --prompt "ROMEO:"     the likeliest next tokens; --show=attention draws
     python sample.py --prompt=FILE:start.txt --max_tokens=60000 --output=long.txt
-    python sample.py --init_from=gpt2                  a Hugging Face folder or hub id; see pretrained.py
-    python sample.py --export=FOLDER                   write the newest run as such a folder
+    python sample.py --init_from=gpt2             a Hugging Face folder or id, read by hub.py
 
-It needs nothing but a checkpoint of gpt.py: the tokenizer is in it.
+It needs nothing but a checkpoint, since the tokenizer is in it.
 """
 
 import codecs
 import contextlib
 import math
+import os
 import re
+import select
 import sys
 import time
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -24,229 +26,299 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import gpt
-from gpt import context_length, load_checkpoint, native_bfloat16, pick_device, sample_next
+from gpt import (
+    as_path,
+    check_setting,
+    context_length,
+    load_checkpoint,
+    native_bfloat16,
+    pick_device,
+    read_settings,
+    read_text,
+    sample_next,
+)
 
-# ---- Settings: each comment is its help text (python sample.py --help) -------------------------------------
+# ---- Settings: each comment is the help text (python sample.py --help) ----
 prompt = "\n"  # text to continue, or FILE:path to read it from
-max_tokens = 100  # length of a sample, in tokens
+max_tokens = 100  # length of a sample in tokens
 num_samples = 1  # samples to draw, one after the other
 temperature = 0.8  # below 1 safer, above 1 wilder; 0: always the likeliest token
 top_k = 200  # draw among the k likeliest tokens only; 0: all
 top_p = 0.9  # draw among the fewest tokens that reach this probability together; 1: all
-min_p = 0.0  # drop tokens less probable than this share of the likeliest's probability; 0: none
+min_p = 0.0  # drop tokens below this share of the likeliest one's probability; 0: none
 repetition_penalty = 1.0  # above 1: tokens already used become less likely
-stop = "<|endoftext|>"  # end before one of these texts or tokens, parted by ||; the default: at a text's end
-seed = 1337  # of the draws
+stop = "<|endoftext|>"  # end before one of these texts or tokens, parted by ||
+seed = 1337  # seed of the draws
 interactive = False  # read prompts from the keyboard until quit, exit, q or Ctrl-D
 chat = False  # talk with a model that was trained on messages, by its own template
 system = ""  # chat: system text, which precedes the conversation
 checkpoint = ""  # checkpoint file; empty: that of out_dir
 out_dir = ""  # a run's folder; empty: the newest in out/, or else that in models/
-init_from = ""  # instead: a Hugging Face folder or hub id, as gpt2, or a checkpoint
-block_size = 2048  # context length, at most, of a model from a Hugging Face folder or id, in tokens
-show: str | None = (
-    None  # --show: the likeliest next tokens instead of a sample; --show=attention: a picture
-)
-export = ""  # only write the model to this new folder, in Hugging Face's format, in float32 or as dtype says
-output = ""  # write the samples, or attention.png, to this file; empty: to the screen, as they come
-device = "auto"  # auto: cuda, else mps, else cpu | or any torch device
-dtype = "auto"  # auto: bfloat16 on GPUs that have it, and for int8 on CPUs, else float32 | float32 | bfloat16
+init_from = ""  # instead: a Hugging Face folder or id, such as gpt2, or a checkpoint
+block_size = 2048  # longest context of a model from Hugging Face, in tokens; the cache is as long
+show: str | None = None  # --show: the likeliest next tokens, no sample; --show=attention: a picture
+output = ""  # file for the samples or the picture; empty: the screen, or attention.png
+device = "auto"  # auto: cuda, else mps, else cpu | any torch device
+dtype = "auto"  # auto: bfloat16 where it is fast, else float32 | bfloat16 | float32
 quantize = ""  # int8: weights as one byte each, which halves their memory; empty: as dtype says
 compile = False  # compile the step from token to token: up to a minute to begin, then faster
-cuda_graphs = True  # on a GPU record that step, and replay it: no kernel waits for Python
+cuda_graphs = True  # on a GPU record that step and replay it, so that no kernel waits for Python
 
+SETTINGS = read_settings(Path(__file__).read_text(encoding="utf-8-sig"))
 HERE = Path(__file__).resolve().parent
-TUNABLE = (
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "repetition_penalty",
-    "max_tokens",
-)  # while it runs
+
+RANGES = {
+    "temperature": (lambda value: 0 <= value < math.inf, "at least 0; 0 is greedy"),
+    "top_k": (lambda value: value >= 0, "at least 0; 0 keeps all tokens"),
+    "top_p": (lambda value: 0 < value <= 1, "above 0 and at most 1; 1 keeps all tokens"),
+    "min_p": (lambda value: 0 <= value <= 1, "from 0 to 1; 0 keeps all tokens"),
+    "repetition_penalty": (lambda value: 0 < value < math.inf, "above 0; 1 changes nothing"),
+    "max_tokens": (lambda value: value >= 0, "at least 0"),
+    "num_samples": (lambda value: value >= 1, "at least 1"),
+    "seed": (lambda value: 0 <= value < 2**63, "at least 0 and below 2**63"),
+    "block_size": (lambda value: value >= 1, "at least 1"),
+    "dtype": (lambda value: value in ("auto", "float32", "bfloat16"), "auto, float32 or bfloat16"),
+    "quantize": (lambda value: value in ("", "int8"), "int8, or empty for weights as they are"),
+}
 
 
-# ---- From text to text -------------------------------------------------------------------------------------
-def read_prompt():
+def check_ranges(**settings):
+    """Raise ValueError for the first setting whose value has no meaning."""
+    for name, value in settings.items():
+        fits, meaning = RANGES[name]
+        if not fits(value):
+            raise ValueError(f"{name} is {value!r}: it must be {meaning}")
+
+
+@dataclass
+class Sampling:
+    """How tokens are drawn and where a text ends; at the keyboard the numbers can be changed.
+
+    The defaults are the settings above. stop: texts and names of tokens, parted by ||.
+    """
+
+    temperature: float = temperature
+    top_k: int = top_k
+    top_p: float = top_p
+    min_p: float = min_p
+    repetition_penalty: float = repetition_penalty
+    max_tokens: int = max_tokens
+    stop: str = stop
+
+    def __post_init__(self):
+        check_ranges(**self.numbers())
+
+    def numbers(self):
+        """Return {name: value} of all but stop, which are those that can be changed."""
+        return {name: value for name, value in vars(self).items() if name != "stop"}
+
+    def options(self):
+        """Return the keywords of generate_text."""
+        return self.numbers() | {"stop": [text for text in self.stop.split("||") if text]}
+
+    def change(self, line):
+        """Change a number by a line such as "/top_k 50"; if that fails raise ValueError instead."""
+        words = line.removeprefix("/").replace("=", " ").split()
+        if len(words) != 2 or words[0] not in self.numbers():
+            commands = "; ".join(f"/{name} {value}" for name, value in self.numbers().items())
+            raise ValueError(f"{commands} can be changed")
+        name, text = words
+        before = getattr(self, name)
+        try:
+            value = type(before)(text)
+            replace(self, **{name: value})  # checks its range
+        except ValueError as e:
+            raise ValueError(f"{name} stays {before}: {e}") from e
+        setattr(self, name, value)
+
+
+# ---- From text to ids ----
+def read_prompt(prompt):
+    """Return the text to continue. Raises ValueError and OSError for a file that cannot be read."""
     if not prompt.startswith("FILE:"):
         return prompt or "\n"
-    path = Path(prompt.removeprefix("FILE:"))
+    path = as_path(prompt.removeprefix("FILE:"))
     try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as e:
-        raise ValueError(f"the prompt file {path} is not UTF-8 text (byte {e.start})") from e
+        return read_text(path)
     except OSError as e:
         raise FileNotFoundError(f"the prompt file {path} cannot be read: {e.strerror}") from e
 
 
-def sampling():
-    """Return the sampling settings as keywords of generate_text. Raises ValueError for one out of range."""
-    for name, fits, meaning in (
-        ("temperature", 0 <= temperature < math.inf, "at least 0; 0 is greedy"),
-        ("top_k", top_k >= 0, "at least 0; 0 keeps all tokens"),
-        ("top_p", 0 < top_p <= 1, "above 0 and at most 1; 1 keeps all tokens"),
-        ("min_p", 0 <= min_p <= 1, "from 0 to 1; 0 keeps all tokens"),
-        ("repetition_penalty", 0 < repetition_penalty < math.inf, "above 0; 1 is none"),
-        ("max_tokens", max_tokens >= 0, "at least 0"),
-        ("num_samples", num_samples >= 1, "at least 1"),
-        ("seed", 0 <= seed < 2**63, "at least 0 and below 2**63"),
-    ):
-        if not fits:
-            raise ValueError(f"{name} is {globals()[name]}: it must be {meaning}")
-    return {
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-        "max_tokens": max_tokens,
-        "stop": [s for s in stop.split("||") if s],
-    }
-
-
-def warn_about_length(n, block_size):
-    """Say so when not all of the prompt, or not all of the text to come, fits the model's context."""
-    if n > block_size:
-        seen = context_length(n, block_size)
-        print(
-            f"note: the prompt has {n} tokens, of which the model sees the last {seen}",
-            file=sys.stderr,
-        )
-    elif n + max_tokens > block_size:
-        print(
-            f"note: the model sees {block_size} tokens at most and forgets the oldest",
-            file=sys.stderr,
-        )
+def split_at_special_tokens(tokenizer, text):
+    """Return [(piece, whether it is a special token's name), ...] of a text."""
+    # Of two names that begin alike, such as <s> and <s>a, the longer one is tried first.
+    names = sorted(tokenizer.special, reverse=True)
+    if not names:
+        return [(text, False)]
+    pattern = "|".join(re.escape(name) for name in names)
+    pieces = re.split(f"({pattern})", text)  # names stand at the odd places
+    return [(piece, i % 2 == 1) for i, piece in enumerate(pieces)]
 
 
 def encode_parts(tokenizer, parts):
-    """Return the ids of texts that follow each other, as a list, after tokenizer.begin, if any.
-    parts: (text, names) pairs; where names is True, special tokens' names in text, as <|user|>, mean these.
-    Plain text is encoded in one piece from one special token to the next, whatever parts it comes from."""
-    known = "|".join(map(re.escape, sorted(tokenizer.special, reverse=True))) or "(?!)"
-    ids, plain = [], ""
-    for text, names in parts:
-        for i, piece in enumerate(re.split(f"({known})", text) if names else [text]):
-            if i % 2:
-                ids += [*tokenizer.encode(plain), tokenizer.special[piece]]
-                plain = ""
-            else:
-                plain += piece
+    """Return the ids of texts that follow each other, after tokenizer.begin, if it has one.
+
+    Plain text is encoded in one piece from one special token to the next, whatever parts it comes
+    from, because tokens may reach across parts.
+
+    parts: (text, named) pairs; where named is True, names of special tokens, such as <|user|>, in
+        the text mean these tokens.
+    """
+    pieces = []
+    for text, named in parts:
+        pieces += split_at_special_tokens(tokenizer, text) if named else [(text, False)]
+    ids = []
+    plain = ""
+    for piece, is_special in pieces:
+        if is_special:
+            ids += [*tokenizer.encode(plain), tokenizer.special[piece]]
+            plain = ""
+        else:
+            plain += piece
     ids += tokenizer.encode(plain)
-    return ids if tokenizer.begin in (None, *ids[:1]) else [tokenizer.begin, *ids]
+    if tokenizer.begin is not None and ids[:1] != [tokenizer.begin]:
+        ids.insert(0, tokenizer.begin)
+    return ids
 
 
 def encode_prompt(tokenizer, text):
+    """Return the ids of a text in which names of special tokens mean these."""
     return encode_parts(tokenizer, [(text, True)])
 
 
+def warn_about_length(n, block_size, max_tokens):
+    """Say if the model cannot see all of a prompt of n tokens, or of the text to come."""
+    if n > block_size:
+        seen = context_length(n, block_size)
+        note = f"the prompt has {n} tokens, of which the model sees the last {seen}"
+    elif n + max_tokens > block_size:
+        note = f"the model sees {block_size} tokens at most and forgets the oldest"
+    else:
+        return
+    print(f"note: {note}", file=sys.stderr)
+
+
+# ---- From ids to text ----
 def penalize(logits, seen, penalty):
-    """Divide the positive and multiply the negative logits of ids where `seen` is True (arXiv:1909.05858)."""
-    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+    """Make the ids where `seen` is True less likely: their logits fall (arXiv:1909.05858)."""
+    lower = torch.where(logits > 0, logits / penalty, logits * penalty)
+    return torch.where(seen, lower, logits)
 
 
 def penalizing(ids, penalty):
-    """Return sample_next for one text that begins with ids, all of whose tokens so far it penalizes."""
-    seen = torch.zeros(1, 0, dtype=torch.bool)
+    """Return a sample_next for one text that begins with ids, whose tokens so far it penalizes."""
+    seen = None  # (1, vocab_size) bool
 
     def pick(logits, **sampling):
         nonlocal seen
-        if not seen.numel():
+        if seen is None:
             seen = torch.zeros_like(logits, dtype=torch.bool)
             seen[:, ids] = True
-        last = sample_next(penalize(logits, seen, penalty), **sampling)
-        seen.scatter_(1, last[:, None], True)
-        return last
+        drawn = sample_next(penalize(logits, seen, penalty), **sampling)
+        seen.scatter_(1, drawn[:, None], True)
+        return drawn
 
     return pick
+
+
+def text_of_tokens(tokenizer, tokens, end):
+    """Yield the text of each token up to `end`, then what is left of a character cut off.
+
+    A character may be spread over several tokens; its text comes with the last of them.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for token in tokens:
+        if token == end:
+            break
+        yield decoder.decode(tokenizer.decode_bytes([token]))
+    yield decoder.decode(b"", final=True)
+
+
+def n_held_back(text, stop):
+    """Return how many characters at the end of a text may prove to begin a stop string."""
+    beginnings = [s[:n] for s in stop for n in range(len(s))]
+    return max((len(s) for s in beginnings if text.endswith(s)), default=0)
 
 
 def generate_text(
     model, tokenizer, prompt, max_tokens, stop=(), repetition_penalty=1.0, **sampling
 ):
-    """Yield the text that continues prompt, a text or ids, piece by piece, up to max_tokens or one of the
-    strings `stop`, of which <|endoftext|> means tokenizer.end too, whatever its name."""
+    """Yield the text that continues a prompt, piece by piece.
+
+    prompt: a text, or a list of ids.
+    max_tokens: the most tokens that are drawn.
+    stop: strings before which the text ends; of these "<|endoftext|>" also means tokenizer.end,
+        whatever that token's name is.
+    repetition_penalty: above 1, tokens already used become less likely.
+    sampling: further keywords of GPT.generate.
+    """
     ids = encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else prompt
     if repetition_penalty != 1:
         sampling["pick"] = penalizing(ids, repetition_penalty)
+    tokens = (int(drawn) for drawn in model.generate([ids], max_tokens, **sampling))
     end = tokenizer.end if "<|endoftext|>" in stop else None
-    decoder = codecs.getincrementaldecoder("utf-8")(
-        "replace"
-    )  # waits for the rest of a split character
-    text = ""
-    for last in model.generate([ids], max_tokens, **sampling):
-        if (token := int(last)) == end:
-            break
-        text += decoder.decode(tokenizer.decode_bytes([token]))
-        if found := [text.find(s) for s in stop if s in text]:
+    text = ""  # what is not yielded yet
+    for piece in text_of_tokens(tokenizer, tokens, end):
+        text += piece
+        found = [text.find(s) for s in stop if s in text]
+        if found:
             yield text[: min(found)]
             return
-        held = max((n for s in stop for n in range(len(s)) if text.endswith(s[:n])), default=0)
-        yield text[: len(text) - held]  # the rest may prove to begin a stop string
-        text = text[len(text) - held :]
-    yield text + decoder.decode(b"", final=True)
+        n_shown = len(text) - n_held_back(text, stop)
+        yield text[:n_shown]
+        text = text[n_shown:]
+    yield text
 
 
-def write_sample(model, tokenizer, generator, forward, file, text):
-    """Write text and its continuation to file, piece by piece. Raises ValueError for an unknown character."""
-    options = sampling()
-    warn_about_length(len(encode_prompt(tokenizer, text)), model.config.block_size)
+def write_sample(model, tokenizer, text, file, sampling, **generation):
+    """Write a text and its continuation to a file, piece by piece.
+
+    generation: further keywords of GPT.generate.
+    Raises ValueError for a character that the tokenizer does not know.
+    """
+    ids = encode_prompt(tokenizer, text)
+    warn_about_length(len(ids), model.config.block_size, sampling.max_tokens)
     file.write(text)
-    for piece in generate_text(
-        model, tokenizer, text, generator=generator, forward=forward, **options
-    ):
+    for piece in generate_text(model, tokenizer, ids, **sampling.options(), **generation):
         file.write(piece)
         file.flush()
     file.write("\n")
 
 
-# ---- The model ---------------------------------------------------------------------------------------------
-def find_checkpoint():
-    """Return the path of the checkpoint to use. Raises FileNotFoundError if there is none."""
-    if checkpoint or init_from:
-        return checkpoint or init_from
-    folders = [Path(out_dir)] if out_dir else (HERE / "out").glob("*/")
-    found = [
-        path for folder in folders for path in folder.glob("*.pt") if path.stem in ("best", "ckpt")
-    ]
-    if not out_dir:
-        found = found or [*(HERE / "models").glob("*/best.pt")]  # one comes with the files
-    if not found:
-        raise FileNotFoundError(
-            f"{out_dir or HERE / 'out'} holds no checkpoint: train a model first, as by "
-            "python gpt.py config/train_shakespeare.py"
-        )
-    newest = max(found, key=lambda path: path.stat().st_mtime)
-    best = newest.with_name("best.pt")
-    return best if best in found else newest
-
-
+# ---- Faster and smaller matrices ----
 class RowLinear(nn.Linear):
-    """nn.Linear that reads the weights for a single row, as in generating, faster than BLAS does on a CPU."""
+    """nn.Linear that reads its weight faster for a single row, which is what generating needs."""
 
     def forward(self, x):
-        alone = (
-            x.numel() == x.size(-1) and x.dtype == self.weight.dtype and not torch.is_grad_enabled()
-        )
-        if alone and torch.compiler.is_compiling():  # the compiler makes one loop of it
-            return (x.unsqueeze(-2) * self.weight).sum(-1) + (0 if self.bias is None else self.bias)
-        if alone and x.is_cpu and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        is_row = x.numel() == x.size(-1) and x.dtype == self.weight.dtype
+        if not is_row or torch.is_grad_enabled():
+            return super().forward(x)
+        if torch.compiler.is_compiling():  # the compiler makes one loop of this
+            y = (x.unsqueeze(-2) * self.weight).sum(-1)
+            return y if self.bias is None else y + self.bias
+        if x.is_cpu and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return super().forward(x)
 
 
 def speed_up_rows(model):
-    """Make every nn.Linear of a model a RowLinear, in place; return the model."""
-    for module in model.modules():
-        if type(module) is nn.Linear:
-            module.__class__ = RowLinear
+    """Replace a model's nn.Linear layers by RowLinear with the same weights; return the model."""
+    for name, linear in list(model.named_modules()):
+        if type(linear) is nn.Linear:
+            # On the meta device no memory is spent on weights that are replaced at once.
+            row_linear = RowLinear(linear.in_features, linear.out_features, device="meta")
+            row_linear.weight = linear.weight
+            row_linear.bias = linear.bias
+            model.set_submodule(name, row_linear)
     return model
 
 
 class Int8(nn.Module):
-    """A matrix as int8 rows with a scale each, multiplied as by nn.Linear or, given ids, looked up as by
-    nn.Embedding. The scale is the row's largest weight / 127, so that none is off by more than half of it."""
+    """A matrix as int8 rows with a scale each, in place of an nn.Linear or an nn.Embedding.
+
+    The scale is the row's largest weight / 127, so that no weight is off by more than half of it.
+    Given ids, which are int64, it looks them up; given anything else, it multiplies.
+    """
 
     def __init__(self, weight, bias=None):
         super().__init__()
@@ -256,122 +328,194 @@ class Int8(nn.Module):
         self.register_buffer("scale", scale)  # (out,)
         self.bias = bias
 
-    weight = property(lambda self: self.rows * self.scale[:, None])  # as the loss takes it
+    @property
+    def weight(self):
+        """The matrix itself, from which GPT.forward computes the loss."""
+        return self.rows * self.scale[:, None]
 
     def forward(self, x):
         if x.dtype == torch.long:
             return self.rows[x] * self.scale[x].unsqueeze(-1)
-        if x.is_cpu and x.dtype == torch.bfloat16:  # torch's kernel for float32 is slow
-            y = torch.ops.aten._weight_int8pack_mm(x.flatten(0, -2), self.rows, self.scale)
-            y = y.unflatten(0, x.shape[:-1])
-        elif (
-            x.numel() == x.size(-1) and torch.compiler.is_compiling()
-        ):  # the compiler makes one loop of it
-            y = (x.unsqueeze(-2) * self.rows).sum(-1) * self.scale
-        else:
-            y = F.linear(x, self.rows.to(x.dtype)) * self.scale
+        y = self.multiply(x)
         return y if self.bias is None else y + self.bias
+
+    def multiply(self, x):
+        """Return x @ weight.mT, by the fastest way that there is for x."""
+        if x.is_cpu and x.dtype == torch.bfloat16:  # torch has a kernel for float32, but a slow one
+            y = torch.ops.aten._weight_int8pack_mm(x.flatten(0, -2), self.rows, self.scale)
+            return y.unflatten(0, x.shape[:-1])
+        if x.numel() == x.size(-1) and torch.compiler.is_compiling():
+            return (x.unsqueeze(-2) * self.rows).sum(-1) * self.scale  # compiled to one loop
+        return F.linear(x, self.rows.to(x.dtype)) * self.scale
 
 
 def quantize_weights(model):
-    """Replace a model's linear layers and its token embedding by Int8, which share a matrix if tied."""
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Linear):
-                setattr(parent, name, Int8(child.weight, child.bias))
-    model.wte = model.lm_head if model.config.tie_weights else Int8(model.wte.weight)
+    """Replace a model's linear layers and its token embedding by Int8; if tied, by the same one."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear):
+            model.set_submodule(name, Int8(module.weight, module.bias))
+    embedding = model.lm_head if model.config.tie_weights else Int8(model.wte.weight)
+    model.set_submodule("wte", embedding)
 
 
 def weight_bytes(model):
-    """Return how many bytes the parameters and buffers take, but for the table of rotary angles."""
-    return sum(t.nbytes for t in (*model.parameters(), *model.buffers()) if t is not model.rotary)
+    """Return how many bytes parameters and buffers take, without the table of rotary angles."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum(tensor.nbytes for tensor in tensors if tensor is not model.rotary)
 
 
-def load_model(device):
-    """Return (model, tokenizer, checkpoint), weights as dtype and quantize say, which it tells on stderr."""
-    path = find_checkpoint()
-    model, tokenizer, state = load_checkpoint(path)  # on the CPU; moved once converted
-    n, before = model.n_params(), f"step {state['step']:,}, " if "step" in state else ""
-    best = state.get("best_val_loss", math.inf)  # inf: none yet, of a run that was stopped early
-    loss = f", val loss {best:.4f}" if best < math.inf else ""
-    fast = native_bfloat16(device) if device.type == "cuda" else device.type == "cpu" and quantize
-    if dtype == "bfloat16" or (dtype == "auto" and fast and not export):
-        model.bfloat16()
-    if "step" not in state and model.config.use_rope and not export:  # the cache will be as long
+# ---- The model ----
+def find_checkpoint(out_dir):
+    """Return the path of the checkpoint of out_dir or, if that is empty, of the newest run.
+
+    Of a run best.pt is preferred to ckpt.pt. Raises FileNotFoundError if there is none.
+    """
+    folders = [as_path(out_dir)] if out_dir else list((HERE / "out").glob("*/"))
+    found = []
+    for folder in folders:
+        found += [path for name in ("best.pt", "ckpt.pt") for path in folder.glob(name)]
+    if not found and not out_dir:
+        found = list((HERE / "models").glob("*/best.pt"))  # one comes along with the files
+    if not found:
+        raise FileNotFoundError(
+            f"{out_dir or HERE / 'out'} holds no checkpoint: train a model first, as by python "
+            "gpt.py config/train_shakespeare.py"
+        )
+    newest = max(found, key=lambda path: path.stat().st_mtime)
+    best = newest.with_name("best.pt")
+    return best if best in found else newest
+
+
+def read_model(source):
+    """Return (model, tokenizer, checkpoint) of a checkpoint or of a Hugging Face folder or id."""
+    path = as_path(source)
+    if path.is_file() or path.suffix == ".pt" or (path / "best.pt").is_file():
+        return load_checkpoint(path)
+    from hub import load_pretrained
+
+    return load_pretrained(source)
+
+
+def load_model(source, device, dtype="auto", quantize="", block_size=block_size):
+    """Return (model, tokenizer) for generating on a device, and describe the model on stderr.
+
+    source: a checkpoint, or a Hugging Face folder or id. The others are the settings of that name.
+    """
+    model, tokenizer, state = read_model(source)  # on the CPU, until it is converted
+    if "step" not in state and model.config.use_rope:  # not trained here: it may be very long
         model.config.block_size = min(block_size, model.config.block_size)
-    kind = str(model.ln_f.weight.dtype)[6:]
+    if device.type == "cuda":
+        is_fast = native_bfloat16(device)
+    else:
+        is_fast = device.type == "cpu" and quantize == "int8"  # for which there is a kernel
+    if dtype == "bfloat16" or (dtype == "auto" and is_fast):
+        model.bfloat16()
+    n_params = model.n_params()
+    weights = str(model.ln_f.weight.dtype).removeprefix("torch.")
     if quantize:
         quantize_weights(model)
-        kind += f", int8 weights, {weight_bytes(model) / 2**20:.1f} MiB ({n / 2**19:.1f} MiB in bfloat16)"
-    print(
-        f"{path}: {before}{n / 1e6:.2f}M parameters{loss}; {device.type}, {kind}", file=sys.stderr
-    )
-    return speed_up_rows(model.to(device)), tokenizer, state
+        size = weight_bytes(model) / 2**20
+        weights += f", int8 weights, {size:.1f} MiB ({n_params / 2**19:.1f} MiB in bfloat16)"
+    described = describe(state, n_params)
+    print(f"{source}: {described}; {device.type}, {weights}", file=sys.stderr)
+    return speed_up_rows(model.to(device)), tokenizer
 
 
-# on a GPU kernels are tried in several shapes, and products of one row become the compiler's own loops
+def describe(state, n_params):
+    """Return the step, size and loss of a checkpoint in words, as far as they are known."""
+    parts = [f"{n_params / 1e6:.2f}M parameters"]
+    if "step" in state:
+        parts.insert(0, f"step {state['step']:,}")
+    loss = state.get("best_val_loss", math.inf)
+    if loss < math.inf:  # a run that was stopped early has none yet
+        parts.append(f"val loss {loss:.4f}")
+    return ", ".join(parts)
+
+
+# On a GPU the compiler tries its kernels in several shapes.
 COMPILE = {"dynamic": False, "options": {"coordinate_descent_tuning": True}}
 
 
-def compiled(model):
-    """Return model.forward compiled, or where that fails, which is tried, as it is."""
+def compiled(model, cuda_graphs):
+    """Return model.forward compiled or, if that fails when it is tried, as it is."""
     forward = torch.compile(model.forward, **COMPILE)
     try:
-        list(model.generate([[0]], 2, forward=forward))
-    except Exception as e:  # noqa: BLE001  # compilers' errors have no common type
+        list(model.generate([[0]], 2, forward=forward, cuda_graphs=cuda_graphs))
+    except Exception as e:  # compilers' errors have no common type
         print(f"torch.compile failed ({type(e).__name__}): going on without it", file=sys.stderr)
         return model.forward
     return forward
 
 
-# ---- At the keyboard ---------------------------------------------------------------------------------------
+# ---- At the keyboard ----
 class Chat:
-    """A conversation by the tokenizer's template; turns: a question, its answer, the next question, ..."""
+    """A conversation by the tokenizer's template.
 
-    def __init__(self, model, tokenizer, generator, forward):
-        self.model, self.tokenizer, self.turns, self.forgetful = model, tokenizer, [], False
-        self.options = {"generator": generator, "forward": forward}
-        lacking = {*re.findall(r"<\|\w+\|>", "".join(tokenizer.chat))} - tokenizer.special.keys()
-        if lacking and tokenizer.state["chars"]:  # others spell them, as prepare.py does
+    turns: a question, its answer, the next question, and so on.
+    """
+
+    def __init__(self, model, tokenizer, sampling, system="", **generation):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.sampling = sampling
+        self.system = system
+        self.generation = generation  # further keywords of GPT.generate
+        self.turns = []
+        self.has_forgotten = False
+        needed = set(re.findall(r"<\|\w+\|>", "".join(tokenizer.chat)))
+        lacking = sorted(needed - tokenizer.special.keys())
+        if lacking and tokenizer.state["chars"]:  # other vocabularies can spell them
             raise ValueError(
-                f"the tokenizer lacks {' and '.join(sorted(lacking))}: --chat takes a model "
-                "trained on messages, --interactive any"
+                f"the tokenizer lacks {' and '.join(lacking)}: --chat takes a model trained on "
+                "messages, --interactive any"
             )
 
     def encode(self, turns):
-        """Return the ids of system text and turns, in which names of special tokens are mere text."""
-        said = [(0, system)] * bool(system) + [(1 + i % 2, text) for i, text in enumerate(turns)]
+        """Return the ids of system text and turns, in which names of special tokens are text."""
+        system, question, answer = self.tokenizer.chat
+        said = [(system, self.system)] if self.system else []
+        for i, text in enumerate(turns):
+            said.append((answer if i % 2 else question, text))
         parts = []
-        for role, text in said:
-            before, _, after = self.tokenizer.chat[role].partition("%s")
+        for template, text in said:
+            before, _, after = template.partition("%s")
             parts += [(before, True), (text, False), (after, True)]
         return encode_parts(self.tokenizer, parts)
 
     def ask(self, question):
-        """Add a question to turns, without the oldest ones where room lacks; return the ids to continue."""
-        turns, block_size = [*self.turns, question], self.model.config.block_size
-        room = min(max_tokens, block_size // 2)
-        while len(ids := self.encode(turns)) + room > block_size:
+        """Add a question to the turns, and return the ids that the answer continues.
+
+        The oldest questions and answers are dropped if they leave no room for it. Raises ValueError
+        if the question itself leaves none.
+        """
+        block_size = self.model.config.block_size
+        room = min(self.sampling.max_tokens, block_size // 2)
+        turns = [*self.turns, question]
+        ids = self.encode(turns)
+        while len(ids) + room > block_size:
             if len(turns) == 1:
                 raise ValueError(
                     f"{len(ids)} tokens of message and system text and {room} for the answer "
                     f"exceed block_size {block_size}: shorten the message or lower max_tokens"
                 )
             turns = turns[2:]
-        if len(turns) < len(self.turns) and not self.forgetful:
-            self.forgetful = True
-            print(
-                f"note: beyond {block_size} tokens the oldest turns are forgotten", file=sys.stderr
-            )
+            ids = self.encode(turns)
+        if len(turns) < len(self.turns) and not self.has_forgotten:
+            self.has_forgotten = True
+            note = f"note: beyond {block_size} tokens the oldest turns are forgotten"
+            print(note, file=sys.stderr)
         self.turns = turns
         return ids
 
     def answer(self, question):
-        """Print the answer as it comes, and remember it, whole or not."""
-        ids, options = self.ask(question), sampling() | self.options
-        options["max_tokens"] = min(max_tokens, self.model.config.block_size - len(ids))
-        mark = self.tokenizer.chat[2].partition("%s")[2]  # what stands after an answer
-        options["stop"] += ["<|endoftext|>"] + [mark.strip() or mark] * bool(mark)
+        """Print the answer as it comes, and remember it even if it is interrupted."""
+        ids = self.ask(question)
+        options = self.sampling.options() | self.generation
+        options["max_tokens"] = min(options["max_tokens"], self.model.config.block_size - len(ids))
+        _, _, after_answer = self.tokenizer.chat[2].partition("%s")
+        options["stop"].append("<|endoftext|>")
+        if after_answer:
+            options["stop"].append(after_answer.strip() or after_answer)
         self.turns.append("")
         for piece in generate_text(self.model, self.tokenizer, ids, **options):
             self.turns[-1] += piece
@@ -379,48 +523,53 @@ class Chat:
         print()
 
     def command(self, line):
-        """Begin a new conversation by /reset, or by /system with another system text; or change a setting."""
-        global system
-        name, _, text = line[1:].strip().partition(" ")
+        """Begin a new conversation by /reset or /system TEXT, or change a setting."""
+        name, _, text = line.removeprefix("/").strip().partition(" ")
         if name not in ("reset", "system"):
-            return change_setting(line)
+            self.sampling.change(line)
+            return
         if name == "system":
             self.tokenizer.encode(text)  # raises ValueError for an unknown character
-            system = text.strip()
-        self.turns, self.forgetful = [], False
+            self.system = text.strip()
+        self.turns = []
+        self.has_forgotten = False
 
 
-def change_setting(line):
-    """Set one of TUNABLE by a line such as "/top_k 50"; for others raise ValueError and change nothing."""
-    words = line[1:].replace("=", " ").split()
-    if len(words) != 2 or words[0] not in TUNABLE:
-        raise ValueError(
-            "; ".join(f"/{name} {globals()[name]}" for name in TUNABLE) + " can be changed"
-        )
-    name, before = words[0], globals()[words[0]]
-    try:
-        globals()[name] = type(before)(words[1])
-        sampling()
-    except ValueError as e:
-        globals()[name] = before
-        raise ValueError(f"{name} stays {before}: {e}") from e
+PASTE_GAP = 0.05  # seconds within which the next line must wait for it to be pasted, not typed
+
+
+def read_typed_text():
+    """Return what is typed at the keyboard: a line or, if several are pasted, all of them."""
+    lines = [input("> ")]
+    # Other input, such as a pipe or a file, has a prompt in each line.
+    if os.name == "posix" and sys.stdin.isatty():
+        while select.select([sys.stdin], [], [], PASTE_GAP)[0]:
+            try:
+                lines.append(input())
+            except EOFError:
+                break
+    return "\n".join(lines)
 
 
 def interact(greeting, respond, command):
-    """Pass lines from the keyboard to respond or, from a slash on, command, until one or their end leaves."""
+    """Pass texts from the keyboard to respond, and lines that begin with a slash to command.
+
+    A word such as quit ends this, and so does the end of the input. A ValueError is printed.
+    """
     with contextlib.suppress(ImportError):  # Windows has none
-        import readline  # noqa: F401  # input() now edits lines and recalls them with the arrow keys
+        import readline  # noqa: F401  # input() now edits lines and recalls them by the arrow keys
     print(
-        greeting,
-        "/temperature 0.5 changes a setting, / lists them; quit, exit, q or Ctrl-D leaves.",
+        greeting, "/temperature 0.5 changes a setting, / lists them; quit, exit, q or Ctrl-D ends."
     )
     while True:
         try:
-            line = input("> ")
-            if line.strip() in ("quit", "exit", "q"):
+            text = read_typed_text()
+            if text.strip() in ("quit", "exit", "q"):
                 return
-            if line:
-                (command if line.startswith("/") else respond)(line)
+            if text.startswith("/") and "\n" not in text:
+                command(text)
+            elif text:
+                respond(text)
         except ValueError as e:
             print(e)
         except KeyboardInterrupt:  # ends this text, not the program
@@ -430,57 +579,68 @@ def interact(greeting, respond, command):
             return
 
 
-def main():
-    sampling()
-    if dtype not in ("auto", "float32", "bfloat16"):
-        raise ValueError(f"dtype is {dtype!r}: it must be auto, float32 or bfloat16")
-    if quantize not in ("", "int8") or (quantize and export):
-        raise ValueError(
-            f"quantize is {quantize!r}: it must be int8, or empty for weights as they are; only "
-            "these are exported"
-        )
-    gpt.cuda_graphs = cuda_graphs
-    chosen = pick_device(device)
-    model, tokenizer, state = load_model(chosen)
-    if export:
-        import pretrained
+# ---- Main ----
+def write_samples(text, output, num_samples, write):
+    """Write samples that continue a text to the file `output` or, if that is empty, to stdout.
 
-        pretrained.export(model, tokenizer, state, export)
-        return print(f"wrote {export}, in Hugging Face's format", file=sys.stderr)
-    forward = compiled(model) if compile else model.forward
-    run = model, tokenizer, torch.Generator(chosen).manual_seed(seed), forward
-    if chat:
-        talk = Chat(*run)
-        return interact(
-            "Type a message. /reset begins a new conversation, /system TEXT one with that system "
-            "text, /system one without.",
-            talk.answer,
-            talk.command,
-        )
-    if interactive:
-        return interact(
-            "Type how a text begins.", partial(write_sample, *run, sys.stdout), change_setting
-        )
-    text, began = read_prompt(), time.time()
-    ids = encode_prompt(tokenizer, text)  # before anything is written
-    if show is not None:
-        import plots
-
-        return plots.show(model, tokenizer, ids, show, output or "attention.png")
-    with (
-        open(output, "w", encoding="utf-8")
-        if output
-        else contextlib.nullcontext(sys.stdout) as file
-    ):
+    write: write_sample with all but its text and file.
+    """
+    started = time.monotonic()
+    with contextlib.ExitStack() as stack:
+        file = sys.stdout
+        if output:
+            path = as_path(output)
+            file = stack.enter_context(open(path, "w", encoding="utf-8", newline=""))
         for i in range(num_samples):
-            if i:
+            if i > 0:
                 file.write("-" * 80 + "\n")
-            write_sample(*run, file, text)
+            write(text=text, file=file)
     if output:
-        print(f"wrote {output} in {time.time() - began:.1f} s", file=sys.stderr)
+        print(f"wrote {output} in {time.monotonic() - started:.1f} s", file=sys.stderr)
+
+
+def show_model(model, tokenizer, text, kind, output):
+    """Print the likeliest tokens after a text, or draw what the model's attention looks at."""
+    from extras import plots
+
+    ids = encode_prompt(tokenizer, text)
+    seen = context_length(len(ids), model.config.block_size)
+    plots.show(model, tokenizer, ids[-seen:], kind, as_path(output or "attention.png"))
+
+
+def main():
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, max_tokens, stop)
+    check_ranges(num_samples=num_samples, seed=seed, block_size=block_size)
+    check_ranges(dtype=dtype, quantize=quantize)
+    chosen = pick_device(device)
+    source = checkpoint or init_from or find_checkpoint(out_dir)
+    model, tokenizer = load_model(source, chosen, dtype, quantize, block_size)
+    generation = {
+        "generator": torch.Generator(chosen).manual_seed(seed),
+        "cuda_graphs": cuda_graphs,
+    }
+    if compile:
+        generation["forward"] = compiled(model, cuda_graphs)
+    write = partial(write_sample, model, tokenizer, sampling=sampling, **generation)
+
+    if chat:
+        talk = Chat(model, tokenizer, sampling, system, **generation)
+        greeting = (
+            "Type a message. /reset begins a new conversation, /system TEXT one with that system "
+            "text, /system one without."
+        )
+        interact(greeting, talk.answer, talk.command)
+    elif interactive:
+        interact("Type how a text begins.", partial(write, file=sys.stdout), sampling.change)
+    elif show is not None:
+        show_model(model, tokenizer, read_prompt(prompt), show, output)
+    else:
+        text = read_prompt(prompt)
+        encode_prompt(tokenizer, text)  # raises ValueError before a file is written
+        write_samples(text, output, num_samples, write)
 
 
 if __name__ == "__main__":
     from configurator import run_script
 
-    run_script(globals(), main, word_setting="prompt")
+    run_script(globals(), main, SETTINGS, check_setting, word_settings=("prompt",))

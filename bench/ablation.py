@@ -1,19 +1,15 @@
-"""What each choice of the default recipe is worth: the same number of steps with one setting changed at a time.
+"""What each choice of the default recipe is worth: as many steps with one setting changed.
 
-    python bench/ablation.py [--seeds=3] [--steps=600]
+    python bench/ablation.py [--seeds=3] [--steps=600] [--only=TEXT]
 
-The loss is that of the full validation split of tiny Shakespeare, mean and range over the seeds; a difference that is
-smaller than the range says nothing. Variants with other batch sizes take as many tokens as the default.
+The loss is that of the whole validation split of tiny Shakespeare, as the mean and range over the
+seeds. A difference that is smaller than the range says nothing. Variants with other batch sizes
+take as many tokens as the default. --only takes the variants whose names hold the text.
 """
 
-import json
 import statistics
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
 
-from common import ROOT, flags, record
+from common import flags, median_speed, record, train
 
 VARIANTS = {
     "default": "",
@@ -27,46 +23,41 @@ VARIANTS = {
     "train_temperature 0.87": "--train_temperature=0.87",
     "float32": "--dtype=float32",
 }
-HALF = ("batch 16, rates times 1.4",)  # steps, for as many tokens
+HALF_THE_STEPS = ("batch 16, rates times 1.4",)  # for as many tokens
 
 
 def run(variant, seed, steps):
-    """Return (full validation loss, tokens per second)."""
-    with tempfile.TemporaryDirectory() as out:
-        command = [
-            sys.executable,
-            ROOT / "gpt.py",
-            f"--max_iters={steps}",
-            f"--eval_interval={steps}",
-            "--eval_iters=1",
-        ]
-        command += ["--sample_tokens=0", f"--seed={seed}", f"--out_dir={out}", *variant.split()]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        lines = [
-            json.loads(line)
-            for line in (Path(out) / "log.jsonl").read_text(encoding="utf-8").splitlines()
-        ]
-    return lines[-1]["val_loss"], statistics.median(
-        line["tokens_per_s"] for line in lines if "tokens_per_s" in line
+    """Train by the flags of a variant; return (validation loss, tokens per second)."""
+    flags = [f"--max_iters={steps}", f"--eval_interval={steps}", "--eval_iters=1"]
+    flags += ["--sample_tokens=0", f"--seed={seed}", *variant.split()]
+    log = train(*flags)
+    return log[-1]["val_loss"], median_speed(log)
+
+
+def measure(name, seeds, steps):
+    """Train a variant once for each seed and record what it reached."""
+    losses = []
+    speeds = []
+    for seed in range(1337, 1337 + seeds):
+        loss, speed = run(VARIANTS[name], seed, steps)
+        losses.append(loss)
+        speeds.append(speed)
+    record(
+        "ablation",
+        variant=name,
+        steps=steps,
+        val_loss=round(statistics.mean(losses), 4),
+        val_losses=[round(loss, 4) for loss in losses],
+        tokens_per_s=round(statistics.median(speeds)),
     )
 
 
 def main():
     f = flags(seeds=3, steps=600, only="")
-    for name, variant in VARIANTS.items():
+    for name in VARIANTS:
         if f["only"] in name:
-            steps = f["steps"] // (2 if name in HALF else 1)
-            losses, speeds = zip(
-                *(run(variant, 1337 + i, steps) for i in range(f["seeds"])), strict=True
-            )
-            record(
-                "ablation",
-                variant=name,
-                steps=steps,
-                val_loss=round(statistics.mean(losses), 4),
-                val_losses=[round(loss, 4) for loss in losses],
-                tokens_per_s=round(statistics.median(speeds)),
-            )
+            steps = f["steps"] // 2 if name in HALF_THE_STEPS else f["steps"]
+            measure(name, f["seeds"], steps)
 
 
 if __name__ == "__main__":

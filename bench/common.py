@@ -1,39 +1,57 @@
-"""What the bench scripts share: this machine's description, a peer's model, paired runs, the file of results."""
+"""common.py: what the bench scripts share.
+
+It describes this machine, loads a peer's model, measures cases in turn and keeps the results.
+"""
 
 import datetime
 import importlib.util
 import json
+import os
 import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+CHECKOUT = os.environ.get("CHECKOUT") or str(ROOT)  # a worker of in_turn may be of another one
+sys.path.insert(0, CHECKOUT)
 
 
+# ---- The machine ----
 def hardware():
     """Return the processor's, or else the GPU's, name, with the number of threads or GPUs."""
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    level = torch.backends.cpu.get_cpu_capability()
+    if level == "AVX512" and torch.cpu._is_avx512_bf16_supported():
+        level = "AVX512-BF16"
+    return f"{torch.get_num_threads()} cores of {processor_name()}, {level}"
+
+
+def processor_name():
+    """Return the processor's name by Linux, or else by Python."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    name = next(
-        (line.split(":")[1].strip() for line in lines if line.startswith("model name")),
-        platform.processor(),
-    )
-    level = torch.backends.cpu.get_cpu_capability()
-    bf16 = (
-        ", AVX512-BF16"
-        if level == "AVX512" and torch.cpu._is_avx512_bf16_supported()
-        else f", {level}"
-    )
-    return f"{torch.get_num_threads()} cores of {name}{bf16}"
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
 
 
+def best_device():
+    """Return the GPU, if there is one, and else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def wait_for(device):
+    """Wait until a GPU has done what it was told to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+# ---- Flags ----
 def flags(**defaults):
     """Return the defaults with the command line's --key=value flags in their place."""
     for flag in sys.argv[1:]:
@@ -44,6 +62,7 @@ def flags(**defaults):
     return defaults
 
 
+# ---- Peers ----
 def nanogpt(path):
     """Return model.py of the nanoGPT checkout at path, imported."""
     spec = importlib.util.spec_from_file_location("nanogpt_model", Path(path) / "model.py")
@@ -52,53 +71,107 @@ def nanogpt(path):
     return module
 
 
+# ---- Runs ----
+def train(*arguments, checkout=ROOT, **env):
+    """Run a checkout's gpt.py as a user does; return the lines of its log.jsonl as dicts.
+
+    env: environment variables. Raises CalledProcessError if the run fails.
+    """
+    with tempfile.TemporaryDirectory() as out:
+        subprocess.run(
+            [sys.executable, Path(checkout) / "gpt.py", *arguments, f"--out_dir={out}"],
+            check=True,
+            stdout=subprocess.DEVNULL,
+            env=os.environ | env,
+        )
+        return read_log(out)
+
+
+def read_log(out):
+    """Return the lines of a run's log.jsonl as dicts."""
+    text = (Path(out) / "log.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def median_speed(log):
+    """Return the median tokens per second of a log's lines but the first two, which set up."""
+    speeds = [line["tokens_per_s"] for line in log if "tokens_per_s" in line]
+    return statistics.median(speeds[2:] or speeds)
+
+
+# ---- Cases, measured in turn ----
 def serve(prepare):
-    """Be the process of one case, a script's only argument: get ready, then measure for each line of input."""
+    """Be the process of one case, which is this script's only argument.
+
+    Get ready by measure = prepare(case), then print measure() for each line of the input.
+    """
     measure = prepare(json.loads(sys.argv[1]))
     print("READY", flush=True)
     for _ in sys.stdin:
         print(measure(), flush=True)
 
 
+def is_worker():
+    """Tell whether this process is that of one case, which then stands on its command line."""
+    return len(sys.argv) == 2 and sys.argv[1].startswith("{")
+
+
 def in_turn(cases, runs):
-    """Measure each of the cases {name: (script, case)} `runs` times, A B C A B C ...; return {name: [numbers]}.
+    """Measure each case `runs` times, A B C A B C ...; return {name: [numbers]}.
 
-    Each is a process of its own, `script CASE-as-JSON`, that serves: it prints READY, then a number for each line it
-    reads. They get ready, which may mean to compile, one after the other on a CPU and all at once on a GPU, whose
-    numbers come once all are. A process that fails is named and left out.
+    Each is a process of its own that serves. They get ready, which may mean to compile, one after
+    the other on a CPU and all at once on a GPU. A process that fails is named and left out.
+
+    cases: {name: (script, case)}; the process is `script CASE-as-JSON`. If the case names another
+        "checkout" of this project, gpt is imported from there.
     """
-    workers, found = {}, {}
-
-    def wait(name):
-        for line in workers[name].stdout:
-            if line.startswith("READY"):
-                found[name] = []
-                return
-        print(f"{name}: failed", flush=True)
-
+    workers = {}
+    found = {}
     for name, (script, case) in cases.items():
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        workers[name] = subprocess.Popen([sys.executable, script, json.dumps(case)], **pipes)
-        if not torch.cuda.is_available():
-            wait(name)
-    for name in cases:
-        if torch.cuda.is_available():
-            wait(name)
+        workers[name] = subprocess.Popen(
+            [sys.executable, script, json.dumps(case)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"CHECKOUT": case.get("checkout", "")},
+        )
+        if not torch.cuda.is_available() and is_ready(name, workers[name]):
+            found[name] = []
+    if torch.cuda.is_available():
+        found = {name: [] for name, worker in workers.items() if is_ready(name, worker)}
+
     for run in range(runs):
         for name in list(found):
-            workers[name].stdin.write("\n")
-            workers[name].stdin.flush()
-            answer = workers[name].stdout.readline().split()
-            if not answer:
+            number = ask(workers[name])
+            if number is None:
                 del found[name]
                 print(f"{name}: failed", flush=True)
                 continue
-            found[name].append(float(answer[-1]))
-            print(f"run {run + 1}: {name} {found[name][-1]:,.1f}", flush=True)
+            found[name].append(number)
+            print(f"run {run + 1}: {name} {number:,.1f}", flush=True)
     for worker in workers.values():
         worker.stdin.close()
         worker.wait()
     return found
+
+
+def is_ready(name, worker):
+    """Wait until a worker is ready, and tell whether it is: it may have failed."""
+    if any(line.startswith("READY") for line in worker.stdout):
+        return True
+    print(f"{name}: failed", flush=True)
+    return False
+
+
+def ask(worker):
+    """Return the number that a worker measures now, or None if it has failed."""
+    try:
+        worker.stdin.write("\n")
+        worker.stdin.flush()
+    except BrokenPipeError:
+        return None
+    answer = worker.stdout.readline().split()
+    return float(answer[-1]) if answer else None
 
 
 def ratios(numbers, others):
@@ -107,13 +180,16 @@ def ratios(numbers, others):
     return [round(x, 2) for x in (statistics.median(found), found[0], found[-1])]
 
 
-def commit():
-    """Return the commit of the code that runs, with "-dirty" if more than results and README differ from it."""
+# ---- Results ----
+def commit(root=ROOT):
+    """Return the commit of a checkout, with "-dirty" if its files differ from it.
+
+    Results and README may differ.
+    """
 
     def git(*words):
-        return subprocess.run(
-            ["git", "-C", ROOT, *words], check=False, capture_output=True, text=True
-        ).stdout
+        command = ["git", "-C", root, *words]
+        return subprocess.run(command, check=False, capture_output=True, text=True).stdout
 
     changed = git("status", "--porcelain", "-uno", "--", ":!bench/results.jsonl", ":!README.md")
     return git("rev-parse", "--short", "HEAD").strip() + ("-dirty" if changed else "")
@@ -123,7 +199,7 @@ COMMIT = commit()  # before anything runs
 
 
 def record(bench, **figures):
-    """Print a result and append it to bench/results.jsonl."""
+    """Print a result as a line of JSON and append it to bench/results.jsonl."""
     line = {
         "bench": bench,
         "date": str(datetime.datetime.now(datetime.timezone.utc).date()),
@@ -132,6 +208,11 @@ def record(bench, **figures):
         "commit": COMMIT,
         **figures,
     }
-    print(json.dumps(line))
+    print(json.dumps(line), flush=True)
     with open(ROOT / "bench" / "results.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
+
+
+def show(bench, **figures):
+    """Print a result and keep nothing: what --small=1 does instead of record."""
+    print(bench, figures, flush=True)

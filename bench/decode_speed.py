@@ -1,14 +1,18 @@
-"""Tokens per second of generating from a prompt, beside nanoGPT's, transformers' and gpt-fast's generate.
+"""Tokens per second of generating from a prompt, versus nanoGPT, transformers and gpt-fast.
 
     python bench/decode_speed.py --nanogpt=PATH
     python bench/decode_speed.py --shape=gpt2 --gptfast=PATH --transformers=0      (a GPU)
+    python bench/decode_speed.py --old=PATH      another checkout of this project as a peer
 
-Random weights; that the tokens are right is for the tests. nanoGPT's model has no cache and reads its last block_size
-tokens again for each one. transformers' is a Llama of our shape with its static cache; it generates no more than
-block_size tokens, while ours also refills its cache when that is full. gpt-fast's is a Llama of our shape in
-bfloat16, compiled with its own settings, one token a step. Each figure is the median of `runs` measurements, in turn;
-the ratios are to others with weights of the same dtype, and compiled where ours is, as by sample.py's --compile=True.
-What compiling takes, some seconds, counts for none. nanoGPT's growing text is not compiled.
+The weights are random; that the tokens are right is for the tests. nanoGPT's model has no cache and
+reads its last block_size tokens again for each one. transformers' is a Llama of our shape with its
+static cache; it generates no more than block_size tokens, while ours also refills its cache when
+that is full. gpt-fast's is a Llama of our shape in bfloat16, compiled with its own settings, one
+token a step.
+
+Each figure is the median of `runs` measurements, in turn. The ratios are to others with weights of
+the same dtype, and compiled where ours is, as by sample.py's --compile=True. What compiling takes,
+some seconds, counts for none. nanoGPT's growing text is not compiled.
 """
 
 import sys
@@ -16,7 +20,17 @@ import time
 import types
 
 import torch
-from common import flags, in_turn, nanogpt, ratios, record, serve
+from common import (
+    best_device,
+    flags,
+    in_turn,
+    is_worker,
+    nanogpt,
+    ratios,
+    record,
+    serve,
+    wait_for,
+)
 
 import gpt
 from sample import COMPILE, speed_up_rows
@@ -24,60 +38,32 @@ from sample import COMPILE, speed_up_rows
 SHAPES = {
     "shakespeare": {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "vocab_size": 65},
     "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "vocab_size": 50304},
-    "1b": {
-        "n_layer": 22,
-        "n_head": 16,
-        "n_embd": 2048,
-        "block_size": 1024,
-        "vocab_size": 50304,
-    },  # train_1b
-}
+    "1b": {"n_layer": 22, "n_head": 16, "n_embd": 2048, "block_size": 1024, "vocab_size": 50304},
+}  # 1b: config/train_1b.py
 
 
-def peer(case, idx, dtype):
+# ---- Generators: functions of the number of tokens ----
+def ours(case, idx, dtype):
+    """Return gpt.py's generator, from the checkout that the case names."""
+    config = gpt.GPTConfig(**case["sizes"], n_kv_head=case["n_kv_head"])
+    with torch.device(idx.device):
+        model = speed_up_rows(gpt.GPT(config).to(dtype).eval())
+    forward = torch.compile(model.forward, **COMPILE) if case["compile"] else None
+
+    def generate(n):
+        for ids in model.generate(idx, n, forward=forward, temperature=0.8, top_k=200, top_p=1.0):
+            ids.tolist()  # as a caller who shows each token does
+
+    generate(5)
+    return generate
+
+
+def nano_gpt(case, idx, dtype):
     model_py = nanogpt(case["nanogpt"])
     config = model_py.GPTConfig(**case["sizes"], dropout=0.0, bias=False)
     model = model_py.GPT(config).to(idx.device, dtype).eval()
     model.generate(idx, 5)
     return lambda n: model.generate(idx, n, temperature=0.8, top_k=200)
-
-
-def gpt_fast(case, idx, dtype):
-    sys.path.insert(0, case["gptfast"])
-    sys.modules["tokenizer"] = types.SimpleNamespace(
-        get_tokenizer=None
-    )  # which would need sentencepiece
-    import generate
-    import model as model_py
-
-    s = case["sizes"]
-    args = model_py.ModelArgs(
-        block_size=s["block_size"],
-        vocab_size=s["vocab_size"],
-        n_layer=s["n_layer"],
-        n_head=s["n_head"],
-        dim=s["n_embd"],
-        intermediate_size=round(s["n_embd"] * 8 / 3 / 32) * 32,
-        n_local_heads=case["n_kv_head"],
-    )
-    with torch.device(idx.device):  # where a billion weights are drawn sooner
-        model = model_py.Transformer(args).to(dtype).eval()
-        model.setup_caches(len(idx), s["block_size"])
-    generate.decode_one_token = torch.compile(
-        generate.decode_one_token, mode="reduce-overhead", fullgraph=True
-    )
-
-    def run(n):
-        positions = torch.arange(idx.size(1), device=idx.device)
-        last = generate.prefill(model, idx, positions, temperature=0.8, top_k=200).view(
-            len(idx), -1
-        )
-        at = torch.tensor([idx.size(1)], device=idx.device, dtype=torch.int)
-        show = {"callback": lambda ids: ids.tolist(), "temperature": 0.8, "top_k": 200}
-        generate.decode_n_tokens(model, last, at, n - 1, **show)
-
-    run(8)
-    return run
 
 
 def transformers_generate(case, idx, dtype):
@@ -87,7 +73,7 @@ def transformers_generate(case, idx, dtype):
     config = LlamaConfig(
         vocab_size=s["vocab_size"],
         hidden_size=s["n_embd"],
-        intermediate_size=round(s["n_embd"] * 8 / 3 / 32) * 32,
+        intermediate_size=llama_width(s["n_embd"]),
         num_hidden_layers=s["n_layer"],
         num_attention_heads=s["n_head"],
         num_key_value_heads=case["n_kv_head"],
@@ -97,8 +83,8 @@ def transformers_generate(case, idx, dtype):
         pad_token_id=0,
     )
     model = LlamaForCausalLM(config).to(idx.device, dtype).eval()
-    if case["compile"]:  # as its documentation advises with a static cache
-        model.forward = torch.compile(model.forward)
+    if case["compile"]:
+        model.compile()
 
     def generate(n):
         model.generate(
@@ -115,50 +101,121 @@ def transformers_generate(case, idx, dtype):
     return generate
 
 
-def ours(case, idx, dtype):
-    config = gpt.GPTConfig(**case["sizes"], n_kv_head=case["n_kv_head"])
-    with torch.device(idx.device):
-        model = speed_up_rows(gpt.GPT(config).to(dtype).eval())
-    forward = torch.compile(model.forward, **COMPILE) if case["compile"] else None
+def gpt_fast(case, idx, dtype):
+    sys.path.insert(0, case["gptfast"])
+    # Its own tokenizer.py would need sentencepiece.
+    sys.modules["tokenizer"] = types.SimpleNamespace(get_tokenizer=None)
+    import generate
+    import model as model_py
 
-    def generate(n):
-        for ids in model.generate(idx, n, forward=forward, temperature=0.8, top_k=200, top_p=1.0):
-            ids.tolist()  # as a caller who shows each token does
+    s = case["sizes"]
+    args = model_py.ModelArgs(
+        block_size=s["block_size"],
+        vocab_size=s["vocab_size"],
+        n_layer=s["n_layer"],
+        n_head=s["n_head"],
+        dim=s["n_embd"],
+        intermediate_size=llama_width(s["n_embd"]),
+        n_local_heads=case["n_kv_head"],
+    )
+    with torch.device(idx.device):  # where a billion weights are drawn sooner
+        model = model_py.Transformer(args).to(dtype).eval()
+        model.setup_caches(len(idx), s["block_size"])
+    # Its loop calls a global decode_one_token, which its main() has compiled like this.
+    decode_one_token = torch.compile(
+        generate.decode_one_token, mode="reduce-overhead", fullgraph=True
+    )
+    names = vars(generate) | {"decode_one_token": decode_one_token}
+    decode_n_tokens = types.FunctionType(generate.decode_n_tokens.__code__, names)
 
-    generate(5)
-    return generate
+    def run(n):
+        sampling = {"temperature": 0.8, "top_k": 200}
+        positions = torch.arange(idx.size(1), device=idx.device)
+        last = generate.prefill(model, idx, positions, **sampling).view(len(idx), -1)
+        at = torch.tensor([idx.size(1)], device=idx.device, dtype=torch.int)
+        decode_n_tokens(model, last, at, n - 1, callback=lambda ids: ids.tolist(), **sampling)
+
+    run(8)
+    return run
+
+
+def llama_width(n_embd):
+    """Return the width of the MLP by which a Llama has the size of our model."""
+    return round(n_embd * 8 / 3 / 32) * 32
+
+
+# ---- Measuring ----
+MAKERS = {
+    "ours": ours,
+    "nanogpt": nano_gpt,
+    "transformers": transformers_generate,
+    "gptfast": gpt_fast,
+}
 
 
 def prepare(case):
-    """Return a function that returns tokens per second of one generation of case["tokens"] tokens in each row."""
+    """Return a function that returns the tokens per second of generating case["tokens"] a row."""
     torch.manual_seed(0)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    device = best_device()
     idx = torch.randint(case["sizes"]["vocab_size"], (case["batch_size"], 8), device=device)
-    maker = {
-        "nanogpt": peer,
-        "transformers": transformers_generate,
-        "gptfast": gpt_fast,
-        "ours": ours,
-    }
     with torch.no_grad():
-        generate = maker[case["who"]](case, idx, getattr(torch, case["dtype"]))
+        generate = MAKERS[case["who"]](case, idx, getattr(torch, case["dtype"]))
 
     def measure():
         with torch.no_grad():
-            wait()
+            wait_for(device)
             began = time.perf_counter()
             generate(case["tokens"])
-            wait()
+            wait_for(device)
         return case["tokens"] * case["batch_size"] / (time.perf_counter() - began)
 
     return measure
 
 
+def cases(f):
+    """Return {name: (this script, case)} of what the flags f ask for."""
+    sizes = SHAPES[f["shape"]]
+    base = {key: f[key] for key in ("batch_size", "tokens", "nanogpt", "gptfast")}
+    base |= {"who": "ours", "sizes": sizes, "n_kv_head": f["n_kv_head"] or sizes["n_head"]}
+    dtypes = ("bfloat16",) if torch.cuda.is_available() else ("float32", "bfloat16")
+    found = {}
+    for dtype in dtypes:
+        found |= cases_of_dtype(f, base | {"dtype": dtype, "compile": False})
+    if f["gptfast"]:
+        theirs = {"who": "gptfast", "dtype": "bfloat16", "compile": True}
+        found["gpt-fast bfloat16, compiled"] = base | theirs | {"tokens": tokens_that_fit(f)}
+    return {name: (__file__, case) for name, case in found.items()}
+
+
+def cases_of_dtype(f, plain):
+    """Return {name: case} of those who generate in the dtype of the case `plain`, which is ours."""
+    dtype = plain["dtype"]
+    compiled = plain | {"compile": True}
+    found = {f"ours {dtype}": plain, f"ours {dtype}, compiled": compiled}
+    if f["old"]:
+        checkout = {"who": "ours", "checkout": f["old"]}
+        found[f"old {dtype}"] = plain | checkout
+        found[f"old {dtype}, compiled"] = compiled | checkout
+    if f["nanogpt"]:
+        found[f"nanoGPT {dtype}"] = plain | {"who": "nanogpt"}
+    if f["transformers"]:
+        theirs = {"who": "transformers", "tokens": tokens_that_fit(f)}
+        found[f"transformers {dtype}"] = plain | theirs
+        found[f"transformers {dtype}, compiled"] = compiled | theirs
+    return found
+
+
+def tokens_that_fit(f):
+    """Return how many tokens the others generate: what their caches hold beside the prompt."""
+    return min(f["tokens"], SHAPES[f["shape"]]["block_size"] - 8)
+
+
+# ---- Report ----
 def copy_bandwidth():
     """Return bytes per second, read and written, of copying 1 GiB."""
-    x = torch.empty(2**28, device="cuda" if torch.cuda.is_available() else "cpu")
-    y, seconds = torch.ones_like(x), []
+    x = torch.empty(2**28, device=best_device())
+    y = torch.ones_like(x)
+    seconds = []
     for _ in range(5):
         began = time.perf_counter()
         for _ in range(10):
@@ -168,85 +225,68 @@ def copy_bandwidth():
     return 2**31 / min(seconds)
 
 
-def cases(f):
+def bandwidth_shares(f, medians):
+    """Return, of each of ours, the bytes it must read in a second over those that a copy moves.
+
+    A step reads all weights once, and the keys and values of the tokens that it sees.
+    """
     sizes = SHAPES[f["shape"]]
-    tokens = min(f["tokens"], sizes["block_size"] - 8)  # what the others' caches hold
-    base = {key: f[key] for key in ("batch_size", "tokens", "nanogpt", "gptfast")}
-    base |= {
-        "who": "ours",
-        "sizes": sizes,
-        "n_kv_head": f["n_kv_head"] or sizes["n_head"],
-        "compile": False,
-    }
-    found = {}
-    for dtype in ("float32", "bfloat16") if not torch.cuda.is_available() else ("bfloat16",):
-        for compiled in (False, True):
-            found[f"ours {dtype}{', compiled' * compiled}"] = base | {
-                "dtype": dtype,
-                "compile": compiled,
-            }
-        if f["nanogpt"]:
-            found[f"nanoGPT {dtype}"] = base | {"who": "nanogpt", "dtype": dtype}
-        if f["transformers"]:
-            theirs = base | {"who": "transformers", "dtype": dtype, "tokens": tokens}
-            found[f"transformers {dtype}"] = theirs
-            found[f"transformers {dtype}, compiled"] = theirs | {"compile": True}
-        if f["gptfast"]:
-            theirs = base | {
-                "who": "gptfast",
-                "dtype": "bfloat16",
-                "tokens": tokens,
-                "compile": True,
-            }
-            found["gpt-fast bfloat16, compiled"] = theirs
-    return {name: (__file__, case) for name, case in found.items()}
+    config = gpt.GPTConfig(**sizes, n_kv_head=f["n_kv_head"] or sizes["n_head"])
+    with torch.device("meta"):
+        n_weights = gpt.GPT(config).n_params()
+    if not config.tie_weights:  # of the embedding only a row is read
+        n_weights -= config.vocab_size * config.n_embd
+    lengths = [gpt.context_length(n, config.block_size) for n in range(8, 8 + f["tokens"])]
+    n_seen = f["batch_size"] * sum(lengths) / len(lengths)
+    n_cached = n_seen * 2 * config.n_layer * config.n_kv_head * config.head_dim
+
+    bandwidth = copy_bandwidth()
+    shares = {}
+    for name, speed in medians.items():
+        if name.startswith("ours"):
+            size = 2 if "bfloat16" in name else 4
+            size_cached = size if torch.cuda.is_available() else 4  # on a CPU float32
+            n_bytes = n_weights * size + n_cached * size_cached
+            shares[name] = round(n_bytes * speed / f["batch_size"] / bandwidth, 3)
+    return shares
 
 
-def report(f, found):
-    sizes, known = SHAPES[f["shape"]], {name: case for name, (_, case) in cases(f).items()}
+def comparable(mine, other):
+    """Tell whether a case of ours and one of somebody else's do the same."""
+    if mine["who"] != "ours" or "checkout" in mine or mine["dtype"] != other["dtype"]:
+        return False
+    if other["who"] == "nanogpt":  # it has nothing to compile
+        return True
+    is_other = other["who"] != "ours" or "checkout" in other
+    return is_other and mine["compile"] == other["compile"]
+
+
+def report(f, found, record=record):
+    """Print the medians of what was found for the flags f, and record them."""
     medians = {name: round(sorted(speeds)[len(speeds) // 2], 1) for name, speeds in found.items()}
     for name, speed in medians.items():
         print(f"{name:32s} {speed:10,.1f} tokens/s")
-    config = gpt.GPTConfig(**sizes, n_kv_head=f["n_kv_head"] or sizes["n_head"])
-    with torch.device("meta"):
-        n_read = gpt.GPT(config).n_params() - config.vocab_size * config.n_embd * (
-            not config.tie_weights
-        )
-    lengths = [gpt.context_length(n, config.block_size) for n in range(8, 8 + f["tokens"])]
-    n_seen = (
-        f["batch_size"] * sum(lengths) / len(lengths)
-    )  # tokens whose keys and values are read, on average
-    n_cached = n_seen * 2 * config.n_layer * config.n_kv_head * config.head_dim
-    bandwidth, shares = copy_bandwidth(), {}
-    for name, speed in medians.items():
-        size = 2 if "bfloat16" in name else 4
-        read = n_read * size + n_cached * (
-            size if torch.cuda.is_available() else 4
-        )  # on a CPU float32
-        if name.startswith("ours"):
-            shares[name] = round(read * speed / f["batch_size"] / bandwidth, 3)
+    known = {name: case for name, (_, case) in cases(f).items() if name in found}
+    pairs = {}
+    for mine, case in known.items():
+        for name, other in known.items():
+            if comparable(case, other):
+                pairs[f"{mine} / {name}"] = ratios(found[mine], found[name])
     record(
         "decode_speed",
-        bandwidth_share=shares,  # of weights and cache read once a step, at the speed of a copy
+        bandwidth_share=bandwidth_shares(f, medians),
         shape=f["shape"],
         batch_size=f["batch_size"],
         tokens=f["tokens"],
         tokens_per_s=medians,
-        ratios={
-            f"{mine} / {name}": ratios(found[mine], found[name])
-            for mine, a in known.items()
-            for name, b in known.items()
-            if a["who"] == "ours" != b["who"]
-            and a["dtype"] == b["dtype"]
-            and {mine, name} <= found.keys()
-            if a["compile"] == b["compile"] or (a["compile"] and b["who"] == "nanogpt")
-        },
+        ratios=pairs,
     )
 
 
 DEFAULTS = {
     "nanogpt": "",
     "gptfast": "",
+    "old": "",
     "transformers": 1,
     "shape": "shakespeare",
     "batch_size": 1,
@@ -262,7 +302,7 @@ def main():
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 2 and sys.argv[1].startswith("{"):
+    if is_worker():
         serve(prepare)
     else:
         main()

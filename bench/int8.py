@@ -1,12 +1,13 @@
-"""Weights in int8, as by sample.py --quantize=int8: their size, the loss with them, and how fast they generate.
+"""Weights in int8, as by sample.py --quantize=int8: their size, their loss and their speed.
 
-    python bench/int8.py                                                trains a small model first, about a minute
+    python bench/int8.py                           trains a small model first, about a minute
     python bench/int8.py --checkpoint=out/pydoc/best.pt [--data=FOLDER] [--batches=40] [--rounds=3]
 
-The loss is that of the checkpoint on up to `batches` batches of its data set's validation split, spread evenly, with
-weights and activations in float32, in bfloat16, and with int8 weights and either activations; change is relative to
-float32. The size is of all weights, over bfloat16's. Tokens per second, greedily from a prompt of 8 tokens, for the
-checkpoint's shape and for that of GPT-2 with random weights, are medians of `rounds`; in each all take their turn.
+The loss is that of the checkpoint on up to `batches` batches of its data set's validation split,
+spread evenly: with weights and activations in float32, in bfloat16, and with int8 weights and
+either activations. Its change is relative to float32. The size is of all weights, over bfloat16's.
+Tokens per second, greedily from a prompt of 8 tokens, are for the checkpoint's shape and for that
+of GPT-2 with random weights, as medians of `rounds`; in each all take their turn.
 """
 
 import json
@@ -30,13 +31,11 @@ GPT2 = {
     "n_embd": 768,
     "block_size": 1024,
     "vocab_size": 50304,
-}
-GPT2 |= {
+    "dropout": 0.0,
     "bias": True,
     "use_rope": False,
     "use_rms_norm": False,
     "use_swiglu": False,
-    "dropout": 0.0,
 }
 VARIANTS = {
     "float32": (torch.float32, False),
@@ -44,6 +43,7 @@ VARIANTS = {
     "int8, float32": (torch.float32, True),
     "int8, bfloat16": (torch.bfloat16, True),
 }
+BATCH_SIZE = 8
 
 
 def variants(model, device):
@@ -59,55 +59,59 @@ def variants(model, device):
 
 def losses(model, folder, device, batches):
     """Return {variant: mean loss in nats per token}."""
-    data = gpt.Data(folder, model.config.block_size)
-    machine = gpt.Machine(device, torch.float32, False, 0, 1)  # no autocast
-    n = min(batches, data.n_val_batches())
-    return {name: gpt.evaluate(copy, data, machine, n) for name, copy in variants(model, device)}
+    data = gpt.Data(folder, model.config.block_size, splits=["val"])
+    machine = gpt.Machine(device, torch.float32)  # no autocast
+    found = {}
+    for name, copy in variants(model, device):
+        found[name] = gpt.evaluate(copy, data, machine, batches, BATCH_SIZE)
+    return found
 
 
-def speeds(model, device, rounds, tokens):
-    """Return {variant: tokens per second, one for each round}, and {variant: bytes of the weights}."""
-    copies, found = dict(variants(model, device)), {name: [] for name in VARIANTS}
-    for step in range(rounds + 1):
+def generate(model, n):
+    """Generate n tokens greedily from a prompt of 8; return the seconds that it takes."""
+    began = time.perf_counter()
+    for ids in model.generate([list(range(8))], n, temperature=0.0):
+        ids.tolist()
+    return time.perf_counter() - began
+
+
+def speeds(copies, rounds, n_tokens):
+    """Return {variant: tokens per second, one for each round} of {variant: model}."""
+    found = {name: [] for name in copies}
+    for copy in copies.values():
+        generate(copy, 2)  # warms up
+    for _ in range(rounds):
         for name, copy in copies.items():
-            began = time.perf_counter()
-            for ids in copy.generate([list(range(8))], tokens if step else 2, temperature=0.0):
-                ids.tolist()
-            if step:  # the first only warms up
-                found[name].append(tokens / (time.perf_counter() - began))
-    return found, {name: sample.weight_bytes(copy) for name, copy in copies.items()}
+            found[name].append(n_tokens / generate(copy, n_tokens))
+    return found
 
 
 def report(shape, model, device, rounds, **figures):
-    found, size = speeds(
-        model, device, rounds, min(model.config.block_size - 8, 100 if shape != "gpt2" else 30)
-    )
+    """Measure size and speed of a model's variants and record them, with what else is known."""
+    copies = dict(variants(model, device))
+    n_tokens = 30 if shape == "gpt2" else 100
+    found = speeds(copies, rounds, min(model.config.block_size - 8, n_tokens))
+    size = {name: sample.weight_bytes(copy) for name, copy in copies.items()}
+    pairs = {}
+    for name in VARIANTS:
+        if "int8" in name:
+            for plain in ("float32", "bfloat16"):
+                pairs[f"{name} / {plain}"] = ratios(found[name], found[plain])
     record(
         "int8",
         shape=shape,
         mib={name: round(n / 2**20, 2) for name, n in size.items()},
         size_ratio=round(size["int8, bfloat16"] / size["bfloat16"], 4),
         tokens_per_s={name: round(statistics.median(values), 1) for name, values in found.items()},
-        ratios={
-            f"{a} / {b}": ratios(found[a], found[b])
-            for a in VARIANTS
-            if "int8" in a
-            for b in ("float32", "bfloat16")
-        },
+        ratios=pairs,
         **figures,
     )
 
 
 def trained(folder):
     """Return the checkpoint of 400 steps of gpt.py's default recipe, about a minute."""
-    command = [
-        sys.executable,
-        ROOT / "gpt.py",
-        "--max_iters=400",
-        "--sample_tokens=0",
-        f"--out_dir={folder}",
-    ]
-    subprocess.run(command, check=True)
+    command = [sys.executable, ROOT / "gpt.py", "--max_iters=400", "--sample_tokens=0"]
+    subprocess.run([*command, f"--out_dir={folder}"], check=True)
     return folder / "best.pt"
 
 
@@ -117,9 +121,8 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         path = f["checkpoint"] or trained(Path(folder))
         model, _, state = gpt.load_checkpoint(path)
-    found = losses(
-        model, Path(f["data"] or ROOT / "data" / state["config"]["dataset"]), device, f["batches"]
-    )
+    data = f["data"] or ROOT / "data" / state["config"]["dataset"]
+    found = losses(model, data, device, f["batches"])
     change = {name: round(loss / found["float32"] - 1, 6) for name, loss in found.items()}
     found = {name: round(loss, 5) for name, loss in found.items()}
     print(json.dumps({"val_loss": found, "change": change}))

@@ -1,11 +1,13 @@
-"""Kill a training run at random, go on, and compare: it must end with the weights of a run that nothing stopped.
+"""Kill a training run at random, resume it and compare it with a run that nothing stopped.
 
-    python bench/kill.py --kills=200                     one process, SIGKILL, then the same command again
-    python bench/kill.py --kills=30 --processes=2        one of two gloo processes; torchrun starts them again
+    python bench/kill.py --kills=200                  one process, SIGKILL, then the command again
+    python bench/kill.py --kills=30 --processes=2     one of two gloo processes, which torchrun
+                                                      starts again
 
-The run saves every 10 steps, so that many kills come while it saves; how many did is counted by the unfinished
-file that they leave. All kills happen before the run ends: it takes as many steps as it needs for that, and the
-uninterrupted run is then made with as many. Any difference, in a single bit, is an error.
+The run saves every 10 steps, so that many kills come while it saves. How many do is counted by the
+unfinished file that they leave. All kills happen before the run ends: it takes as many steps as it
+needs for that, and the uninterrupted run is then made with as many. A difference in a single bit is
+an error.
 """
 
 import os
@@ -22,34 +24,27 @@ from pathlib import Path
 import torch
 from common import ROOT, flags, record
 
-SIZES = "--n_layer=2 --n_embd=64 --n_head=4 --block_size=32 --batch_size=4 --dropout=0.1 --dtype=float32"
-RUN = "--dataset=pydoc --device=cpu --compile=False --eval_interval=10 --eval_iters=1 --log_interval=100000"
-SCHEDULE = "--lr_schedule=constant --sample_tokens=0 --init_from=auto"  # which does not depend on the last step
+SETTINGS = (
+    "--n_layer=2 --n_embd=64 --n_head=4 --block_size=32 --batch_size=4 --dropout=0.1 "
+    "--dtype=float32 --dataset=pydoc --device=cpu --compile=False --eval_interval=10 "
+    "--eval_iters=1 --log_interval=100000 --sample_tokens=0 --init_from=auto "
+    "--lr_schedule=constant"  # which does not depend on the last step
+)
+FOREVER = 10**9  # steps
 
 
-def command(out, steps, processes):
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    torchrun += ["--max-restarts=1000", "--monitor-interval=0.1"]
-    words = [
-        *SIZES.split(),
-        *RUN.split(),
-        *SCHEDULE.split(),
-        f"--out_dir={out}",
-        f"--max_iters={steps}",
-    ]
-    more = ["--gradient_accumulation_steps=2"] if processes > 1 else []
-    return [
-        sys.executable,
-        *(torchrun if processes > 1 else []),
-        str(ROOT / "gpt.py"),
-        *words,
-        *more,
-    ]
-
-
+# ---- Runs ----
 def start(out, steps, processes):
+    """Start a run of so many processes, and return the one that was started."""
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", "--max-restarts=1000"]
+        command += [f"--nproc_per_node={processes}", "--monitor-interval=0.1"]
+    command += [str(ROOT / "gpt.py"), *SETTINGS.split(), f"--out_dir={out}", f"--max_iters={steps}"]
+    if processes > 1:
+        command.append(f"--gradient_accumulation_steps={processes}")
     return subprocess.Popen(
-        command(out, steps, processes),
+        command,
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
@@ -58,104 +53,114 @@ def start(out, steps, processes):
     )
 
 
+def wait_until_it_trains(process):
+    """Wait until a run, under torchrun the next one, has begun and printed its first evaluation."""
+    for begins in (r"machine ", r"step .* val loss"):
+        if not any(re.match(begins, line) for line in process.stdout):
+            raise SystemExit(f"the run ended, exit code {process.wait()}")
+
+
 def step_of(out):
-    """Return the step of the newest checkpoint, -1 if there is none or it is just being replaced."""
+    """Return the step of the newest checkpoint, -1 if there is none or it is being replaced."""
     try:
         return torch.load(out / "ckpt.pt", weights_only=True)["step"]
     except OSError:
         return -1
 
 
-def trains(process):
-    """Wait until a run, under torchrun the next one, has begun and printed its first evaluation."""
-    for begins in (r"machine ", r"step .* val loss"):
-        for line in process.stdout:
-            if re.match(begins, line):
-                break
-        else:
-            raise SystemExit(f"the run ended, exit code {process.wait()}")
+def is_saving(out):
+    """Tell whether a checkpoint is being written, or was when its process was killed."""
+    return any(out.glob("*.tmp"))
 
 
-def wait(out, draw):
+# ---- Kills ----
+def wait_for_a_moment(out, draw):
     """Wait for up to 0.8 s, in every other case then for a checkpoint that is being written."""
     time.sleep(draw.uniform(0, 0.8))
-    until = time.time() + draw.choice([0, 2])
-    while time.time() < until and not (out / "ckpt.tmp").exists():
+    until = time.monotonic() + draw.choice([0, 2])
+    while time.monotonic() < until and not is_saving(out):
         pass
 
 
-def workers(process):
-    """Return the process ids of torchrun's children that run gpt.py."""
-    found = subprocess.run(
-        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=False
-    )
-    return [int(word) for word in found.stdout.split()]
-
-
-def kill_one(out, draw):
-    """Kill a run at a random moment; return whether it was saving."""
-    process = start(out, 10**9, 1)
-    trains(process)
-    wait(out, draw)
-    process.kill()
-    process.wait()
-    process.stdout.close()
-    return (out / "ckpt.tmp").exists() or (out / "best.tmp").exists()
+def kill_runs(out, kills, draw):
+    """Kill a run at random, again and again; return how often it was saving."""
+    n_saving = 0
+    for kill in range(kills):
+        process = start(out, FOREVER, 1)
+        wait_until_it_trains(process)
+        wait_for_a_moment(out, draw)
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        n_saving += is_saving(out)
+        if kill % 10 == 9:
+            print(f"kill {kill + 1}, newest checkpoint of step {step_of(out)}", flush=True)
+    return n_saving
 
 
 def kill_ranks(out, kills, draw):
-    """Kill one of torchrun's processes again and again, then all; return in how many cases it was saving."""
-    process, saving = start(out, 10**9, 2), 0
+    """Kill one of torchrun's processes again and again, then all; return as kill_runs does."""
+    process = start(out, FOREVER, 2)
+    n_saving = 0
     for kill in range(kills):
-        trains(process)
-        wait(out, draw)
-        victims = workers(process)
-        os.kill(draw.choice(victims), signal.SIGKILL)
-        saving += (out / "ckpt.tmp").exists() or (out / "best.tmp").exists()
+        wait_until_it_trains(process)
+        wait_for_a_moment(out, draw)
+        os.kill(draw.choice(children(process)), signal.SIGKILL)
+        n_saving += is_saving(out)
         print(f"kill {kill + 1}, newest checkpoint of step {step_of(out)}", flush=True)
-    trains(process)  # it has come back from the last one, too
+    wait_until_it_trains(process)  # it has come back from the last one, too
     process.terminate()
     process.wait()
-    return saving
+    return n_saving
+
+
+def children(process):
+    """Return the process ids of torchrun's children, which run gpt.py."""
+    command = ["pgrep", "-P", str(process.pid)]
+    found = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    return [int(word) for word in found.split()]
+
+
+# ---- Comparison ----
+def differences(a, b):
+    """Return the names of the weights and of the optimizers' tensors that two runs do not share."""
+    found = [name for name in a["model"] if not torch.equal(a["model"][name], b["model"][name])]
+    for x, y in zip(a["optimizers"], b["optimizers"], strict=True):
+        for i, tensors in x["state"].items():
+            for name, tensor in tensors.items():
+                if not torch.equal(tensor, y["state"][i][name]):
+                    found.append(f"{name} of parameter {i}")
+    return found
 
 
 def main():
     f = flags(kills=200, processes=1, seed=1)
-    draw, folder, began = random.Random(f["seed"]), Path(tempfile.mkdtemp()), time.time()
-    killed, whole = folder / "killed", folder / "whole"
-    if f["processes"] > 1:
-        saving = kill_ranks(killed, f["kills"], draw)
-    else:
-        saving = 0
-        for kill in range(f["kills"]):
-            saving += kill_one(killed, draw)
-            if kill % 10 == 9:
-                print(f"kill {kill + 1}, newest checkpoint of step {step_of(killed)}", flush=True)
-    end = max(step_of(killed), 0) // 10 * 10 + 20
-    for out in (killed, whole):
-        process = start(out, end, f["processes"])
+    began = time.monotonic()
+    folder = Path(tempfile.mkdtemp())
+    kill = kill_ranks if f["processes"] > 1 else kill_runs
+    n_saving = kill(folder / "killed", f["kills"], random.Random(f["seed"]))
+    end = max(step_of(folder / "killed"), 0) // 10 * 10 + 20
+    states = []
+    for name in ("killed", "whole"):
+        process = start(folder / name, end, f["processes"])
         process.communicate()
-        assert process.returncode == 0
-    a, b = (torch.load(out / "ckpt.pt", weights_only=True) for out in (killed, whole))
-    different = [name for name in a["model"] if not torch.equal(a["model"][name], b["model"][name])]
-    for x, y in zip(a["optimizers"], b["optimizers"], strict=True):
-        for i, averages in x["state"].items():
-            different += [
-                f"{i} {k}" for k, v in averages.items() if not torch.equal(v, y["state"][i][k])
-            ]
-    assert a["step"] == b["step"] == end
+        if process.returncode:
+            raise SystemExit(f"the run in {folder / name} ended, exit code {process.returncode}")
+        states.append(torch.load(folder / name / "ckpt.pt", weights_only=True))
+    different = differences(*states)
+    steps = [state["step"] for state in states]
     shutil.rmtree(folder)
     record(
         "kill",
         kills=f["kills"],
         processes=f["processes"],
-        while_saving=int(saving),
+        while_saving=n_saving,
         steps=end,
         different_tensors=len(different),
-        seconds=round(time.time() - began),
+        seconds=round(time.monotonic() - began),
     )
-    if different:
-        raise SystemExit(f"not the same: {', '.join(different)}")
+    if different or steps != [end, end]:
+        raise SystemExit(f"not the same: steps {steps}, {', '.join(different)}")
 
 
 if __name__ == "__main__":

@@ -1,80 +1,96 @@
-"""Measure the peak memory of one training step: plain, with gradient checkpointing, and beside nanoGPT's.
+"""Measure the peak memory of a training step: plain, with gradient checkpointing, and nanoGPT's.
 
     python bench/memory.py --nanogpt=PATH
     python bench/memory.py --nanogpt=PATH --shape=gpt2 --batch_size=2 --compile=1
     python bench/memory.py --nanogpt=PATH --shape=gpt2 --batch_size=16           (a GPU)
+    python bench/memory.py --old=PATH         another checkout of this project as the peer
 
-Each case is a process of its own: forward, loss and backward of one micro-batch, without the optimizer, both in
-bfloat16 (autocast), both eagerly or both compiled; on a GPU always compiled. On a GPU the figure is the peak of
-allocated memory, on a CPU (of Linux) how far the peak of resident memory in a step lies above what is resident
-before it, weights and the gradients of an earlier step, to which its own are added; what that one freed is given back
-to the system first.
+Each case is a process of its own, which computes the loss and the gradients of one micro-batch,
+without the optimizer. All are in bfloat16 (autocast), and either all eager or all compiled; on a
+GPU they are always compiled.
+
+On a GPU the figure is the peak of allocated memory. On a CPU (of Linux) it is how far the peak of
+resident memory in a step lies above what is resident before it: the weights and the gradients of an
+earlier step, to which its own are added. What that step freed is given back to the system first.
 """
 
+import contextlib
 import ctypes
 import re
-import sys
 from pathlib import Path
 
 import torch
-from common import flags, in_turn, ratios, record, serve
+from common import (
+    best_device,
+    flags,
+    in_turn,
+    is_worker,
+    ratios,
+    record,
+    serve,
+)
 from train_speed import SHAPES, peer_model
+
+import gpt
 
 
 def peer(case, device):
+    """Return nanoGPT's loss, a function of inputs and targets, and its model."""
     model = peer_model(case, device)
     return lambda x, y: model(x, y)[1], model
 
 
 def ours(case, device):
-    import gpt
+    """Return gpt.py's loss, a function of inputs and targets, and its model."""
+    settings = []
+    with contextlib.suppress(ImportError):  # before version 2.0.0 set_up_machine took no settings
+        from gpt import checked_settings
 
-    for name, value in (case["sizes"] | case["more"]).items():
-        setattr(gpt, name, value)
-    gpt.gradient_checkpointing = case["checkpointing"]
-    gpt.set_up_machine()
-    model = gpt.GPT(gpt.model_config(case["sizes"]["vocab_size"])).to(device)
-    return lambda x, y: model(x, y, weights=torch.ones_like(x, dtype=torch.float32))[1], model
+        settings.append(checked_settings())
+    gpt.set_up_machine(*settings)
+    defaults = {"qk_norm": True, "tie_weights": False, "dropout": 0.0}  # the settings'
+    sizes = defaults | case["sizes"] | case["more"]
+    config = gpt.GPTConfig(**sizes, gradient_checkpointing=case["checkpointing"])
+    model = gpt.GPT(config).to(device)
+    return lambda x, y: model(x, y, weights=torch.ones(x.shape, device=device))[1], model
 
 
 def resident(name):
     """Return this process's VmRSS, resident memory, or VmHWM, its peak, in MiB."""
-    return (
-        int(
-            re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))[1]
-        )
-        / 1024
-    )
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(re.search(rf"{name}:\s+(\d+)", status)[1]) / 1024
 
 
 def prepare(case):
     """Return a function that returns the peak in MiB of one step."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = best_device()
     loss_of, model = (peer if case["nanogpt"] else ours)(case, device)
     if case["compile"]:
         model.compile(dynamic=False)
 
-    def step(rows, length):
-        x = torch.randint(case["sizes"]["vocab_size"], (rows, length + 1), device=device)
+    def step():
+        rows, length = case["batch_size"], case["sizes"]["block_size"]
+        ids = torch.randint(case["sizes"]["vocab_size"], (rows, length + 1), device=device)
         with torch.autocast(device.type, torch.bfloat16):
-            loss = loss_of(x[:, :-1].contiguous(), x[:, 1:].contiguous())
+            loss = loss_of(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
         loss.backward()
 
-    def measure():
-        if device.type == "cuda":
-            model.zero_grad(set_to_none=True)
-            torch.cuda.reset_peak_memory_stats()
-            step(case["batch_size"], case["sizes"]["block_size"])
-            torch.cuda.synchronize()
-            return torch.cuda.max_memory_allocated() / 2**20
+    def measure_gpu():
+        model.zero_grad(set_to_none=True)
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() / 2**20
+
+    def measure_cpu():
         ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text(
-            "5", encoding="utf-8"
-        )  # the peak is now what is resident
+        clear_refs = Path("/proc/self/clear_refs")
+        clear_refs.write_text("5", encoding="utf-8")  # the peak is now what is resident
         before = resident("VmRSS")
-        step(case["batch_size"], case["sizes"]["block_size"])
+        step()
         return resident("VmHWM") - before
 
+    measure = measure_gpu if device.type == "cuda" else measure_cpu
     measure()  # what libraries and compiling take once does not count, nor do weights and gradients
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -82,22 +98,21 @@ def prepare(case):
 
 
 def cases(f):
+    """Return {name: (this script, case)} of what the flags f ask for."""
     sizes, more = SHAPES[f["shape"]]
-    base = {
-        "sizes": sizes,
-        "more": more,
-        "batch_size": f["batch_size"],
-        "nanogpt": "",
-        "checkpointing": False,
-    }
+    base = {"sizes": sizes, "more": more, "nanogpt": "", "checkpointing": False}
+    base["batch_size"] = f["batch_size"]
     base["compile"] = bool(f["compile"]) or torch.cuda.is_available()
     found = {"ours": base, "ours, gradient_checkpointing": base | {"checkpointing": True}}
+    if f["old"]:
+        found["old"] = base | {"checkout": f["old"]}
     if f["nanogpt"]:
         found["nanoGPT"] = base | {"nanogpt": f["nanogpt"]}
     return {name: (__file__, case) for name, case in found.items()}
 
 
-def report(f, found):
+def report(f, found, record=record):
+    """Record the medians of what was found for the flags f."""
     record(
         "memory",
         shape=f["shape"],
@@ -108,7 +123,14 @@ def report(f, found):
     )
 
 
-DEFAULTS = {"nanogpt": "", "shape": "shakespeare", "batch_size": 16, "runs": 3, "compile": 0}
+DEFAULTS = {
+    "nanogpt": "",
+    "old": "",
+    "shape": "shakespeare",
+    "batch_size": 16,
+    "runs": 3,
+    "compile": 0,
+}
 
 
 def main():
@@ -117,7 +139,7 @@ def main():
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 2 and sys.argv[1].startswith("{"):
+    if is_worker():
         serve(prepare)
     else:
         main()

@@ -1,12 +1,15 @@
-"""Measure prepare.py: training a BPE vocabulary, and tokenizing 1 GB with GPT-2's against one thread of tiktoken.
+"""Measure prepare.py: training a BPE vocabulary, and tokenizing 1 GB versus tiktoken's one thread.
 
-    python bench/prepare_speed.py [bpe] [tokenize] [--small=FILE] [--gb=1.0] [--runs=3]
+    python bench/prepare_speed.py [bpe] [tokenize] [--small=FILE] [--mb=110] [--gb=1] [--runs=3]
 
-The text is made of the sources in Python's standard library and in the installed packages, torch's among them,
-repeated where they are not enough, in files of 10 MB. GPT-2's encoding must be in TIKTOKEN_CACHE_DIR or come from the network.
-FILE is a small text for a vocabulary of 4,096, as tiny Shakespeare. Memory is that of prepare.py and its worker
-processes together: the peak of the sum of their resident sets (pages shared by several count for each), and of
-their proportional sets (shared pages count once).
+The text is made of the sources in Python's standard library and in the installed packages, torch's
+among them, repeated where they are not enough, in files of 10 MB. GPT-2's encoding must be in
+TIKTOKEN_CACHE_DIR or come from the network. FILE is a small text for a vocabulary of 4,096, as tiny
+Shakespeare.
+
+Memory is that of prepare.py and its worker processes together: the peak of the sum of their
+resident sets (pages shared by several count for each), and of their proportional sets (shared pages
+count once).
 """
 
 import argparse
@@ -52,28 +55,26 @@ def write_sources(folder, n_bytes, file_bytes=10_000_000):
 
 def memory_of(pid):
     """Return (resident, proportional) MiB of a process and its children."""
-    rss = pss = 0
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="utf-8").split()
+    resident = proportional = 0
     for process in (pid, *children):
         lines = Path(f"/proc/{process}/smaps_rollup").read_text(encoding="utf-8").splitlines()
-        sizes = {
-            line.split(":")[0]: int(line.split()[1]) for line in lines[1:] if line.endswith("kB")
-        }
-        rss, pss = rss + sizes["Rss"], pss + sizes["Pss"]
-    return rss / 1024, pss / 1024
+        sizes = {}
+        for line in lines[1:]:
+            name, size, *_ = line.split()
+            sizes[name] = int(size)
+        resident += sizes["Rss:"]
+        proportional += sizes["Pss:"]
+    return resident / 1024, proportional / 1024
 
 
 def run_prepare(*arguments):
-    """Run prepare.py; return (seconds, its output, peak resident MiB, peak proportional MiB)."""
+    """Run prepare.py; return (seconds, output, peak resident and proportional MiB, the meta)."""
     with tempfile.TemporaryDirectory() as data, tempfile.TemporaryFile("w+") as out:
-        command = [
-            sys.executable,
-            ROOT / "prepare.py",
-            *arguments,
-            f"--data_dir={data}",
-            "--name=x",
-        ]
-        began, peaks = time.time(), (0.0, 0.0)
+        command = [sys.executable, ROOT / "prepare.py", *arguments]
+        command += [f"--data_dir={data}", "--name=x"]
+        peaks = (0.0, 0.0)
+        began = time.monotonic()
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
         while process.poll() is None:
             time.sleep(0.1)
@@ -81,20 +82,17 @@ def run_prepare(*arguments):
                 peaks = tuple(map(max, peaks, memory_of(process.pid)))
             except (OSError, KeyError):  # a process has just ended
                 continue
-        seconds = time.time() - began
+        seconds = time.monotonic() - began
         out.seek(0)
         text = out.read()
         if process.returncode:
             raise SystemExit(text)
-        return (
-            seconds,
-            text,
-            *peaks,
-            json.loads((Path(data) / "x" / "meta.json").read_text(encoding="utf-8")),
-        )
+        meta = json.loads((Path(data) / "x" / "meta.json").read_text(encoding="utf-8"))
+    return seconds, text, *peaks, meta
 
 
 def bench_bpe(title, path, vocab_size):
+    """Measure a whole command that trains a vocabulary, and record it."""
     seconds, out, rss, pss, meta = run_prepare(
         f"--input={path}", "--tokenizer=bpe", f"--vocab_size={vocab_size}"
     )
@@ -111,38 +109,45 @@ def bench_bpe(title, path, vocab_size):
     )
 
 
-def bench_tokenize(folder, runs):
+def one_thread_of_tiktoken(paths):
+    """Return (seconds, number of tokens) of encoding texts with GPT-2's tokens in this thread."""
     encoding = tiktoken.get_encoding("gpt2")
-    ratios, results = [], []
+    seconds = 0.0
+    n_tokens = 0
+    for path in paths:
+        text = path.read_bytes().decode()
+        began = time.perf_counter()
+        n_tokens += len(encoding.encode_ordinary(text))
+        seconds += time.perf_counter() - began
+    return seconds, n_tokens
+
+
+def bench_tokenize(folder, runs):
+    """Measure prepare.py's tokenizing of a folder in turn with tiktoken's, and record both."""
+    paths = sorted(folder.iterdir())
+    rows = []
     for _ in range(runs):
-        texts = (path.read_bytes().decode() for path in sorted(folder.iterdir()))
-        one_thread = n_tokens = 0
-        for text in texts:
-            began = time.perf_counter()
-            n_tokens += len(encoding.encode_ordinary(text))
-            one_thread += time.perf_counter() - began
+        one_thread, n_tokens = one_thread_of_tiktoken(paths)
         seconds, _, rss, pss, meta = run_prepare(f"--input={folder}", "--tokenizer=gpt2")
-        documents = len(list(folder.iterdir()))
-        assert meta["train_tokens"] + meta["val_tokens"] == n_tokens + documents
-        ratios.append(one_thread / seconds)
-        results.append((one_thread, seconds, rss, pss))
+        # Each document has ended with a token of its own.
+        assert meta["train_tokens"] + meta["val_tokens"] == n_tokens + len(paths)
+        ratio = one_thread / seconds
+        rows.append((one_thread, seconds, rss, pss, ratio))
         print(
-            f"one thread {one_thread:.1f} s, prepare.py {seconds:.1f} s: {ratios[-1]:.2f} times",
+            f"one thread {one_thread:.1f} s, prepare.py {seconds:.1f} s: {ratio:.2f} times",
             flush=True,
         )
-    one_thread, seconds, rss, pss = (
-        round(statistics.median(column), 1) for column in zip(*results)
-    )
+    one_thread, seconds, rss, pss, ratios = zip(*rows)
     record(
         "prepare_tokenize",
         gigabytes=round((meta["train_bytes"] + meta["val_bytes"]) / 1e9, 2),
         tokens=n_tokens,
-        one_thread_s=one_thread,
-        prepare_s=seconds,
+        one_thread_s=round(statistics.median(one_thread), 1),
+        prepare_s=round(statistics.median(seconds), 1),
         ratio=round(statistics.median(ratios), 2),
         ratios=[round(ratio, 2) for ratio in ratios],
-        peak_rss_mib=round(max(row[2] for row in results)),
-        peak_pss_mib=round(max(row[3] for row in results)),
+        peak_rss_mib=round(max(rss)),
+        peak_pss_mib=round(max(pss)),
     )
 
 
@@ -150,6 +155,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("parts", nargs="*", default=["bpe", "tokenize"])
     parser.add_argument("--small")
+    parser.add_argument("--mb", type=float, default=110)  # of bpe's text; a tenth is for validation
     parser.add_argument("--gb", type=float, default=1.0)
     parser.add_argument("--runs", type=int, default=3)
     options = parser.parse_args()
@@ -157,10 +163,9 @@ def main():
         if "bpe" in options.parts:
             if options.small:
                 bench_bpe(Path(options.small).name, options.small, 4096)
-            write_sources(Path(temporary) / "bpe", 110_000_000)  # a tenth is for validation
-            bench_bpe(
-                "Python, C and text of the installed packages", Path(temporary) / "bpe", 32768
-            )
+            folder = Path(temporary) / "bpe"
+            write_sources(folder, options.mb * 1e6)
+            bench_bpe("Python, C and text of the installed packages", folder, 32768)
         if "tokenize" in options.parts:
             write_sources(Path(temporary) / "gb", options.gb * 1e9)
             bench_tokenize(Path(temporary) / "gb", options.runs)

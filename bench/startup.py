@@ -1,8 +1,9 @@
-"""Seconds from a process's start to what a user waits for, or to its end, beside `import torch` alone.
+"""Seconds from a process's start to what a user waits for, or to its end, versus `import torch`.
 
-    python bench/startup.py
+    python bench/startup.py [--runs=5] [--old=PATH]
 
-`sample.py` needs a checkpoint: train once before. Each figure is the median of five runs, in turn.
+sample.py takes the model that comes along or a newer run. Each figure is the median of the runs, in
+turn. --old is another checkout of this project, whose figures are then measured, too.
 """
 
 import statistics
@@ -11,59 +12,87 @@ import sys
 import tempfile
 import time
 
-from common import ROOT, record
+from common import ROOT, flags, record
 
 
-def seconds(command, until=None):
-    """Return the seconds until a process ends, or until its output holds more than `until`; then it is stopped."""
+def seconds(command, until=None, cwd=ROOT):
+    """Return the seconds until a process ends or, with `until`, until its output goes on past it.
+
+    command: the words behind `python`. until: bytes. The process is then stopped.
+    """
     began = time.perf_counter()
-    command = [sys.executable, *command]
-    with subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    ) as process:
-        seen = b""
-        while until is None or not seen.partition(until)[2]:
-            byte = process.stdout.read1(1)
-            if not byte:
-                break
-            seen += byte
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen([sys.executable, *command], cwd=cwd, **pipes) as process:
+        if until is None:
+            process.communicate()
+            seen = True
+        else:
+            seen = goes_past(until, process.stdout)
         took = time.perf_counter() - began
-        if until is None and process.wait():
+        if until is not None:
+            process.kill()
+        elif process.returncode:
             raise SystemExit(f"{command} failed with exit code {process.returncode}")
-        process.kill()
-    if until is not None and until not in seen:
+    if not seen:
         raise SystemExit(f"{command} did not print {until}")
     return took
 
 
-def main():
+def goes_past(until, file):
+    """Read a file until some bytes have come and at least one more; return whether they have."""
+    seen = b""
+    while not seen.partition(until)[2]:
+        byte = file.read1(1)
+        if not byte:
+            return False
+        seen += byte
+    return True
+
+
+def waits(out):
+    """Return {what a user waits for: (command, what it prints then)}; out: a folder for runs."""
+    shakespeare = ["gpt.py", "config/train_shakespeare.py", f"--out_dir={out}"]
+    return {
+        "import torch": (["-c", "import torch"], None),
+        "import gpt": (["-c", "import gpt"], None),
+        "gpt.py --help": (["gpt.py", "--help"], None),
+        "gpt.py: first step": (shakespeare, b"step      1"),
+        "gpt.py, not compiled: first step": ([*shakespeare, "--compile=False"], b"step      1"),
+        "sample.py: first character": (["sample.py", "--prompt=ROMEO:"], b"ROMEO:"),
+        "config/debug.py, to its end": (
+            ["gpt.py", "config/debug.py", f"--out_dir={out}/debug"],
+            None,
+        ),
+        "20 characters, to the end": (["sample.py", "--prompt=ROMEO:", "--max_tokens=20"], None),
+    }
+
+
+def measure(checkouts, runs, only=""):
+    """Return {what a user waits for: {checkout's name: seconds of each run}}, measured in turn.
+
+    checkouts: {name: path}. only: a part of the names of those that are measured.
+    """
+    found = {}
     with tempfile.TemporaryDirectory() as out:
-        waits = {
-            "import torch": (["-c", "import torch"], None),
-            "import gpt": (["-c", "import gpt"], None),
-            "gpt.py --help": (["gpt.py", "--help"], None),
-            "gpt.py: first step": (
-                ["gpt.py", "config/train_shakespeare.py", f"--out_dir={out}"],
-                b"step      1",
-            ),
-            "sample.py: first character": (["sample.py", "--prompt=ROMEO:"], b"ROMEO:"),
-            "config/debug.py, to its end": (
-                ["gpt.py", "config/debug.py", f"--out_dir={out}/debug"],
-                None,
-            ),
-            "20 characters, to the end": (
-                ["sample.py", "--prompt=ROMEO:", "--max_tokens=20"],
-                None,
-            ),
-        }
-        found = {name: [] for name in waits}
-        for _ in range(5):
-            for name, wait in waits.items():
-                found[name].append(seconds(*wait))
-    medians = {name: round(statistics.median(times), 2) for name, times in found.items()}
-    for name, median in medians.items():
-        print(f"{name:28s} {median:6.2f} s")
-    record("startup", seconds=medians)
+        for what, wait in waits(out).items():
+            if only in what:
+                found[what] = {name: [] for name in checkouts}
+                for _ in range(runs):
+                    for name, path in checkouts.items():
+                        found[what][name].append(seconds(*wait, cwd=path))
+    return found
+
+
+def main():
+    f = flags(runs=5, old="")
+    checkouts = {"this": ROOT} | ({"old": f["old"]} if f["old"] else {})
+    medians = {name: {} for name in checkouts}
+    for what, found in measure(checkouts, f["runs"]).items():
+        for name, times in found.items():
+            medians[name][what] = round(statistics.median(times), 2)
+            print(f"{name:5s} {what:34s} {medians[name][what]:6.2f} s")
+    more = {"old_seconds": medians["old"]} if f["old"] else {}
+    record("startup", seconds=medians["this"], **more)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""How the best rates move as the model grows: the loss over rates, at several widths and depths.
+"""How the best learning rates move as the model grows, by the loss at several widths and depths.
 
     python bench/sweep.py [--steps=300] [--seeds=1]
 
-Each row is one shape (heads of 32 channels) and one rate, taken at half, once and twice its default while the other
-stays. The loss is that of the full validation split of tiny Shakespeare after `steps` steps, the mean over the seeds.
+Each row is one shape (heads of 32 channels) and one learning rate, which is taken at half, once and
+twice its default while the other one stays. The loss is that of the whole validation split of tiny
+Shakespeare after `steps` steps, as the mean over the seeds.
 """
 
 import statistics
@@ -14,7 +15,7 @@ from common import flags, record
 import gpt
 
 SHAPES = ((4, 64), (4, 128), (4, 256), (2, 128), (8, 128))  # layers, width
-RATES = {"muon_lr": gpt.muon_lr, "learning_rate": gpt.learning_rate}
+RATES = {name: gpt.SETTINGS[name].default for name in ("muon_lr", "learning_rate")}
 
 
 def main():

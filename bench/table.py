@@ -5,15 +5,37 @@ python bench/table.py
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- begin: python bench/table.py -->\n", "<!-- end -->\n"
 BEGIN_FRONT = "<!-- begin: front, python bench/table.py -->\n"
 CONFIG_SINCE = "2026-11-26"  # results before are of config/train_shakespeare.py's earlier sizes
+NO_RESULT = {"ratios": {}}
+
+
+class Row(NamedTuple):
+    """A row of a table of comparisons, and the result that it is from."""
+
+    what: str
+    ours: str
+    theirs: str
+    ratio: str  # with its lowest and highest
+    result: dict
+
+
+# ---- Results ----
+def results(bench):
+    """Return the results of a bench as dicts, the oldest first."""
+    lines = (ROOT / "bench" / "results.jsonl").read_text(encoding="utf-8").splitlines()
+    return [line for line in map(json.loads, lines) if line["bench"] == bench]
 
 
 def latest(bench, isa="", **wanted):
-    """Return the last result of a bench, on hardware with isa in its name, whose figures are as wanted, or None."""
+    """Return a bench's last result whose hardware's name holds isa and whose figures are as wanted.
+
+    Without one return None.
+    """
     found = [
         line
         for line in results(bench)
@@ -26,89 +48,95 @@ def spread(ratio):
     return "{:g} ({:g} to {:g})".format(*ratio)
 
 
+# ---- Rows of comparisons ----
 def rows():
-    """Yield (what, ours, the other's, ratio with its lowest and highest, line) of what was measured on CPUs."""
-    command = "config/train_shakespeare.py --max_minutes=0.1"
-    if (r := latest("time_to_loss", command=command)) and "time_ratio" in r:
-        what = "whole command to the loss at which nanoGPT's recipe for a CPU (0.8M parameters) ends, by its "
-        what += f"estimator; ours has {r['params'] / 1e6:.1f}M"
-        ours = f"{r['wall_s']} s ({r['estimates']['64']})"
-        yield (
-            what,
-            ours,
-            f"{r['nanogpt_wall_s']} s ({r['nanogpt_estimate_64']})",
-            spread(r["time_ratio"]),
-            r,
-        )
+    """Yield the rows of what was measured on CPUs."""
+    yield from whole_command_on_cpu()
     for isa in ("AVX512-BF16", "AVX2"):
-        r = latest("train_speed", isa, shape="shakespeare", batch_size=64) or {"ratios": {}}
-        for name in (name for name in r["ratios"] if "ours" not in name):
-            ours, theirs = r["tokens_per_s"]["ours"], r["tokens_per_s"][name]
-            what = f"training, compiled, tokens/s, 10.7M parameters, {isa}, beside {name}"
-            yield what, f"{ours:,.0f}", f"{theirs:,.0f}", spread(r["ratios"][name]), r
-    r = latest("decode_speed", "cores", shape="shakespeare", batch_size=1) or {"ratios": {}}
-    for pair, ratio in r["ratios"].items():
-        mine, name = pair.split(" / ")
-        ours, theirs = r["tokens_per_s"][mine], r["tokens_per_s"][name]
-        what = (
-            f"generating, {mine.removeprefix('ours ')}, tokens/s, 10.7M parameters, beside {name}"
-        )
-        yield what, f"{ours:,.0f}", f"{theirs:,.0f}", spread(ratio), r
+        r = latest("train_speed", isa, shape="shakespeare", batch_size=64) or NO_RESULT
+        for name, ratio in r["ratios"].items():
+            if "ours" not in name:
+                what = f"training, compiled, tokens/s, 10.7M parameters, {isa}, beside {name}"
+                yield speed_row(what, r, "ours", name, ratio)
+    yield from generating("cores", "shakespeare", "10.7M")
     for compiled in (False, True):
-        if (r := latest("memory", "cores", shape="gpt2", compile=compiled)) and "nanoGPT" in r[
-            "mib"
-        ]:
-            what = f"memory of a step, {'compiled' if compiled else 'eager'}, 124M parameters, "
-            what += f"{r['batch_size']} x 1,024 tokens, beside nanoGPT (less is better)"
-            ours, theirs = r["mib"]["ours"], r["mib"]["nanoGPT"]
-            yield what, f"{ours:,} MiB", f"{theirs:,} MiB", spread(r["ratios"]["nanoGPT"]), r
+        r = latest("memory", "cores", shape="gpt2", compile=compiled)
+        if r and "nanoGPT" in r["mib"]:
+            yield memory_row(r, "compiled" if compiled else "eager")
 
 
 def gpu_rows():
-    """Yield the same of a GPU, in bfloat16 and, but for the first two, compiled."""
-    command = "config/train_shakespeare.py --max_iters=350"
-    if (r := latest("time_to_loss", "NVIDIA", command=command)) and "time_ratio" in r:
-        what = "whole command beside nanoGPT's with its recipe for a GPU (10.7M parameters, compiled, one run, ended "
-        what += "once it had printed a validation loss of 1.475 or less), and the loss by its estimator; ours has "
-        what += f"{r['params'] / 1e6:.1f}M and is not compiled"
+    """Yield the rows of a GPU, in bfloat16 and, but for the first two, compiled."""
+    yield from whole_command_on_gpu()
+    shapes = {
+        "gpt2": "124M",
+        "medium": "81M, nanoGPT's 87M",
+        "large": "350M, nanoGPT's 380M",
+    }
+    for shape, size in shapes.items():
+        r = latest("train_speed", "NVIDIA", shape=shape) or NO_RESULT
+        if "nanoGPT" in r["ratios"]:
+            what = f"training, compiled, tokens/s, {size} parameters, {r['batch_size']} rows "
+            what += f"(mfu {r['mfu']:.0%}), beside nanoGPT"
+            yield speed_row(what, r, "ours", "nanoGPT", r["ratios"]["nanoGPT"])
+    r = latest("memory", "NVIDIA", shape="gpt2") or NO_RESULT
+    if "nanoGPT" in r["ratios"]:
+        yield memory_row(r, "compiled")
+    yield from generating("NVIDIA", "gpt2", "124M")
+    yield from generating("NVIDIA", "1b", "1.1B")
+
+
+def speed_row(what, r, mine, other, ratio):
+    ours, theirs = r["tokens_per_s"][mine], r["tokens_per_s"][other]
+    return Row(what, f"{ours:,.0f}", f"{theirs:,.0f}", spread(ratio), r)
+
+
+def memory_row(r, way):
+    what = f"memory of a step, {way}, 124M parameters, {r['batch_size']} x 1,024 tokens, "
+    what += "beside nanoGPT (less is better)"
+    ours, theirs = r["mib"]["ours"], r["mib"]["nanoGPT"]
+    return Row(what, f"{ours:,} MiB", f"{theirs:,} MiB", spread(r["ratios"]["nanoGPT"]), r)
+
+
+def generating(hardware, shape, size):
+    """Yield the rows of generating one text."""
+    r = latest("decode_speed", hardware, shape=shape, batch_size=1) or NO_RESULT
+    for pair, ratio in r["ratios"].items():
+        mine, name = pair.split(" / ")
+        if not name.startswith("old"):
+            way = mine.removeprefix("ours ")
+            what = f"generating, {way}, tokens/s, {size} parameters, beside {name}"
+            yield speed_row(what, r, mine, name, ratio)
+
+
+def whole_command_on_cpu():
+    """Yield the row of nanoGPT's recipe for a CPU."""
+    r = latest("time_to_loss", command="config/train_shakespeare.py --max_minutes=0.1")
+    if r and "time_ratio" in r:
+        what = "whole command to the loss at which nanoGPT's recipe for a CPU (0.8M parameters) "
+        what += f"ends, by its estimator; ours has {r['params'] / 1e6:.1f}M"
+        ours = f"{r['wall_s']} s ({r['estimates']['64']})"
+        theirs = f"{r['nanogpt_wall_s']} s ({r['nanogpt_estimate_64']})"
+        yield Row(what, ours, theirs, spread(r["time_ratio"]), r)
+
+
+def whole_command_on_gpu():
+    """Yield the rows of nanoGPT's recipe for a GPU: whole, and from evaluation to evaluation."""
+    r = latest("time_to_loss", "NVIDIA", command="config/train_shakespeare.py --max_iters=350")
+    if r and "time_ratio" in r:
+        what = "whole command beside nanoGPT's with its recipe for a GPU (10.7M parameters, "
+        what += "compiled, one run, ended once it had printed a validation loss of 1.475 or less), "
+        what += f"and the loss by its estimator; ours has {r['params'] / 1e6:.1f}M and is not "
+        what += "compiled"
         ours = f"{r['wall_s']} s ({r['estimates']['256']})"
         theirs = f"{r['nanogpt_wall_s']} s ({r['nanogpt_estimate_256']})"
-        yield what, ours, theirs, spread(r["time_ratio"]), r
+        yield Row(what, ours, theirs, spread(r["time_ratio"]), r)
         what = "from the first evaluation to the last of it, nanoGPT's compiling included"
-        yield what, f"{r['train_s']} s", f"{r['nanogpt_train_s']} s", spread(r["train_ratio"]), r
-    for shape, size in (
-        ("gpt2", "124M"),
-        ("medium", "81M, nanoGPT's 87M"),
-        ("large", "350M, nanoGPT's 380M"),
-    ):
-        if (r := latest("train_speed", "NVIDIA", shape=shape)) and "nanoGPT" in r["ratios"]:
-            what = f"training, compiled, tokens/s, {size} parameters, {r['batch_size']} rows (mfu {r['mfu']:.0%})"
-            ours, theirs = r["tokens_per_s"]["ours"], r["tokens_per_s"]["nanoGPT"]
-            yield (
-                f"{what}, beside nanoGPT",
-                f"{ours:,}",
-                f"{theirs:,}",
-                spread(r["ratios"]["nanoGPT"]),
-                r,
-            )
-    if (r := latest("memory", "NVIDIA", shape="gpt2")) and "nanoGPT" in r["ratios"]:
-        what = f"memory of a step, compiled, 124M parameters, {r['batch_size']} x 1,024 tokens, beside nanoGPT (less is better)"
-        ours, theirs = r["mib"]["ours"], r["mib"]["nanoGPT"]
-        yield what, f"{ours:,} MiB", f"{theirs:,} MiB", spread(r["ratios"]["nanoGPT"]), r
-    for shape, size in (("gpt2", "124M"), ("1b", "1.1B")):
-        r = latest("decode_speed", "NVIDIA", shape=shape, batch_size=1) or {"ratios": {}}
-        for pair, ratio in r["ratios"].items():
-            mine, name = pair.split(" / ")
-            ours, theirs = r["tokens_per_s"][mine], r["tokens_per_s"][name]
-            what = f"generating, {mine.removeprefix('ours ')}, tokens/s, {size} parameters, beside {name}"
-            yield what, f"{ours:,.0f}", f"{theirs:,.0f}", spread(ratio), r
+        ours, theirs = f"{r['train_s']} s", f"{r['nanogpt_train_s']} s"
+        yield Row(what, ours, theirs, spread(r["train_ratio"]), r)
 
 
-def results(bench):
-    lines = (ROOT / "bench" / "results.jsonl").read_text(encoding="utf-8").splitlines()
-    return [line for line in map(json.loads, lines) if line["bench"] == bench]
-
-
+# ---- Tables ----
 def measured(found):
     """Return the sentence that says when and where results were measured, with which torch."""
     keys = ("date", "hardware", "torch")
@@ -121,28 +149,29 @@ def table(found, short=False):
     found = list(found)
     last = "ratio" if short else "ratio, median (lowest to highest)"
     lines = [f"| | gpt.py | the other | {last} |", "|---|---|---|---|"]
-    for what, ours, theirs, ratio, _ in found:
-        lines.append(f"| {what} | {ours} | {theirs} | {ratio.split()[0] if short else ratio} |")
-    return [*lines, "", measured([row[4] for row in found])]
+    for row in found:
+        ratio = row.ratio.split()[0] if short else row.ratio
+        lines.append(f"| {row.what} | {row.ours} | {row.theirs} | {ratio} |")
+    return [*lines, "", measured([row.result for row in found])]
 
 
 def curve():
     """Return the lines of the table of time and loss."""
+    found = {}
+    for line in results("time_to_loss"):
+        if line["date"] >= CONFIG_SINCE and line["runs"] > 2:
+            found[line["hardware"], line["command"]] = line
+    loss = "loss, full validation split: mean (each seed)"
     lines = [
-        line
-        for line in results("time_to_loss")
-        if line["date"] >= CONFIG_SINCE and line["runs"] > 2
-    ]
-    found = {(line["hardware"], line["command"]): line for line in lines}
-    lines = [
-        "| command | processor | wall time | loss, full validation split: mean (each seed) | windows of 256 |",
+        f"| command | processor | wall time | {loss} | windows of 256 |",
         "|---|---|---|---|---|",
     ]
     for line in sorted(found.values(), key=lambda line: line["wall_s"]):
         each = ", ".join(f"{loss:.4f}" for loss in line["val_losses"])
-        window, processor = line["estimates"].get("256", ""), line["hardware"].split(", ")[-1]
+        processor = line["hardware"].split(", ")[-1]
         lines.append(
-            f"| `{line['command']}` | {processor} | {line['wall_s']} s | {line['val_loss']:.4f} ({each}) | {window} |"
+            f"| `{line['command']}` | {processor} | {line['wall_s']} s "
+            f"| {line['val_loss']:.4f} ({each}) | {line['estimates'].get('256', '')} |"
         )
     return [*lines, "", measured(found.values())]
 
@@ -156,13 +185,14 @@ def ablation():
     for (steps, name), line in found.items():
         low, high = min(line["val_losses"]), max(line["val_losses"])
         lines.append(
-            f"| {name} | {steps:,} | {line['val_loss']:.4f} ({low:.4f} to {high:.4f}) | {line['tokens_per_s']:,} |"
+            f"| {name} | {steps:,} | {line['val_loss']:.4f} ({low:.4f} to {high:.4f}) "
+            f"| {line['tokens_per_s']:,} |"
         )
     return [*lines, "", measured(found.values())]
 
 
 def sweep():
-    """Return the lines of the table of rates, widths and depths."""
+    """Return the lines of the table of learning rates, widths and depths."""
     found = {(line["rate"], line["n_layer"], line["n_embd"]): line for line in results("sweep")}
     if not found:
         return []
@@ -183,15 +213,17 @@ def tables():
     return "\n\n".join("\n".join(lines) for lines in parts if lines) + "\n"
 
 
+def is_in_front(row):
+    """Tell whether a row is of a whole command, or of a part versus the other's default or best."""
+    if "generating, bfloat16" in row.what:
+        return "compiled, tokens/s" in row.what
+    ends = ("beside nanoGPT", "beside nanoGPT, autocast")
+    return row.what.startswith(("whole", "memory")) or row.what.endswith(ends)
+
+
 def front():
-    """Return the short table as Markdown: whole commands, and single parts beside the other's defaults or best."""
-    chosen = [
-        row
-        for row in rows()
-        if row[0].startswith(("whole", "memory"))
-        or row[0].endswith(("beside nanoGPT", "beside nanoGPT, autocast"))
-        or ("compiled, tokens/s" in row[0] and "generating, bfloat16" in row[0])
-    ]
+    """Return the short table as Markdown."""
+    chosen = [row for row in rows() if is_in_front(row)]
     return "\n".join([*table(chosen, short=True), "", *table(gpu_rows(), short=True)]) + "\n"
 
 

@@ -1,22 +1,32 @@
-"""Training tokens per second, beside nanoGPT's on the same machine and the same batches' shape.
+"""Training tokens per second, versus nanoGPT's on the same machine and batches of the same shape.
 
     python bench/train_speed.py --nanogpt=PATH
-    python bench/train_speed.py --nanogpt=PATH --shape=gpt2 --batch_size=32 --data=data/NAME      (a GPU)
+    python bench/train_speed.py --nanogpt=PATH --shape=gpt2 --batch_size=32 --data=data/NAME   (GPU)
 
-Both train a model of the shape's layers, heads and width: nanoGPT's with its own code and AdamW, in float32, its
-default on a CPU, and, where the CPU has bfloat16, with autocast, eagerly and compiled (on a GPU: autocast and
-torch.compile, its defaults); ours compiled, as gpt.py does in longer runs, and eagerly; both with the loop's own
-steps, `accumulate` micro-batches each. The figure is the median of `runs` measurements, in turn; mfu is ours, the
-share of the GPU's peak. The best micro-batch of each is found by several calls. The tokens are random or those of a
-prepared data set; nanoGPT's vocabulary is rounded up to a multiple of 64, as it advises.
+Both train a model of the shape's layers, heads and width by their own code, `accumulate`
+micro-batches a step. nanoGPT's runs with its own AdamW: in float32, its default on a CPU, and where
+the CPU has bfloat16 also with autocast, eagerly and compiled; on a GPU with autocast and
+torch.compile, its defaults. Ours runs compiled, as gpt.py does in longer runs, and eagerly. The
+figure is the median of `runs` measurements, in turn; mfu is ours, the share of the GPU's peak. The
+best micro-batch of each is found by several calls. The tokens are random or those of a prepared
+data set. nanoGPT's vocabulary is rounded up to a multiple of 64, as it advises.
 """
 
-import sys
 import time
 from pathlib import Path
 
 import torch
-from common import flags, in_turn, nanogpt, ratios, record, serve
+from common import (
+    best_device,
+    flags,
+    in_turn,
+    is_worker,
+    nanogpt,
+    ratios,
+    record,
+    serve,
+    wait_for,
+)
 
 import gpt
 
@@ -40,22 +50,53 @@ SHAPES = {  # the second set of sizes is for gpt.py alone
 }
 
 
+# ---- Batches ----
+class RandomRows:
+    """Stands for a data set, as far as a Trainer needs one: each row is random tokens."""
+
+    def __init__(self, block_size, vocab_size):
+        self.block_size = block_size
+        self.vocab_size = vocab_size
+
+    def get_batch(self, split, first_row, n_rows):
+        """Return inputs and targets (n_rows, block_size) int64, and weights of 1."""
+        ids = torch.randint(self.vocab_size, (n_rows, self.block_size + 1))
+        return ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), torch.ones(ids[:, 1:].shape)
+
+
+def open_data(case):
+    """Return the data set of a case: the one that it names, or random rows."""
+    block_size = case["sizes"]["block_size"]
+    if case["data"]:
+        return gpt.Data(case["data"], block_size)
+    return RandomRows(block_size, case["sizes"]["vocab_size"])
+
+
+# ---- Training steps ----
 def peer_model(case, device):
-    model_py, size = nanogpt(case["nanogpt"]), case["sizes"]["vocab_size"]
-    sizes = case["sizes"] | {"vocab_size": size if size < 1000 else size + -size % 64}
-    return model_py.GPT(model_py.GPTConfig(**sizes, dropout=0.0, bias=False)).to(device)
+    """Return nanoGPT's model of a case's sizes."""
+    model_py = nanogpt(case["nanogpt"])
+    size = case["sizes"]["vocab_size"]
+    if size >= 1000:
+        size += -size % 64
+    config = model_py.GPTConfig(**case["sizes"] | {"vocab_size": size}, dropout=0.0, bias=False)
+    return model_py.GPT(config).to(device)
 
 
 def peer(case, device):
-    """Return nanoGPT's training step, a function of a list of batches."""
+    """Return nanoGPT's training step, and the batches that it takes."""
     model = peer_model(case, device)
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), device.type)
     forward = torch.compile(model) if case["compile"] else model
+    data = open_data(case)
+    n_rows = case["batch_size"]
+    batches = [data.get_batch("train", i * n_rows, n_rows) for i in range(case["accumulate"])]
 
-    def step(batches):
+    def step():
         for x, y, _ in batches:
             if device.type == "cuda":
-                x, y = (t.pin_memory().to(device, non_blocking=True) for t in (x, y))
+                x = x.pin_memory().to(device, non_blocking=True)
+                y = y.pin_memory().to(device, non_blocking=True)
             with torch.autocast(device.type, torch.bfloat16, enabled=case["autocast"]):
                 loss = forward(x, y)[1] / len(batches)
             loss.backward()
@@ -67,77 +108,62 @@ def peer(case, device):
 
 
 def ours(case, device):
-    """Return gpt.py's training step, a function of a list of batches."""
-    for name, value in (case["sizes"] | case["more"]).items():
-        if name != "vocab_size":
-            setattr(gpt, name, value)
-    gpt.compile, gpt.optimizer = case["compile"], case["optimizer"]
-    machine = gpt.set_up_machine()
-    model = gpt.GPT(gpt.model_config(case["sizes"]["vocab_size"])).to(device)
-    optimizers, scaler = (
-        gpt.make_optimizers(model, machine),
-        torch.amp.GradScaler("cuda", enabled=False),
+    """Return gpt.py's training step, compiled if the case says so."""
+    sizes = case["sizes"] | case["more"]
+    settings = gpt.checked_settings(
+        **{name: value for name, value in sizes.items() if name != "vocab_size"},
+        batch_size=case["batch_size"],
+        gradient_accumulation_steps=case["accumulate"],
+        compile=case["compile"],
+        optimizer=case["optimizer"],
+        device=device.type,
     )
-    backward, update = gpt.make_step(model, model, optimizers, scaler, machine, case["accumulate"])
+    machine = gpt.set_up_machine(settings)
+    model = gpt.GPT(gpt.model_config(settings, sizes["vocab_size"]))
+    trainer = gpt.Trainer(settings, model, open_data(case), machine)
+    trainer.warm_up()
+    batches = trainer.fetch(0)
 
-    def step(batches):
-        if machine.compile and not step.compiled:
-            gpt.compile_model(model, machine, batches[0])
-            step.compiled = True
-        weight = sum(batch[2].sum() for batch in batches)
-        gpt.accumulate(backward, model, batches, 0, weight, machine)
-        update(1e-3, 1e-2)
+    def step():
+        trainer.gradients(batches, 0)
+        trainer.update(trainer.clip_gradients())
 
-    step.compiled = False
     return step
 
 
-def make_batches(case):
-    """Return a step's batches: random, or those of a data set."""
-    if case["data"]:
-        data = gpt.Data(Path(case["data"]), case["sizes"]["block_size"])
-        return [data.get_batch("train", i, case["batch_size"]) for i in range(case["accumulate"])]
-    shape = (case["batch_size"], case["sizes"]["block_size"] + 1)
-    batches = torch.randint(case["sizes"]["vocab_size"], (case["accumulate"], *shape))
-    return [
-        (b[:, :-1].contiguous(), b[:, 1:].contiguous(), torch.ones(b[:, 1:].shape)) for b in batches
-    ]
-
-
+# ---- Measuring ----
 def prepare(case):
     """Return a function that returns tokens per second over case["steps"] steps."""
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    step, batches = (peer if case["nanogpt"] else ours)(case, device), make_batches(case)
-    wait, leave_memory = lambda: None, lambda: None
-    if device.type == "cuda":
-        wait, leave_memory = (
-            torch.cuda.synchronize,
-            torch.cuda.empty_cache,
-        )  # to the other processes
+    device = best_device()
+    step = (peer if case["nanogpt"] else ours)(case, device)
+    tokens = case["accumulate"] * case["batch_size"] * case["sizes"]["block_size"]  # of a step
+
+    def take_steps(n):
+        for _ in range(n):
+            step()
+        wait_for(device)
+
+    def leave_memory():
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # to the other processes
 
     def measure():
-        for _ in range(2 if device.type == "cuda" else 1):
-            step(batches)  # does not count
-        wait()
+        take_steps(2 if device.type == "cuda" else 1)  # they do not count
         began = time.perf_counter()
-        for _ in range(case["steps"]):
-            step(batches)
-        wait()
-        tokens = case["steps"] * sum(x.numel() for x, _, _ in batches)
-        speed = tokens / (time.perf_counter() - began)
+        take_steps(case["steps"])
+        speed = case["steps"] * tokens / (time.perf_counter() - began)
         leave_memory()
         return speed
 
-    for _ in range(3):
-        step(batches)
-    wait()
+    take_steps(3)
     leave_memory()
     return measure
 
 
 def cases(f):
+    """Return {name: (this script, case)} of what the flags f ask for."""
     sizes, more = SHAPES[f["shape"]]
     base = {"sizes": sizes, "more": more, "nanogpt": "", "optimizer": "muon"}
     base |= {key: f[key] for key in ("batch_size", "steps", "accumulate", "data")}
@@ -155,20 +181,22 @@ def cases(f):
     return {name: (__file__, case) for name, case in found.items()}
 
 
-def report(f, found):
+def report(f, found, record=record):
+    """Print the medians of what was found for the flags f, and record them."""
     sizes, more = SHAPES[f["shape"]]
     with torch.device("meta"):
         model = gpt.GPT(gpt.GPTConfig(**sizes | more))
     medians = {name: sorted(speeds)[len(speeds) // 2] for name, speeds in found.items()}
     for name, speed in medians.items():
         print(f"{name:32s} {speed:10,.0f} tokens/s")
+    machine = gpt.set_up_machine(gpt.checked_settings())
     record(
         "train_speed",
         shape=f["shape"],
         batch_size=f["batch_size"],
         accumulate=f["accumulate"],
         data=Path(f["data"]).name,
-        mfu=gpt.set_up_machine().mfu(medians["ours"] * model.flops_per_token()),
+        mfu=machine.mfu(medians["ours"] * model.flops_per_token()),
         tokens_per_s={name: round(speed) for name, speed in medians.items()},
         ratios={name: ratios(found["ours"], found[name]) for name in found if name != "ours"},
     )
@@ -191,7 +219,7 @@ def main():
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 2 and sys.argv[1].startswith("{"):
+    if is_worker():
         serve(prepare)
     else:
         main()

@@ -1,8 +1,12 @@
 # python gpt.py config/finetune_chat.py
-# Not yet measured here. LoRA on a small open model, for conversations in a .jsonl of messages. Data first:
+# Not yet measured here. LoRA on a small open model, for conversations in a .jsonl of messages.
+# Data first:
 #   python prepare.py --input=chat.jsonl --name=chat --tokenizer=HuggingFaceTB/SmolLM2-135M
 # Then: python sample.py --chat --out_dir=out/chat
-init_from = "HuggingFaceTB/SmolLM2-135M"
+import hub
+
+if init_from == "scratch":
+    init_from = str(hub.get("HuggingFaceTB/SmolLM2-135M"))
 dataset = "chat"
 block_size = 512
 lora_rank = 8
@@ -13,5 +17,7 @@ learning_rate = 1e-3
 lr_schedule = "linear"
 warmup_iters = 20
 max_iters = 500
-eval_interval, eval_iters, log_interval = 50, 20, 10
+eval_interval = 50
+eval_iters = 20
+log_interval = 10
 early_stop = 3

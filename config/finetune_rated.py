@@ -1,7 +1,10 @@
 # python gpt.py config/finetune_rated.py
-# Not yet measured here. LoRA on GPT-2 with prompts and responses, each weighed by its rating from 1 to 5:
+# Not yet measured here. LoRA on GPT-2 with prompts and responses, weighed by ratings from 1 to 5:
 #   python prepare.py --input=rated.csv --name=rated --tokenizer=gpt2
-init_from = "gpt2"
+import hub
+
+if init_from == "scratch":
+    init_from = str(hub.get("gpt2"))
 dataset = "rated"
 block_size = 256  # near the longest example's length, which prepare.py prints
 lora_rank = 8
@@ -12,5 +15,7 @@ learning_rate = 1e-3
 lr_schedule = "linear"
 warmup_iters = 20
 max_iters = 300
-eval_interval, eval_iters, log_interval = 50, 20, 10
+eval_interval = 50
+eval_iters = 20
+log_interval = 10
 early_stop = 3

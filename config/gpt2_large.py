@@ -1,6 +1,9 @@
 # torchrun --standalone --nproc_per_node=8 gpt.py config/train_gpt2.py config/gpt2_large.py
 # 774.0M parameters with GPT-2's 50,257 tokens. Loss and time: not measured yet.
 # Read after train_gpt2.py: only the shape differs.
-n_layer, n_head, n_kv_head, n_embd = 36, 20, 20, 1280
+n_layer = 36
+n_head = 20
+n_kv_head = 20
+n_embd = 1280
 batch_size = 4
 gradient_accumulation_steps = 120

@@ -1,6 +1,9 @@
 # torchrun --standalone --nproc_per_node=8 gpt.py config/train_gpt2.py config/gpt2_medium.py
 # 354.8M parameters with GPT-2's 50,257 tokens. Loss and time: not measured yet.
 # Read after train_gpt2.py: only the shape differs.
-n_layer, n_head, n_kv_head, n_embd = 24, 16, 16, 1024
+n_layer = 24
+n_head = 16
+n_kv_head = 16
+n_embd = 1024
 batch_size = 4
 gradient_accumulation_steps = 120

@@ -1,6 +1,9 @@
 # torchrun --standalone --nproc_per_node=8 gpt.py config/train_gpt2.py config/gpt2_xl.py
 # 1557.6M parameters with GPT-2's 50,257 tokens. Loss and time: not measured yet.
 # Read after train_gpt2.py: only the shape differs.
-n_layer, n_head, n_kv_head, n_embd = 48, 25, 25, 1600
+n_layer = 48
+n_head = 25
+n_kv_head = 25
+n_embd = 1600
 batch_size = 4
 gradient_accumulation_steps = 120

@@ -8,8 +8,13 @@ early_stop = 3
 if device_type == "cpu":
     max_minutes = 2.0
 else:
-    n_layer, n_head, n_kv_head, n_embd = 6, 6, 6, 384
+    n_layer = 6
+    n_head = 6
+    n_kv_head = 6
+    n_embd = 384
     dropout = 0.2
     batch_size = 64
     max_iters = 1000
-    muon_lr, muon_momentum, learning_rate = 0.02, 0.95, 4e-3
+    muon_lr = 0.02
+    muon_momentum = 0.95
+    learning_rate = 4e-3

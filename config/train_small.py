@@ -1,11 +1,17 @@
 # python gpt.py config/train_small.py
-# 24.9M parameters with Shakespeare's 65 characters. Loss and time: not yet measured; meant for a GPU.
+# 24.9M parameters with Shakespeare's 65 characters, for a GPU. Loss and time: not yet measured.
 # For other data --dataset=NAME; the count that gpt.py prints is that of the vocabulary in use.
 dataset = "shakespeare"
 block_size = 256
-n_layer, n_head, n_kv_head, n_embd = 7, 9, 3, 576
+n_layer = 7
+n_head = 9
+n_kv_head = 3
+n_embd = 576
 dropout = 0.3
 batch_size = 64
-max_iters, eval_interval = 3000, 250
-muon_lr, muon_momentum, learning_rate = 0.02, 0.95, 4e-3
+max_iters = 3000
+eval_interval = 250
+muon_lr = 0.02
+muon_momentum = 0.95
+learning_rate = 4e-3
 weight_decay = 0.1

@@ -1,11 +1,17 @@
 # python gpt.py config/train_tiny.py
-# 9.8M parameters with Shakespeare's 65 characters. Loss and time: not yet measured; meant for a GPU.
+# 9.8M parameters with Shakespeare's 65 characters, for a GPU. Loss and time: not yet measured.
 # For other data --dataset=NAME; the count that gpt.py prints is that of the vocabulary in use.
 dataset = "shakespeare"
 block_size = 256
-n_layer, n_head, n_kv_head, n_embd = 6, 6, 3, 384
+n_layer = 6
+n_head = 6
+n_kv_head = 3
+n_embd = 384
 dropout = 0.2
 batch_size = 64
-max_iters, eval_interval = 3000, 250
-muon_lr, muon_momentum, learning_rate = 0.02, 0.95, 4e-3
+max_iters = 3000
+eval_interval = 250
+muon_lr = 0.02
+muon_momentum = 0.95
+learning_rate = 4e-3
 weight_decay = 0.1

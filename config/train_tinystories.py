@@ -1,18 +1,26 @@
 # python prepare.py tinystories --tokenizer=bpe && python gpt.py config/train_tinystories.py
-# Data by pip install datasets. Stories of few words (arXiv:2305.07759), a vocabulary of 8,192: small models
-# write whole ones. Not measured yet.
+# Data by pip install datasets. Stories of few words (arXiv:2305.07759), a vocabulary of 8,192:
+# small models write whole ones. Not measured yet.
 dataset = "tinystories"
 tie_weights = True
 block_size = 512
 if device_type == "cpu":
-    n_layer, n_embd = 6, 192
+    n_layer = 6
+    n_embd = 192
     batch_size = 8
     max_minutes = 30.0
 else:
-    n_layer, n_head, n_kv_head, n_embd = 8, 8, 4, 512
+    n_layer = 8
+    n_head = 8
+    n_kv_head = 4
+    n_embd = 512
     batch_size = 64
     max_iters = 15_000  # of 32,768 tokens, about one epoch
-    muon_lr, muon_momentum, learning_rate = 0.02, 0.95, 3e-3
+    muon_lr = 0.02
+    muon_momentum = 0.95
+    learning_rate = 3e-3
     lr_schedule = "wsd"
     warmup_iters = 200
-    eval_interval, eval_iters, log_interval = 1000, 100, 20
+    eval_interval = 1000
+    eval_iters = 100
+    log_interval = 20

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import gpt
-import plots
+from extras import plots
 
 TEXT = "".join(
     f"{i} times {j} is {i * j}, said the {'cat' if i % 2 else 'dog'}.\n"
@@ -37,7 +37,7 @@ def no_pictures(monkeypatch):
 
 @pytest.fixture
 def settings(monkeypatch, tmp_path):
-    """Return a function that sets gpt.py's settings for one test; at first a tiny float32 run on `toy`."""
+    """Return a function that sets gpt.py's settings for one test, which begins with a tiny run."""
     chars = "".join(sorted(set(TEXT)))
     gpt.write_dataset(
         tmp_path / "data" / "toy", TEXT, gpt.Tokenizer("char", chars), "made by the tests"
@@ -69,12 +69,24 @@ def settings(monkeypatch, tmp_path):
     return change
 
 
+def new_trainer(**changes):
+    """Return a Trainer of a new model, by gpt.py's settings and changes of them."""
+    chosen = gpt.checked_settings(**changes)
+    machine = gpt.set_up_machine(chosen)
+    data = gpt.Data(gpt.data_root(chosen) / chosen.dataset, chosen.block_size, chosen.seed)
+    model = gpt.build_model(chosen, data, None, Path(chosen.out_dir))
+    return gpt.Trainer(chosen, model, data, machine)
+
+
 @pytest.fixture
 def write_examples():
-    """Return a function that writes a weighted data set, an example being its (text, weight 0 to 255)."""
+    """Return a function that writes a weighted data set; an example is a list of (text, weight)."""
 
     def write(folder, chars, **splits):
-        """Write the splits' examples, each with <|endoftext|>, id len(chars), after its last text."""
+        """Write the splits' examples, each ended by <|endoftext|>, whose id is len(chars).
+
+        Weights are from 0 to 255.
+        """
         special = "<|endoftext|> <|user|> <|assistant|> <|pad|>"
         meta = {"source": "tests", "sha256": "", "dtype": "uint16", "vocab_size": len(chars) + 4}
         meta["tokenizer"] = {"kind": "char", "chars": chars, "special": special}

@@ -1,6 +1,7 @@
-"""Byte-level BPE: the trainer against the tokenizers library, the encoder against a plain one, any text and bytes."""
+"""Byte-level BPE: the trainer against the tokenizers library, the encoder against a plain one."""
 
 import base64
+import doctest
 import random
 import sysconfig
 from collections import Counter
@@ -15,7 +16,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 import gpt
-import prepare
+from extras import bpe
+from extras.hf_tokenizer import GPT2_PATTERN
+from prepare import SPECIALS
 
 
 def python_sources(n_bytes):
@@ -28,6 +31,11 @@ CORPORA = {
     "english": lambda: "\n\n".join(map(topics.get, sorted(topics))),
     "python": lambda: python_sources(2_500_000),
 }
+
+
+def count_words(texts):
+    """Return the counts of the words as GPT-2 cuts them."""
+    return bpe.count_words(texts, GPT2_PATTERN)
 
 
 def library_bpe(text, n_tokens):
@@ -43,7 +51,7 @@ def library_bpe(text, n_tokens):
 
 
 def as_bytes(token):
-    """Return the bytes that one of the library's tokens, spelled in printable characters, stands for."""
+    """Return the bytes of one of the library's tokens, spelled in printable characters."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
     table = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
@@ -53,11 +61,11 @@ def as_bytes(token):
 def own_tokenizer(tokens):
     """Return a gpt.Tokenizer of a trained vocabulary."""
     ranks = " ".join(base64.b64encode(token).decode() for token in tokens)
-    return gpt.Tokenizer("bpe", ranks=ranks, pattern=prepare.GPT2_PATTERN, special=prepare.SPECIALS)
+    return gpt.Tokenizer("bpe", ranks=ranks, pattern=GPT2_PATTERN, special=SPECIALS)
 
 
 def plain_encode(ranks, word):
-    """Encode one word's bytes as BPE is defined: merge the lowest-ranked neighbours until none has a rank."""
+    """Encode a word as BPE is defined: merge the lowest-ranked neighbours until none has a rank."""
     parts = [bytes([b]) for b in word]
     while len(parts) > 1:
         rank, i = min((ranks.get(a + b, 1 << 30), i) for i, (a, b) in enumerate(pairwise(parts)))
@@ -70,15 +78,15 @@ def plain_encode(ranks, word):
 @pytest.fixture(scope="module")
 def trained():
     """A vocabulary of 1,000 tokens of the English corpus, and its tokenizer."""
-    tokens = prepare.train_bpe(prepare.count_words([CORPORA["english"]()]), 1000)
+    tokens = bpe.train_bpe(count_words([CORPORA["english"]()]), 1000)
     return tokens, own_tokenizer(tokens)
 
 
 @pytest.mark.parametrize("corpus", CORPORA)
 def test_the_library_learns_the_same_vocabulary(corpus):
-    """Token by token, 4,096 of them, so also 1,000: ties are broken as there, by the lower ids of the pair."""
+    """Token by token, 4,096 of them: ties are broken as there, by the lower ids of the pair."""
     text = CORPORA[corpus]()
-    ours, theirs = prepare.train_bpe(prepare.count_words([text]), 4096), library_bpe(text, 4096)
+    ours, theirs = bpe.train_bpe(count_words([text]), 4096), library_bpe(text, 4096)
     vocabulary = sorted(theirs.get_vocab(), key=theirs.get_vocab().get)
     assert ours == [as_bytes(token) for token in vocabulary]
     part = text[: 10**6]
@@ -89,44 +97,44 @@ def test_the_library_learns_the_same_vocabulary(corpus):
 def test_a_small_vocabulary_is_the_beginning_of_a_large_one(trained):
     """Training is greedy, so 500 tokens are the first of 1,000."""
     tokens, _ = trained
-    assert prepare.train_bpe(prepare.count_words([CORPORA["english"]()]), 500) == tokens[:500]
+    assert bpe.train_bpe(count_words([CORPORA["english"]()]), 500) == tokens[:500]
 
 
 def test_merges_by_hand():
-    """aab twice and ab once: ab occurs 3 times, then a+ab twice; b"" and single bytes add nothing."""
-    tokens = prepare.train_bpe({b"aab": 2, b"ab": 1, b"z": 9, b"": 5}, 300)
+    """aab twice, ab once: ab occurs 3 times, then a+ab twice; b"" and single bytes add nothing."""
+    tokens = bpe.train_bpe({b"aab": 2, b"ab": 1, b"z": 9, b"": 5}, 300)
     assert tokens[256:] == [b"ab", b"aab"]
     assert sorted(tokens[:256]) == [bytes([b]) for b in range(256)]
 
 
 def test_overlapping_pairs_are_merged_from_the_left():
     """aaa is aa and a; five of them leave one over."""
-    assert prepare.merge([7, 7, 7], (7, 7), 9) == [9, 7]
-    assert prepare.merge([7, 7, 7, 7, 1, 7], (7, 7), 9) == [9, 9, 1, 7]
-    assert prepare.merge([1, 2, 1, 2, 3], (1, 2), 9) == [9, 9, 3]
-    assert prepare.train_bpe({b"aaaaaa": 1}, 300)[256:] == [b"aa", b"aaaa", b"aaaaaa"]
+    assert bpe.merge([7, 7, 7], (7, 7), 9) == [9, 7]
+    assert bpe.merge([7, 7, 7, 7, 1, 7], (7, 7), 9) == [9, 9, 1, 7]
+    assert bpe.merge([1, 2, 1, 2, 3], (1, 2), 9) == [9, 9, 3]
+    assert bpe.train_bpe({b"aaaaaa": 1}, 300)[256:] == [b"aa", b"aaaa", b"aaaaaa"]
 
 
 def test_ties_go_to_the_lower_ids():
     """All pairs occur once: in GPT-2's order of bytes printable ones come before the space."""
-    assert prepare.train_bpe({b" a": 1, b"xy": 1}, 257)[256:] == [b"xy"]
-    assert prepare.train_bpe({b"ac": 1, b"ab": 1}, 257)[256:] == [b"ab"]
+    assert bpe.train_bpe({b" a": 1, b"xy": 1}, 257)[256:] == [b"xy"]
+    assert bpe.train_bpe({b"ac": 1, b"ab": 1}, 257)[256:] == [b"ab"]
 
 
 def test_the_order_of_the_words_changes_nothing():
     """Sets and dictionaries may run in another order: the vocabulary is the same."""
-    counts = prepare.count_words([python_sources(200_000)])
+    counts = count_words([python_sources(200_000)])
     shuffled = list(counts.items())
     random.Random(1).shuffle(shuffled)
-    assert prepare.train_bpe(dict(shuffled), 800) == prepare.train_bpe(counts, 800)
+    assert bpe.train_bpe(dict(shuffled), 800) == bpe.train_bpe(counts, 800)
 
 
 def test_words_are_those_of_gpt2s_pattern_and_long_ones_are_cut():
     """Counts are of bytes; a word of 2,500 letters counts as three."""
-    assert prepare.count_words(["it's é é 12", "it"]) == Counter(
+    assert count_words(["it's é é 12", "it"]) == Counter(
         {b"it": 2, b"'s": 1, " é".encode(): 2, b" 12": 1}
     )
-    assert prepare.count_words(["x" * 2500]) == Counter({b"x" * 1000: 2, b"x" * 500: 1})
+    assert count_words(["x" * 2500]) == Counter({b"x" * 1000: 2, b"x" * 500: 1})
 
 
 def test_special_tokens_follow_and_no_text_gives_them(trained):
@@ -148,7 +156,7 @@ def test_encoding_is_that_of_a_plain_encoder_and_round_trips(trained, text):
     """Any string: word by word the ids of the definition, and back."""
     tokens, tokenizer = trained
     ranks = {token: i for i, token in enumerate(tokens)}
-    words = regex.findall(prepare.GPT2_PATTERN, text)
+    words = regex.findall(GPT2_PATTERN, text)
     assert "".join(words) == text
     ids = tokenizer.encode(text)
     assert ids == [i for word in words for i in plain_encode(ranks, word.encode())]
@@ -171,3 +179,8 @@ def test_char_round_trips(text):
     """Any string by its own characters."""
     tokenizer = gpt.Tokenizer("char", "".join(sorted(set(text))))
     assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_the_examples_of_the_docstrings():
+    """They give what they say."""
+    assert doctest.testmod(bpe) == (0, 2)

@@ -4,8 +4,6 @@ import base64
 import json
 import os
 import random
-import select
-import signal
 import sys
 import time
 from pathlib import Path
@@ -13,30 +11,27 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from terminal import Terminal
 
 import gpt
 import prepare
 import sample
-from configurator import read_settings
+from extras.documents import SPECIALS, Special, chat_document
 
 ROOT = Path(sample.__file__).resolve().parent
-SETTINGS = read_settings((ROOT / "sample.py").read_text(encoding="utf-8"))
-CHATML = "<|im_start|>system\n%s<|im_end|>\n||<|im_start|>user\n%s<|im_end|>\n<|im_start|>assistant\n||%s<|im_end|>\n"
+CHATML = (
+    "<|im_start|>system\n%s<|im_end|>\n||"
+    "<|im_start|>user\n%s<|im_end|>\n<|im_start|>assistant\n||"
+    "%s<|im_end|>\n"
+)
 LETTERS = "\n abcdefghijklmnopqrstuvwxyz?<|>_"
 
 
-@pytest.fixture(autouse=True)
-def restore(monkeypatch):
-    """The settings of sample.py, which commands change, are as before after each test."""
-    for name in SETTINGS:
-        monkeypatch.setattr(sample, name, getattr(sample, name))
-
-
-# ---- A finetuned model, at a terminal ------------------------------------------------------------------------
+# ---- A finetuned model, at a terminal ----
 
 
 def conversations():
-    """Return {name: (code, age)}: asked a name the model gives its code, then, asked "and?", its age."""
+    """Return {name: (code, age)}: a name is answered by its code, and "and?" by its age."""
     rng = random.Random(0)
     begins, ends = (
         ("bo", "ka", "lu", "mi", "ne"),
@@ -59,83 +54,25 @@ def finetuned(tmp_path_factory):
     source.write_text(
         "\n".join([lines[0], *lines]), encoding="utf-8"
     )  # the first is for validation
-    run = {
-        "dataset": "codes",
-        "data_dir": str(folder),
-        "out_dir": str(folder / "out"),
-        "device": "cpu",
-    }
-    run |= {
-        "n_layer": 2,
-        "n_head": 4,
-        "n_kv_head": 2,
-        "n_embd": 64,
-        "block_size": 25,
-        "dtype": "float32",
-    }
-    run |= {
-        "batch_size": 100,
-        "max_iters": 120,
-        "eval_interval": 120,
-        "eval_iters": 1,
-        "sample_tokens": 0,
-    }
-    made = {
-        "input": str(source),
-        "data_dir": str(folder),
-        "val_fraction": 0.005,
-        "tokenizer": "char",
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        for module, values in ((prepare, made), (gpt, run)):
-            for name, value in values.items():
-                patch.setattr(module, name, value)
-        torch.set_num_threads(1)
-        prepare.main()
-        gpt.train()
+    torch.set_num_threads(1)
+    prepare.prepare(
+        input=source, name="codes", data_dir=folder, val_fraction=0.005, tokenizer="char"
+    )
+    shape = {"n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 64, "block_size": 25}
+    gpt.train(
+        dataset="codes",
+        data_dir=folder,
+        out_dir=folder / "out",
+        batch_size=100,
+        max_iters=120,
+        eval_interval=120,
+        eval_iters=1,
+        sample_tokens=0,
+        device="cpu",
+        dtype="float32",
+        **shape,
+    )
     return folder / "out"
-
-
-class Terminal:
-    """A script that runs in a pseudo-terminal."""
-
-    def __init__(self, *arguments):
-        import pty
-
-        self.pid, self.fd = pty.fork()
-        if self.pid == 0:
-            signal.signal(
-                signal.SIGINT, signal.SIG_DFL
-            )  # which a shell's background jobs may have ignored
-            environment = os.environ | {"TERM": "dumb", "OMP_NUM_THREADS": "1", "COLUMNS": "500"}
-            os.execve(sys.executable, [sys.executable, *map(str, arguments)], environment)
-
-    def read(self, end="> ", timeout=60):
-        """Return what it shows up to `end`, or to the end of the process if that is None."""
-        shown, until = "", time.time() + timeout
-        while end is None or not shown.endswith(end):
-            assert select.select([self.fd], [], [], max(0, until - time.time()))[0], shown
-            try:
-                new = os.read(self.fd, 4096).decode()
-            except OSError:  # Linux's way to say that the other side is closed
-                new = ""
-            assert new or end is None, shown
-            if not new:
-                break
-            shown += new
-        return shown.replace("\r\n", "\n")
-
-    def say(self, line):
-        """Type a line; return what is shown between its echo and the next prompt."""
-        os.write(self.fd, f"{line}\r".encode())
-        return self.read().partition("\n")[2].removesuffix("> ")
-
-    def close(self):
-        """Press Ctrl-D; return the exit status."""
-        os.write(self.fd, b"\x04")
-        self.read(None)
-        os.close(self.fd)
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")
@@ -160,10 +97,25 @@ def test_a_dozen_conversations_at_a_terminal(finetuned):
     assert talk.close() == 0
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")
+def test_lines_that_are_pasted_are_one_message(finetuned):
+    """The vocabulary lacks the line end between them, so that one sentence refuses both lines."""
+    talk = Terminal(
+        ROOT / "sample.py", "--chat", "--temperature=0", "--max_tokens=8", f"--out_dir={finetuned}"
+    )
+    talk.read()
+    names = list(conversations())
+    talk.type(f"{names[0]}\n{names[1]}\n")
+    shown = talk.read()
+    assert shown.count("lacks '\\n', character 4") == 1, shown
+    assert talk.say(names[2]) == conversations()[names[2]][0] + "\n"
+    assert talk.close() == 0
+
+
 def test_all_hundred_conversations_are_answered_exactly(finetuned, capsys):
     model, tokenizer, _ = gpt.load_checkpoint(finetuned / "best.pt")
-    sample.temperature, sample.max_tokens = 0.0, 8
-    talk, expected = sample.Chat(model, tokenizer, None, None), []
+    talk = sample.Chat(model, tokenizer, sample.Sampling(temperature=0.0, max_tokens=8))
+    expected = []
     for name, answers in conversations().items():
         talk.command("/reset")
         talk.answer(name)
@@ -173,7 +125,7 @@ def test_all_hundred_conversations_are_answered_exactly(finetuned, capsys):
     assert capsys.readouterr().out.splitlines() == expected
 
 
-# ---- What the model reads, against tiktoken ------------------------------------------------------------------
+# ---- What the model reads, against tiktoken ----
 
 
 def bpe(chat=CHATML, **roles):
@@ -186,8 +138,11 @@ def bpe(chat=CHATML, **roles):
     )
 
 
-def chat_of(tokenizer, block_size=1000, answers=()):
-    """Return a Chat with a model that gives the answers, lists of ids, in turn; model.asked tells what it read."""
+def chat_of(tokenizer, block_size=1000, answers=(), system="", **sampling):
+    """Return a Chat whose model gives the answers, lists of ids, in turn.
+
+    model.asked holds what it was asked: (ids, max_tokens).
+    """
     model = SimpleNamespace(
         config=SimpleNamespace(block_size=block_size), asked=[], left=list(answers)
     )
@@ -200,14 +155,14 @@ def chat_of(tokenizer, block_size=1000, answers=()):
             yield torch.tensor([token])
 
     model.generate = generate
-    return sample.Chat(model, tokenizer, None, None)
+    return sample.Chat(model, tokenizer, sample.Sampling(**sampling), system)
 
 
 @pytest.mark.parametrize("system", ["", "be brief, hello"])
 def test_the_ids_are_those_of_the_rendered_conversation(system):
-    """Plain text is encoded in one stretch between the template's tokens, as if all were one text."""
-    sample.system, tokenizer = system, bpe()
-    talk = chat_of(tokenizer)
+    """Plain text is encoded in one stretch between special tokens, as if all were one text."""
+    tokenizer = bpe()
+    talk = chat_of(tokenizer, system=system)
     rendered = "<|im_start|>system\nbe brief, hello<|im_end|>\n" * bool(system)
     rendered += "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\nhe<|im_end|>\n"
     rendered += "<|im_start|>user\nhell?<|im_end|>\n<|im_start|>assistant\n"
@@ -233,23 +188,21 @@ def test_names_of_special_tokens_that_are_typed_are_text():
 
 
 def test_the_default_template_is_that_of_prepare():
-    """What prepare.py writes of a conversation is what chat asks with, then the answer and its end."""
-    tokenizer = gpt.Tokenizer("char", LETTERS, special=prepare.SPECIALS)
+    """What prepare.py writes of a conversation is what chat asks, then the answer and its end."""
+    tokenizer = gpt.Tokenizer("char", LETTERS, special=SPECIALS)
     roles, texts = (
         ("system", "user", "assistant", "user", "assistant"),
         ("mild", "who", "me", "and?", "you"),
     )
     messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
     ids = [[]]
-    for text, _ in prepare.chat_document("here", messages, 255):
+    for text, _ in chat_document("here", messages, 255):
         ids[-1] += (
-            [tokenizer.special[text]]
-            if isinstance(text, prepare.Special)
-            else tokenizer.encode(text)
+            [tokenizer.special[text]] if isinstance(text, Special) else tokenizer.encode(text)
         )
         ids += [[]] * (text == "<|endoftext|>")
         ids[-1] = list(ids[-1])
-    sample.system, talk = "mild", chat_of(tokenizer)
+    talk = chat_of(tokenizer, system="mild")
     end = [tokenizer.special["<|endoftext|>"]]
     assert ids[0] == talk.encode(["who"]) + tokenizer.encode("me") + end
     assert ids[1] == talk.encode(["who", "me", "and?"]) + tokenizer.encode("you") + end
@@ -262,7 +215,7 @@ def test_a_token_that_begins_every_text_begins_the_conversation_once():
         assert ids[0] == begin and ids.count(begin) == 1
 
 
-# ---- Turns ---------------------------------------------------------------------------------------------------
+# ---- Turns ----
 
 
 def letters(**roles):
@@ -291,8 +244,8 @@ def readable(tokenizer, ids):
 def test_what_ends_an_answer(end, chat, stop, said, remembered, capsys):
     """The tokenizer's end, what follows an answer in the template, and the stop strings."""
     tokenizer = letters(end=end, chat=chat)
-    talk = chat_of(tokenizer, answers=[sample.encode_prompt(tokenizer, said), []])
-    sample.stop = stop
+    answers = [sample.encode_prompt(tokenizer, said), []]
+    talk = chat_of(tokenizer, answers=answers, stop=stop)
     talk.answer("who")
     assert capsys.readouterr().out == remembered + "\n"
     talk.answer("and?")
@@ -303,10 +256,10 @@ def test_what_ends_an_answer(end, chat, stop, said, remembered, capsys):
 
 
 def test_the_oldest_turns_are_dropped_whole(capsys):
-    """As many as it takes for the answer to fit, never the system text; a note says so once a conversation."""
+    """As many are as the answer needs, but not the system text; one note tells the user."""
     tokenizer = letters()
-    sample.system, sample.max_tokens = "sys", 4
-    talk = chat_of(tokenizer, 26, [tokenizer.encode("xxxx")] * 9)
+    answers = [tokenizer.encode("xxxx")] * 9
+    talk = chat_of(tokenizer, 26, answers, system="sys", max_tokens=4)
     asked = []
     for question in ("aaa", "bbb", "c", "d", "hhhhhhhhhhhhhh"):
         talk.answer(question)
@@ -328,10 +281,9 @@ def test_the_oldest_turns_are_dropped_whole(capsys):
 
 
 def test_a_message_too_long_is_refused_and_forgotten(capsys):
-    """The sentence names its length, the room kept and the context; the conversation stays as it was."""
+    """The sentence names its length, the answer's room and the context; the turns stay."""
     tokenizer = letters()
-    sample.max_tokens = 9
-    talk = chat_of(tokenizer, 16, [tokenizer.encode("xy")] * 2)
+    talk = chat_of(tokenizer, 16, [tokenizer.encode("xy")] * 2, max_tokens=9)
     talk.answer("a")
     with pytest.raises(
         ValueError, match=r"^9 tokens .* 8 for the answer exceed block_size 16: shorten"
@@ -343,7 +295,7 @@ def test_a_message_too_long_is_refused_and_forgotten(capsys):
 
 
 def test_an_answer_is_cut_at_the_end_of_the_context(capsys):
-    """max_tokens beyond half the block is granted as far as the block reaches; what was said is remembered."""
+    """More max_tokens than half the block are granted as far as the block reaches."""
     tokenizer = letters()
     talk = chat_of(tokenizer, 16, [tokenizer.encode("x" * 30)])
     talk.answer("a")
@@ -351,12 +303,12 @@ def test_an_answer_is_cut_at_the_end_of_the_context(capsys):
     assert talk.turns == ["a", "x" * 13]
 
 
-# ---- Commands ------------------------------------------------------------------------------------------------
+# ---- Commands ----
 
 
 @pytest.fixture
 def type_lines(monkeypatch, capsys):
-    """Return a function that types lines into a Chat, then Ctrl-D; it gives (stdout's lines, stderr)."""
+    """Return a function that types lines into a Chat and gives (stdout's lines, stderr)."""
 
     def run(talk, *lines):
         left = list(lines)
@@ -373,8 +325,7 @@ def type_lines(monkeypatch, capsys):
 
 def test_reset_and_system_begin_a_new_conversation(type_lines):
     tokenizer = letters()
-    talk = chat_of(tokenizer, answers=[tokenizer.encode("yes")] * 6)
-    sample.system = "old"
+    talk = chat_of(tokenizer, answers=[tokenizer.encode("yes")] * 6, system="old")
     lines = ("a", "b", "/reset", "c", "/system be kind", "d", "e", "/system", "f")
     assert type_lines(talk, *lines) == (["yes"] * 6, "")
     one = "<|user|>{}<|assistant|>"
@@ -396,7 +347,9 @@ def test_other_commands_are_settings(type_lines):
     assert (out[0], out[5:]) == ("yes", ["ye"])
     assert "can be changed" in out[1] and "can be changed" in out[2]
     assert "lacks 'A'" in out[3] and "lacks 'B'" in out[4]
-    assert talk.turns == ["a", "yes", "b", "ye"] and sample.system == "" and sample.max_tokens == 2
+    assert talk.turns == ["a", "yes", "b", "ye"]
+    assert (talk.system, talk.sampling.max_tokens) == ("", 2)
+    assert (sample.system, sample.max_tokens) == ("", 100), "the script's own settings stay"
 
 
 def test_ctrl_c_ends_the_answer_only(type_lines):

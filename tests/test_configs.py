@@ -1,6 +1,5 @@
 """The presets have the sizes that their names and first lines promise."""
 
-import functools
 import importlib.util
 import re
 from pathlib import Path
@@ -10,9 +9,25 @@ import torch
 
 import configurator
 import gpt
-import scaling
+import hub
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def settings_by(*argv, device="cuda", native_bfloat16=True):
+    """Return {name: value} of all settings after config files and flags, on a stand-in device."""
+    script = {name: setting.default for name, setting in gpt.SETTINGS.items()}
+    script["__file__"] = str(ROOT / "gpt.py")
+    derived = {"device_type": device, "native_bfloat16": native_bfloat16}
+    configurator.configure(script, list(argv), gpt.SETTINGS, gpt.check_setting, lambda: derived)
+    return {name: script[name] for name in gpt.SETTINGS}
+
+
+def n_params(values, vocab_size):
+    """Return how many parameters the model of these settings has."""
+    config = gpt.model_config(gpt.checked_settings(**values), vocab_size)
+    with torch.device("meta"):
+        return gpt.GPT(config).n_params()
 
 
 @pytest.mark.parametrize(
@@ -30,21 +45,14 @@ ROOT = Path(__file__).resolve().parent.parent
     ],
 )
 def test_preset_is_as_large_as_its_name_says(names, vocab_size, promised):
-    script = {k: getattr(gpt, k) for k in gpt.SETTINGS} | {"__file__": str(ROOT / "gpt.py")}
     files = [str(ROOT / "config" / f"{name}.py") for name in names]
-    configurator.configure(
-        script, files, derive=lambda: {"device_type": "cuda", "native_bfloat16": True}
-    )
-    fields = set(gpt.GPTConfig.__dataclass_fields__) & set(gpt.SETTINGS)
-    with torch.device("meta"):
-        model = gpt.GPT(gpt.GPTConfig(vocab_size=vocab_size, **{k: script[k] for k in fields}))
-    assert model.n_params() == pytest.approx(promised, rel=0.05)
+    n = n_params(settings_by(*files), vocab_size)
+    assert n == pytest.approx(promised, rel=0.05)
     stated = Path(files[-1]).read_text(encoding="utf-8")
-    n = model.n_params() / 1e6
-    assert f"{n:.1f}M parameters" in stated or f"{n:.0f}M parameters" in stated
+    assert f"{n / 1e6:.1f}M parameters" in stated or f"{n / 1e6:.0f}M parameters" in stated
 
 
-VOCABULARY = {  # tokens, special ones included
+VOCABULARY = {  # tokens, special ones included; the others' have 50,257
     "train_shakespeare": 65,
     "train_pydoc": 103,
     "debug": 103,
@@ -53,58 +61,63 @@ VOCABULARY = {  # tokens, special ones included
     "train_stdlib": 8192,
     "train_tinystories": 8192,
 }
+DEVICES = (("cpu", True), ("cpu", False), ("cuda", True))  # and whether they have bfloat16
+
+
+def stated_sizes(name):
+    """Return the sizes that README's table gives a config, one for each of DEVICES, as texts."""
+    table = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## Config files\n")[1]
+    row = next(line for line in table.splitlines() if f"`{name}.py`" in line)
+    files = re.findall(r"`(\w+)\.py`", row)
+    sizes = re.findall(r"([\d.,]+)M", row.split("|")[2])
+    if len(files) > 1:
+        sizes = [sizes[files.index(name)]]
+    if len(sizes) == 1:  # for all
+        return sizes * 3
+    return sizes if len(sizes) == 3 else [sizes[0], *sizes]  # two: one for both kinds of CPU
 
 
 @pytest.mark.parametrize(
     "name", sorted(path.stem for path in (ROOT / "config").glob("*train_*.py")) + ["debug"]
 )
 def test_readme_tells_the_configs_sizes(name):
-    """The numbers in its row: on a CPU, on one without bfloat16 where that differs, on a GPU; or one for all."""
-    table = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## Config files\n")[1]
-    row = next(line for line in table.splitlines() if f"`{name}.py`" in line)
-    files, stated = re.findall(r"`(\w+)\.py`", row), re.findall(r"([\d.,]+)M", row.split("|")[2])
-    if len(files) > 1:
-        stated = [stated[files.index(name)]]
-    with_bfloat16, without, gpu = ("cpu", True), ("cpu", False), ("cuda", True)
-    numbers = (
-        stated * 3 if len(stated) == 1 else stated if len(stated) == 3 else [stated[0], *stated]
-    )
-    for (device, native), number in zip((with_bfloat16, without, gpu), numbers, strict=True):
-        script = {k: getattr(gpt, k) for k in gpt.SETTINGS} | {"__file__": str(ROOT / "gpt.py")}
-        derive = functools.partial(dict, device_type=device, native_bfloat16=native)
-        configurator.configure(script, [str(ROOT / "config" / f"{name}.py")], derive=derive)
-        fields = set(gpt.GPTConfig.__dataclass_fields__) & set(gpt.SETTINGS)
-        with torch.device("meta"):
-            vocab_size = VOCABULARY.get(name, 50257)
-            model = gpt.GPT(gpt.GPTConfig(vocab_size=vocab_size, **{k: script[k] for k in fields}))
-        digits = len(number.partition(".")[2])
-        assert f"{model.n_params() / 1e6:,.{digits}f}" == number, (name, device, native)
-
-
-def test_readmes_table_of_memory_counts_the_configs_own_parameters(monkeypatch, capsys):
-    """It is what scaling.py prints, and its sizes are those of the presets, whichever came before."""
-    for name in gpt.SETTINGS:
-        monkeypatch.setattr(gpt, name, getattr(gpt, name))
-    scaling.main()
-    printed = capsys.readouterr().out
-    assert printed in (ROOT / "README.md").read_text(encoding="utf-8")
-    for name, size in (
-        ("train_gpt2", "124M"),
-        ("train_large", "351M"),
-        ("train_1b", "1,073M"),
-        ("gpt2_xl", "1,558M"),
-    ):
-        assert f"| `{name}.py` | {size} |" in printed
+    for (device, native), stated in zip(DEVICES, stated_sizes(name), strict=True):
+        path = str(ROOT / "config" / f"{name}.py")
+        values = settings_by(path, device=device, native_bfloat16=native)
+        n = n_params(values, VOCABULARY.get(name, 50257))
+        digits = len(stated.partition(".")[2])
+        assert f"{n / 1e6:,.{digits}f}" == stated, (name, device, native)
 
 
 def test_flags_override_a_preset():
-    script = {k: getattr(gpt, k) for k in gpt.SETTINGS} | {"__file__": str(ROOT / "gpt.py")}
-    configurator.configure(
-        script,
-        ["--n_layer=3", str(ROOT / "config" / "train_tiny.py")],
-        derive=lambda: {"device_type": "cuda", "native_bfloat16": True},
-    )
-    assert (script["n_layer"], script["n_embd"]) == (3, 384)
+    values = settings_by("--n_layer=3", str(ROOT / "config" / "train_tiny.py"))
+    assert (values["n_layer"], values["n_embd"]) == (3, 384)
+
+
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [
+        ("finetune_shakespeare", "gpt2"),
+        ("finetune_rated", "gpt2"),
+        ("finetune_chat", "HuggingFaceTB/SmolLM2-135M"),
+    ],
+)
+def test_finetuning_fetches_its_model_unless_another_is_named(monkeypatch, name, model):
+    """Resuming, and a checkpoint by --init_from, fetch nothing."""
+    fetched = []
+
+    def get(model_name):
+        fetched.append(model_name)
+        return ROOT / "models" / "fetched" / "best.pt"
+
+    monkeypatch.setattr(hub, "get", get)
+    config = str(ROOT / "config" / f"{name}.py")
+    assert settings_by(config, "--init_from=resume")["init_from"] == "resume"
+    assert settings_by("--init_from=x/best.pt", config)["init_from"] == "x/best.pt"
+    assert fetched == []
+    values = settings_by(config)
+    assert values["init_from"] == str(ROOT / "models" / "fetched" / "best.pt")
+    assert fetched == [model]
 
 
 def test_readmes_tables_are_those_of_the_results():
@@ -131,28 +144,22 @@ def test_readmes_tables_are_those_of_the_results():
     ],
 )
 def test_shakespeare_is_sized_to_the_minutes(minutes, expected):
-    """With bfloat16 as many, and four times as many in float32, chosen or for want of bfloat16."""
+    """In float32, chosen or for want of bfloat16, the same model takes four times as many."""
     config = str(ROOT / "config" / "train_shakespeare.py")
     for native, dtype, times in ((True, "auto", 1), (True, "float32", 4), (False, "auto", 4)):
-        script = {k: getattr(gpt, k) for k in gpt.SETTINGS} | {"__file__": str(ROOT / "gpt.py")}
-        flags = (
-            [f"--max_minutes={times * minutes}"] if times * minutes != 2 else []
-        )  # 2: what it chooses
-        derive = functools.partial(dict, device_type="cpu", native_bfloat16=native)
-        configurator.configure(script, [config, f"--dtype={dtype}", *flags], derive=derive)
-        names = "n_layer", "n_embd", "block_size", "dropout", "train_temperature"
-        assert tuple(script[name] for name in names) == expected
-        assert script["max_minutes"] == times * minutes
+        argv = [config, f"--dtype={dtype}"]
+        if times * minutes != 2:  # which it chooses by itself
+            argv.append(f"--max_minutes={times * minutes}")
+        values = settings_by(*argv, device="cpu", native_bfloat16=native)
+        names = ("n_layer", "n_embd", "block_size", "dropout", "train_temperature")
+        assert tuple(values[name] for name in names) == expected
+        assert values["max_minutes"] == times * minutes
 
 
 @pytest.mark.parametrize(
     ("flags", "expected"), [([], (1500, 0.2, 0.83)), (["--max_iters=350"], (350, 0.03, 0.9))]
 )
 def test_shakespeare_on_a_gpu_takes_fewer_steps_with_less_dropout(flags, expected):
-    script = {k: getattr(gpt, k) for k in gpt.SETTINGS} | {"__file__": str(ROOT / "gpt.py")}
-    derive = functools.partial(dict, device_type="cuda", native_bfloat16=True)
-    configurator.configure(
-        script, [str(ROOT / "config" / "train_shakespeare.py"), *flags], derive=derive
-    )
-    assert tuple(script[name] for name in ("max_iters", "dropout", "train_temperature")) == expected
-    assert (script["max_minutes"], script["n_embd"], script["batch_size"]) == (0, 256, 32)
+    values = settings_by(str(ROOT / "config" / "train_shakespeare.py"), *flags)
+    assert tuple(values[name] for name in ("max_iters", "dropout", "train_temperature")) == expected
+    assert (values["max_minutes"], values["n_embd"], values["batch_size"]) == (0, 256, 32)

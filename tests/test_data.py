@@ -1,10 +1,11 @@
-"""Data sets: the files on disk, weights and shards, and batches that depend on (seed, step) alone."""
+"""Data sets: the files on disk, weights, and batches that depend on (seed, first row) alone."""
 
 import hashlib
 import itertools
 import json
 import random
 import struct
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +48,9 @@ class WideTokenizer:
     """A tokenizer with more ids than two bytes can hold."""
 
     def __init__(self, vocab_size):
-        self.vocab_size, self.state, self.begin = vocab_size, {"kind": "wide", "chars": ""}, None
+        self.vocab_size = vocab_size
+        self.state = {"kind": "wide", "chars": ""}
+        self.begin = None
 
     def encode(self, text):
         """Return the last ids of the vocabulary."""
@@ -55,7 +58,7 @@ class WideTokenizer:
 
 
 def test_files_and_meta_of_a_small_text(tmp_path):
-    """Twenty characters become 18 and 2 little-endian uint16, and the meta counts tokens and bytes."""
+    """Twenty characters become 18 and 2 little-endian uint16; the meta counts tokens and bytes."""
     text = "abcabcabcabcabcabcé\n"
     meta = gpt.write_dataset(
         tmp_path / "new" / "toy", text, gpt.Tokenizer("char", "\nabcé"), "hand"
@@ -109,7 +112,7 @@ def test_val_fraction_moves_the_split(tmp_path):
 
 
 def test_older_token_files_are_removed(tmp_path):
-    """Shards and weights of an earlier data set do not get mixed with the new one; other files stay."""
+    """Token files of an earlier data set do not get mixed with the new one; other files stay."""
     old = ("train_0000", "train_0001", "val", "val_0000", "train.weight", "val.weight_0000", "test")
     for name in old:
         (tmp_path / f"{name}.bin").write_bytes(b"\1\0" * 50)
@@ -154,7 +157,7 @@ def test_ids_of_four_bytes_arrive_unchanged(tmp_path):
 
 
 def test_targets_of_a_training_batch_are_the_next_tokens(counted):
-    """In a data set whose tokens are their positions, y is x + 1 and rows are consecutive; all weigh 1."""
+    """In a data set whose tokens are their positions, y is x + 1; all targets weigh 1."""
     x, y, w = counted.get_batch("train", 0, 6)
     assert x.shape == y.shape == w.shape == (6, BLOCK)
     assert torch.equal(y, x + 1)
@@ -165,7 +168,7 @@ def test_targets_of_a_training_batch_are_the_next_tokens(counted):
 def window_starts(data, n_tokens, epoch):
     """Return an epoch's window starts: one for each whole window but the last, and at least one."""
     n = max(1, (n_tokens - 1) // BLOCK - 1)
-    return [data.start("train", row) for row in range(epoch * n, (epoch + 1) * n)]
+    return [data.row_start("train", row) for row in range(epoch * n, (epoch + 1) * n)]
 
 
 @pytest.mark.parametrize("n_tokens", [9, 10, 16, 17, 24, 25, 203, 1000, 1001])
@@ -183,7 +186,7 @@ def test_the_windows_of_an_epoch(tmp_path, n_tokens):
 
 
 def test_every_offset_occurs(tmp_path):
-    """Over the epochs the windows take every place there is room for, the ends of the file included."""
+    """Over the epochs the windows take every place there is room for, the file's ends too."""
     data = gpt.Data(write_tokens(tmp_path / "d", 33, 50), BLOCK)
     ordered = [sorted(window_starts(data, 33, epoch)) for epoch in range(300)]
     assert {starts[0] for starts in ordered} == set(range(33 - 3 * BLOCK))
@@ -203,45 +206,49 @@ def test_epochs_and_seeds_differ():
     assert (offset, tuple(order.tolist())) == (drawn[0, 0][0], orders[0, 0])
 
 
-def test_an_epoch_of_batches_repeats_no_token(counted, monkeypatch):
-    """203 tokens hold 24 windows: 12 batches of 2 are all different, and the next epoch begins anew."""
-    monkeypatch.setattr(gpt, "seed", 3)
-    batches = [counted.get_batch("train", step, 2)[0] for step in range(24)]
-    epochs = torch.cat(batches[:12]), torch.cat(batches[12:])
+@pytest.mark.parametrize("sizes", [[2] * 12, [1, 2, 3, 4, 5, 6, 3], [5, 5, 4, 4, 3, 2, 1]], ids=str)
+def test_an_epoch_of_batches_repeats_no_token(counted, sizes):
+    """The 24 windows of 203 tokens are all different, and the next epoch begins anew.
+
+    The sizes of the batches may change within the epoch, as they do when a run is resumed with
+    another batch_size.
+    """
+    sizes = [*sizes, *sizes]
+    first_rows = itertools.accumulate([0, *sizes[:-1]])
+    batches = [counted.get_batch("train", row, n)[0] for row, n in zip(first_rows, sizes)]
+    epochs = torch.cat(batches).split(24)
     for epoch in epochs:
         assert len(set(epoch.flatten().tolist())) == 24 * BLOCK
     assert not torch.equal(*epochs)
 
 
-def test_batches_depend_on_seed_and_step_alone(counted, tmp_path, monkeypatch):
+def test_batches_depend_on_seed_and_row_alone(counted):
     """The order of calls, the epoch drawn before and another Data object change nothing."""
-    monkeypatch.setattr(gpt, "seed", 3)
-    forward = [counted.get_batch("train", step, 5)[0] for step in range(20)]
+    forward = [counted.get_batch("train", row, 5)[0] for row in range(0, 100, 5)]
     torch.manual_seed(99)
     np.random.seed(99)
-    again = gpt.Data(counted.folder, BLOCK)
-    backward = [again.get_batch("train", step, 5)[0] for step in reversed(range(20))]
+    again = gpt.Data(counted.folder, BLOCK, 1337)
+    backward = [again.get_batch("train", row, 5)[0] for row in range(95, -1, -5)]
     assert all(torch.equal(a, b) for a, b in zip(forward, reversed(backward)))
-    monkeypatch.setattr(gpt, "seed", 4)
-    assert not torch.equal(counted.get_batch("train", 0, 5)[0], forward[0])
+    other = gpt.Data(counted.folder, BLOCK, 4)
+    assert not torch.equal(other.get_batch("train", 0, 5)[0], forward[0])
 
 
 def test_a_large_batch_is_the_small_ones_in_a_row(counted):
-    """Batch size 16 at step 0 is batch size 4 at steps 0 to 3, and so on, over the end of an epoch."""
-    for large in range(3):
-        whole = counted.get_batch("train", large, 16)
-        parts = [counted.get_batch("train", 4 * large + i, 4) for i in range(4)]
+    """A batch of 16 rows is four of 4 rows, and so on, over the end of an epoch."""
+    for first in (0, 16, 32):
+        whole = counted.get_batch("train", first, 16)
+        parts = [counted.get_batch("train", first + row, 4) for row in (0, 4, 8, 12)]
         for i in range(3):
             assert torch.equal(whole[i], torch.cat([part[i] for part in parts]))
 
 
 @pytest.mark.parametrize("n_val", [9, 16, 17, 25, 51, 64, 65, 66])
 @pytest.mark.parametrize("rows", [1, 3])
-def test_validation_batches_hold_every_target_once(tmp_path, monkeypatch, n_val, rows):
-    """In order, the targets are tokens 1 to the last, each after its own input; the rest does not count."""
-    monkeypatch.setattr(gpt, "batch_size", rows)
+def test_validation_batches_hold_every_target_once(tmp_path, n_val, rows):
+    """In order, the targets are tokens 1 to the last, each after its input; the rest weighs 0."""
     data = gpt.Data(write_tokens(tmp_path / "v", 100, n_val), BLOCK)
-    batches = [data.get_batch("val", i, rows) for i in range(data.n_val_batches())]
+    batches = [data.get_batch("val", i * rows, rows) for i in range(data.n_val_batches(rows))]
     x, y, w = (torch.cat([batch[i] for batch in batches]).flatten() for i in range(3))
     assert y[y >= 0].tolist() == list(range(1, n_val))
     assert x[y >= 0].tolist() == list(range(n_val - 1))
@@ -255,7 +262,7 @@ def test_data_reads_either_width(tmp_path):
     narrow = gpt.Data(write_tokens(tmp_path / "n", 100, 50), BLOCK)
     wide = gpt.Data(write_tokens(tmp_path / "w", 100, 50, dtype="uint32"), BLOCK)
     assert (tmp_path / "w" / "train.bin").stat().st_size == 400
-    assert torch.equal(narrow.get_batch("train", 2, 3)[1], wide.get_batch("train", 2, 3)[1])
+    assert torch.equal(narrow.get_batch("train", 6, 3)[1], wide.get_batch("train", 6, 3)[1])
 
 
 def test_a_missing_data_set_names_the_command(tmp_path):
@@ -268,12 +275,20 @@ def test_a_missing_data_set_names_the_command(tmp_path):
         gpt.Data(folder, BLOCK)
 
 
-@pytest.mark.parametrize(("split", "n"), [("train", 0), ("train", BLOCK), ("val", 0), ("val", 1)])
-def test_too_few_tokens_are_refused(tmp_path, split, n):
-    """A split that holds nothing, for training no whole window, for validation no target, is named."""
-    folder = write_tokens(tmp_path / "short", **{"n_train": 100, "n_val": 50, f"n_{split}": n})
-    with pytest.raises(ValueError, match=rf"{split} holds {n} tokens.*block_size {BLOCK}"):
+@pytest.mark.parametrize("n", [0, 1, BLOCK])
+def test_a_training_split_without_a_window_is_refused(tmp_path, n):
+    folder = write_tokens(tmp_path / "short", n, 50)
+    with pytest.raises(ValueError, match=f"short holds {n} tokens for train.*block_size {BLOCK}"):
         gpt.Data(folder, BLOCK)
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_a_validation_split_without_a_target_is_refused(tmp_path, n):
+    """Another block_size would not help, so that the remedy names the data set's own setting."""
+    folder = write_tokens(tmp_path / "short", 100, n)
+    with pytest.raises(ValueError, match=f"short holds {n} tokens for val.*--val_fraction") as e:
+        gpt.Data(folder, BLOCK)
+    assert "block_size" not in str(e.value)
 
 
 def test_one_token_more_than_a_block_is_enough(tmp_path):
@@ -289,7 +304,7 @@ def test_a_missing_file_is_refused(tmp_path):
     """meta.json without val.bin is no data set."""
     folder = write_tokens(tmp_path / "gone", 100, 50)
     (folder / "val.bin").unlink()
-    with pytest.raises(ValueError, match="gone holds 0 of 50 tokens for val"):
+    with pytest.raises(ValueError, match="gone.val.bin is missing: prepare the data set again"):
         gpt.Data(folder, BLOCK)
 
 
@@ -308,29 +323,32 @@ def test_a_file_of_another_length_than_meta_says_is_refused(tmp_path, split, n_b
 
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_an_id_beyond_the_vocabulary_is_refused(tmp_path, split):
-    """The batches that hold one, if only as a target, are refused, by the folder, the id and vocab_size."""
+    """The batches that hold one, if only as a target, are refused by its name."""
     folder = write_tokens(tmp_path / "wild", 203, 51, vocab_size=40)
     content = {"train": [0] * 100 + list(range(103)), "val": list(range(51))}[split]
     (folder / f"{split}.bin").write_bytes(struct.pack(f"<{len(content)}H", *content))
-    data, refused = gpt.Data(folder, BLOCK), 0
-    for step in range(24 if split == "train" else 7):
-        start = data.start(split, step)
+    data = gpt.Data(folder, BLOCK)
+    refused = 0
+    for row in range(24 if split == "train" else 7):
+        start = data.row_start(split, row)
         largest = max(content[start : start + BLOCK + 1])
         if largest < 40:
-            data.get_batch(split, step, 1)
+            data.get_batch(split, row, 1)
             continue
-        with pytest.raises(ValueError, match=f"wild holds id {largest} of 40"):
-            data.get_batch(split, step, 1)
+        with pytest.raises(
+            ValueError, match=f"wild holds id {largest}, its vocabulary 40: prepare"
+        ):
+            data.get_batch(split, row, 1)
         refused += 1
     assert refused == 3 if split == "val" else 0 < refused < 10
 
 
 @pytest.mark.parametrize("content", ["", '{"dtype": "uint16", ', '{"dtype": "uint16"}'])
 def test_a_damaged_meta_json_is_named(tmp_path, content):
-    """A meta.json that was cut short or made by something else is a sentence with its path, no KeyError."""
+    """A meta.json that was cut short or made by something else is a sentence with its path."""
     folder = write_tokens(tmp_path / "odd", 100, 50)
     (folder / "meta.json").write_text(content, encoding="utf-8")
-    with pytest.raises(ValueError, match="odd"):
+    with pytest.raises(ValueError, match="odd.meta.json is damaged"):
         gpt.Data(folder, BLOCK)
 
 
@@ -347,75 +365,62 @@ def test_preparing_again_does_not_disturb_a_run_that_has_the_data_mapped(setting
     assert set(again[np.arange(len(again))].tolist()) == {0, 1}
 
 
-# ---- Shards ----
-def shard(folder, name, sizes, itemsize=2):
-    """Cut <name>.bin into <name>_0000.bin and so on, of as many numbers as sizes say."""
+# ---- Paths ----
+def test_a_folder_may_be_a_text(tmp_path, monkeypatch):
+    """write_dataset and Data take a str, in which ~ is the home folder."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    gpt.write_dataset("~/texts/toy", "ab" * 50, gpt.Tokenizer("char", "ab"), "tests")
+    assert (tmp_path / "texts" / "toy" / "meta.json").exists()
+    assert not (tmp_path / "~").exists()
+    for folder in ("~/texts/toy", "texts/toy"):
+        assert gpt.Data(folder, BLOCK).meta["train_tokens"] == 90
+
+
+def test_a_text_file_is_read_in_one_way(tmp_path, monkeypatch):
+    """A byte order mark is dropped, line ends stay, ~ is the home folder, other bytes are named."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    path = tmp_path / "text.txt"
+    for content, text in (
+        (b"\xef\xbb\xbfcaf\xc3\xa9\r\nb\rc\n", "caf\xe9\r\nb\rc\n"),
+        (b"a\xef\xbb\xbfb", "a\ufeffb"),
+        (b"", ""),
+    ):
+        path.write_bytes(content)
+        assert (
+            gpt.read_text(path) == gpt.read_text(str(path)) == gpt.read_text("~/text.txt") == text
+        )
+    path.write_bytes(b"caf\xe9 au lait")
+    with pytest.raises(ValueError, match=r"text.txt is not UTF-8 text \(byte 3\)"):
+        gpt.read_text(path)
+
+
+# ---- Shards of earlier versions ----
+def cut_into_shards(folder, name, sizes):
+    """Cut NAME.bin into NAME_0000.bin and so on, of as many bytes as sizes say."""
     content = (folder / f"{name}.bin").read_bytes()
-    assert sum(sizes) * itemsize == len(content)
+    assert sum(sizes) == len(content)
     (folder / f"{name}.bin").unlink()
     for i, (a, b) in enumerate(itertools.pairwise(itertools.accumulate([0, *sizes]))):
-        (folder / f"{name}_{i:04d}.bin").write_bytes(content[a * itemsize : b * itemsize])
+        (folder / f"{name}_{i:04d}.bin").write_bytes(content[a:b])
 
 
-SHARDS = [
-    [203],
-    [101, 102],
-    [1, 202],
-    [202, 1],
-    [50, 3, 1, 2, 147],
-    [90, 0, 113],
-    [0, 3, 0, 0, 200, 0],
-    [13] * 15 + [8],
-    [1] * 203,
-]
-
-
-@pytest.mark.parametrize("sizes", SHARDS, ids=lambda sizes: f"{len(sizes)}-{sizes[0]}")
-@pytest.mark.parametrize("dtype", ["uint16", "uint32"])
-def test_shards_give_the_batches_of_one_file(tmp_path, dtype, sizes):
-    """Wherever the tokens are cut, within a window or within several, each token stays its position."""
-    whole = gpt.Data(write_tokens(tmp_path / "whole", 203, 51, dtype=dtype), BLOCK)
-    folder = write_tokens(tmp_path / "cut", 203, 51, dtype=dtype)
-    shard(folder, "train", sizes, 2 if dtype == "uint16" else 4)
-    shard(folder, "val", [5, 0, 46], 2 if dtype == "uint16" else 4)
-    data = gpt.Data(folder, BLOCK)
-    for split, n in (("train", 16), ("val", 3)):
-        for step in range(n):
-            batch = data.get_batch(split, step, 3)
-            assert all(torch.equal(a, b) for a, b in zip(batch, whole.get_batch(split, step, 3)))
-            starts = torch.tensor([data.start(split, row) for row in range(3 * step, 3 * step + 3)])
-            expected = starts[:, None] + torch.arange(BLOCK)
-            inside = batch[1] >= 0
-            assert torch.equal(batch[0][inside], expected[inside])
-            assert torch.equal(batch[1][inside], expected[inside] + 1)
-
-
-def test_tokens_of_shards_are_one_array(tmp_path):
-    """Any positions, in any order and shape, give what the joined array gives."""
-    rng = np.random.default_rng(5)
-    parts = [rng.integers(2**16, size=n, dtype=np.uint16) for n in (7, 0, 1, 1000, 2, 90)]
-    for i, part in enumerate(parts):
-        part.astype("<u2").tofile(tmp_path / f"x_{i:04d}.bin")
-    np.arange(9, dtype="<u2").tofile(tmp_path / "x.weight_0000.bin")
-    joined, tokens = np.concatenate(parts), gpt.Tokens(tmp_path, "x", np.dtype("<u2"))
-    assert len(tokens) == 1100
-    for shape in ((1100,), (40, 9), (2, 3, 4), (1,), (0,)):
-        positions = rng.integers(1100, size=shape)
-        found = tokens[positions]
-        assert found.shape == shape and np.array_equal(found, joined[positions])
-    everything = np.arange(1100)
-    assert np.array_equal(tokens[everything], joined)
-    assert np.array_equal(tokens[everything[::-1]], joined[::-1])
-    assert len(gpt.Tokens(tmp_path, "y", np.dtype("<u2"))) == 0
-
-
-def test_a_missing_shard_is_noticed(tmp_path):
-    """The counts of all shards together must be that of meta.json."""
-    folder = write_tokens(tmp_path / "cut", 203, 51)
-    shard(folder, "train", [100, 100, 3])
-    (folder / "train_0001.bin").unlink()
-    with pytest.raises(ValueError, match="cut holds 103 of 203 tokens for train"):
-        gpt.Data(folder, BLOCK)
+def test_the_command_that_joins_shards_does_so(tmp_path, write_examples):
+    """Tokens and weights, one file after the other, as often as a file is named."""
+    folder = write_examples(tmp_path / "cut", LETTERS, train=BY_HAND, val=BY_HAND)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    cut_into_shards(folder, "train", [20, 2, 36])
+    cut_into_shards(folder, "train.weight", [10, 19])
+    cut_into_shards(folder, "val.weight", [29])
+    for _ in range(3):
+        with pytest.raises(ValueError, match="holds shards.*: join them by cd ") as e:
+            gpt.Data(folder, 4)
+        command = str(e.value).partition("join them by ")[2]
+        subprocess.run(command, shell=True, check=True)
+    gpt.Data(folder, 4)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 # ---- Weights ----
@@ -433,17 +438,21 @@ BY_HAND = [
 
 
 def test_rows_of_weighted_examples_by_hand(tmp_path, write_examples):
-    """Each example begins a row, a long one several; what follows its end in the row weighs 0."""
+    """Each example begins a row, a long one several; what follows its end in the row weighs 0.
+
+    The example "no", which holds no target, has no row.
+    """
     folder = write_examples(tmp_path / "w", LETTERS, train=BY_HAND, val=BY_HAND)
-    x, y, w = gpt.Data(folder, 4).get_batch("val", 0, 8)
+    data = gpt.Data(folder, 4)
+    x, y, w = data.get_batch("val", 0, 7)
     spelled = ["".join((LETTERS + ".")[i] for i in row) for row in x.tolist()]
-    assert spelled == ["abcd", "efgh", "ijkl", "m.no", "no.p", "pqrs", "uvwx", "aaaa"]
+    assert spelled == ["abcd", "efgh", "ijkl", "m.no", "pqrs", "uvwx", "aaaa"]
+    assert data.n_empty == 2  # one in each split
     assert y.tolist() == [
         [1, 2, 3, END],
         [5, 6, 7, 8],
         [9, 10, 11, END],
         [END, 13, 14, END],
-        [14, END, 15, 16],
         [16, 17, 18, END],
         [21, 22, 23, END],
         [-1, -1, -1, -1],
@@ -453,7 +462,6 @@ def test_rows_of_weighted_examples_by_hand(tmp_path, write_examples):
         [0, 0, 0.2, 0.2],
         [0.2] * 4,
         [1, 0, 0, 0],
-        [0] * 4,
         [0.4] * 4,
         [0, 0.8, 0.8, 0.8],
     ]
@@ -472,8 +480,21 @@ def random_examples(seed, n):
     return examples, "".join(alphabet)
 
 
+def row_starts(examples, block):
+    """Return where the rows that hold a target begin, by hand from texts and weights."""
+    position = 0
+    starts = []
+    for example in examples:
+        weights = [weight for text, weight in example for _ in text] + [example[-1][1]]
+        for start in range(0, len(weights) - 1, block):
+            if any(weights[start + 1 : start + 1 + block]):
+                starts.append(position + start)
+        position += len(weights)
+    return starts
+
+
 def weighted_targets(examples, alphabet):
-    """Return {(input, target): weight} of all targets in the examples that weigh more than 0, in order."""
+    """Return {(input, target): weight} of the examples' targets that weigh something, in order."""
     expected = {}
     for example in examples:
         weights = [weight for text, weight in example for _ in text] + [example[-1][1]]
@@ -487,22 +508,23 @@ def weighted_targets(examples, alphabet):
 @pytest.mark.parametrize("block", [1, 3, 8, 40])
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_every_weighted_target_counts_once_and_sees_its_own_example_only(
-    tmp_path, write_examples, monkeypatch, split, block
+    tmp_path, write_examples, split, block
 ):
-    """Over an epoch the targets that weigh are those of the examples; no input before them is of another."""
-    monkeypatch.setattr(gpt, "batch_size", 5)
+    """Over an epoch the targets that weigh are those of the examples.
+
+    No input before them is of another example, and each row holds at least one of them.
+    """
     examples, alphabet = random_examples(3, 60)
     splits = {"train": examples[:40], "val": examples[40:]}
     data = gpt.Data(write_examples(tmp_path / "w", alphabet, **splits), block)
-    n_rows = sum(-(-sum(len(text) for text, _ in example) // block) for example in splits[split])
-    assert data.n_val_batches() == -(-len(data.starts["val"]) // 5)
+    n_rows = len(row_starts(splits[split], block))
+    assert data.n_val_batches(5) == -(-len(row_starts(splits["val"], block)) // 5)
     home = {c: i for i, example in enumerate(splits[split]) for text, _ in example for c in text}
     for epoch in range(2 if split == "train" else 1):
-        found, batches = (
-            {},
-            [data.get_batch(split, epoch * n_rows + row, 1) for row in range(n_rows)],
-        )
-        for x, y, w in batches:
+        found = {}
+        for row in range(epoch * n_rows, (epoch + 1) * n_rows):
+            x, y, w = data.get_batch(split, row, 1)
+            assert w.any()
             inputs = x[0].tolist()
             for i in w[0].nonzero().flatten().tolist():
                 pair = (inputs[i], int(y[0, i]))
@@ -514,46 +536,26 @@ def test_every_weighted_target_counts_once_and_sees_its_own_example_only(
         assert (list(found) == list(expected)) == (split == "val")
 
 
-def test_weighted_epochs_have_the_same_rows_in_another_order(tmp_path, write_examples, monkeypatch):
-    """The rows of an epoch begin nowhere but where the first one's do, and seed and epoch order them."""
+def test_weighted_epochs_have_the_same_rows_in_another_order(tmp_path, write_examples):
+    """The rows of all epochs begin at the same places, which seed and epoch order."""
     examples, alphabet = random_examples(3, 60)
-    data = gpt.Data(write_examples(tmp_path / "w", alphabet, train=examples, val=examples[:2]), 8)
-    n = sum(-(-sum(len(text) for text, _ in example) // 8) for example in examples)
+    folder = write_examples(tmp_path / "w", alphabet, train=examples, val=examples[:9])
+    expected = row_starts(examples, 8)
+    n = len(expected)
     orders = []
     for seed, epoch in ((1, 0), (1, 1), (2, 0)):
-        monkeypatch.setattr(gpt, "seed", seed)
-        orders.append([data.start("train", epoch * n + row) for row in range(n)])
-    position, expected = 0, set()
-    for example in examples:
-        length = sum(len(text) for text, _ in example)
-        expected |= set(range(position, position + length, 8))
-        position += length + 1
-    assert all(sorted(order) == sorted(expected) for order in orders)
+        data = gpt.Data(folder, 8, seed)
+        orders.append([data.row_start("train", epoch * n + row) for row in range(n)])
+    assert all(sorted(order) == expected for order in orders)
     assert len(set(map(tuple, orders))) == 3
-
-
-@pytest.mark.parametrize("cuts", [([50, 1, 0, 20], [3, 30]), ([1], [69, 1])], ids=str)
-def test_weights_may_be_cut_elsewhere_than_tokens(tmp_path, write_examples, cuts):
-    """Shards of tokens and of weights give the batches of whole files."""
-    examples, alphabet = random_examples(4, 30)
-    folders = [
-        write_examples(tmp_path / name, alphabet, train=examples, val=examples) for name in "ab"
-    ]
-    n = (folders[0] / "train.weight.bin").stat().st_size
-    for name, sizes, itemsize in (("train", cuts[0], 2), ("train.weight", cuts[1], 1)):
-        shard(folders[1], name, [*sizes, n - sum(sizes)], itemsize)
-    whole, cut = (gpt.Data(folder, 8) for folder in folders)
-    for step in range(30):
-        for a, b in zip(whole.get_batch("train", step, 3), cut.get_batch("train", step, 3)):
-            assert torch.equal(a, b)
 
 
 def test_a_large_weighted_batch_is_the_small_ones_in_a_row(tmp_path, write_examples):
     """Accumulation and processes cut a step's batch without a change, over the end of an epoch."""
     data = gpt.Data(write_examples(tmp_path / "w", LETTERS, train=BY_HAND, val=BY_HAND), 4)
-    for large in range(3):
-        whole = data.get_batch("train", large, 6)
-        parts = [data.get_batch("train", 3 * large + i, 2) for i in range(3)]
+    for first in (0, 6, 12):
+        whole = data.get_batch("train", first, 6)
+        parts = [data.get_batch("train", first + row, 2) for row in (0, 2, 4)]
         for i in range(3):
             assert torch.equal(whole[i], torch.cat([part[i] for part in parts]))
 
@@ -601,10 +603,29 @@ def test_weights_for_one_split_only_are_refused(write_examples, tmp_path, split)
         gpt.Data(folder, 4)
 
 
-def test_weighted_data_without_an_end_of_an_example_are_refused(write_examples, tmp_path):
-    """Without <|endoftext|> among the tokens there is no example."""
+def test_weighted_data_without_a_target_are_refused(write_examples, tmp_path):
+    """Without <|endoftext|> there is no example, and without a weight nothing to learn."""
     folder = write_examples(tmp_path / "w", LETTERS, train=BY_HAND, val=BY_HAND)
-    n = (folder / "val.bin").stat().st_size
-    (folder / "val.bin").write_bytes(bytes(n))
-    with pytest.raises(ValueError, match="val"):
+    whole = (folder / "val.bin").read_bytes()
+    (folder / "val.bin").write_bytes(bytes(len(whole)))
+    with pytest.raises(ValueError, match="for val, but no example whose answer counts: ") as e:
         gpt.Data(folder, 4)
+    assert "block_size" not in str(e.value)
+    (folder / "val.bin").write_bytes(whole)
+    (folder / "train.weight.bin").write_bytes(bytes(len(whole) // 2))
+    with pytest.raises(ValueError, match="for train, but no example whose answer counts: "):
+        gpt.Data(folder, 4)
+
+
+def test_rows_of_long_prompts_are_left_out(write_examples, tmp_path):
+    """Prompts of 3,000 characters and answers of 40: every row of an epoch holds a target."""
+    example = [("q" * 3000, 0), ("a" * 40, 255)]
+    folder = write_examples(tmp_path / "w", LETTERS, train=[example] * 6, val=[example])
+    data = gpt.Data(folder, 256)
+    # Token 3,000 is the answer's first one, token 3,040 the end. Rows of 256 begin at 0, 256 ...
+    # 2,816, whose targets are tokens 2,817 to 3,040: one row of 12 holds the whole answer.
+    assert len(data.starts["train"]) == 6
+    assert data.n_empty == 7 * 11
+    x, _, w = data.get_batch("train", 0, 12)
+    assert w.sum(1).tolist() == [41.0] * 12
+    assert x[0].tolist() == [16] * 184 + [0] * 40 + [END] + x[0, 225:].tolist()

@@ -1,4 +1,4 @@
-"""Several processes by gloo: DDP and FSDP2 train as one process does, and their checkpoints are the same."""
+"""Several processes by gloo: DDP and FSDP2 train as one process does, to the same checkpoints."""
 
 import json
 import os
@@ -19,21 +19,8 @@ import gpt
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# As WORKER; the memory of the second process has room for two sequences at once.
-SHORT_OF_MEMORY = """
-import os, sys
-sys.path.insert(0, sys.argv[1])
-import torch, gpt
-forward = gpt.GPT.forward
-def limited(self, idx, *args, **kwargs):
-    if self.training and len(idx) > 2:
-        raise torch.OutOfMemoryError("CUDA out of memory.")
-    return forward(self, idx, *args, **kwargs)
-if os.environ["RANK"] == "1":
-    gpt.GPT.forward = limited
-"""
-
-# Each process trains once for every set of settings, in turn; torchrun's start alone would take longer than the runs.
+# Each process trains once for every set of settings, in turn, since to start torchrun takes longer
+# than to train.
 WORKER = """
 import json, os, sys
 sys.path.insert(0, sys.argv[1])
@@ -41,8 +28,22 @@ import torch, gpt
 torch.set_num_threads(1)
 for port, settings in json.loads(sys.argv[2]):
     os.environ["MASTER_PORT"] = str(port)
-    vars(gpt).update(settings)
-    gpt.train()
+    gpt.train(**settings)
+"""
+
+# As WORKER, but in the second process the third pass with gradients finds memory full.
+SHORT_OF_MEMORY = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+import torch, gpt
+passes = []
+def limit(module, args):
+    if isinstance(module, gpt.GPT) and module.training:
+        passes.append(module)
+        if len(passes) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+if os.environ["RANK"] == "1":
+    torch.nn.modules.module.register_module_forward_pre_hook(limit)
 """
 
 
@@ -52,73 +53,88 @@ def free_port():
         return s.getsockname()[1]
 
 
-def run_processes(world_size, *runs, code=WORKER):
-    """Train in world_size processes once for each of `runs`, dicts of settings that add to the current ones."""
+def start_processes(world_size, *runs, code=WORKER):
+    """Train in world_size processes once for each of `runs`; return the ended processes.
+
+    runs: dicts of settings that add to the current ones.
+    """
     base = {name: getattr(gpt, name) for name in gpt.SETTINGS}
-    jobs = json.dumps([(free_port(), base | run) for run in runs])
-    env = {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": str(world_size)}
-    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
-    done = run_jobs(
-        *({"argv": ["-c", ROOT, jobs], "code": code, "env": env | rank} for rank in ranks),
-        timeout=200,
-    )
+    argv = ["-c", ROOT, json.dumps([(free_port(), base | run) for run in runs])]
+    jobs = []
+    for rank in range(world_size):
+        env = {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": str(world_size)}
+        env |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        jobs.append({"argv": argv, "code": code, "env": env})
+    return run_jobs(*jobs, timeout=200)
+
+
+def run_processes(world_size, *runs):
+    """Do as start_processes does, which must end well; return [(stdout, stderr)]."""
+    done = start_processes(world_size, *runs)
     assert [process.returncode for process in done] == [0] * world_size, done
     return [(process.stdout, process.stderr) for process in done]
 
 
 def largest_difference(a, b):
-    """Return the largest difference of two runs' losses, training and validation, of the same steps."""
-    assert all(x.keys() == y.keys() and x for x, y in zip(losses(a), losses(b)))
-    return max(abs(x[step] - y[step]) for x, y in zip(losses(a), losses(b)) for step in x)
+    """Return the largest difference of two runs' losses, training and validation, at any step."""
+    differences = []
+    for x, y in zip(losses(a), losses(b)):
+        assert x.keys() == y.keys() and x
+        differences += [abs(x[step] - y[step]) for step in x]
+    return max(differences)
+
+
+def assert_near(a, b):
+    """Compare the weights in two runs' ckpt.pt, which must be whole tensors."""
+    a, b = (torch.load(out / "ckpt.pt", weights_only=True)["model"] for out in (a, b))
+    assert a.keys() == b.keys()
+    for name, weight in a.items():
+        assert type(weight) is torch.Tensor
+        torch.testing.assert_close(weight, b[name], atol=1e-4, rtol=0)
+
+
+# ---- The same losses and weights ----
+ADAMW = {
+    "optimizer": "adamw",
+    "learning_rate": 2e-3,
+    "tie_weights": True,
+    "gradient_checkpointing": True,
+}
+CHANGES = {"muon": {}, "adamw": ADAMW}
+
+
+def compare(settings, tmp_path, world_size, cases):
+    """Train in one process and in several, for pairs of optimizer and fsdp; compare the runs."""
+    settings(
+        batch_size=4,
+        gradient_accumulation_steps=2,
+        max_iters=50,
+        eval_interval=25,
+        eval_iters=7,  # batches, which do not share out evenly
+        sample_tokens=2,
+        sample_at_eval=True,
+    )
+    for name in {name for name, _ in cases}:
+        gpt.train(**CHANGES[name], out_dir=str(tmp_path / name))
+    runs = []
+    for name, fsdp in cases:
+        out = str(tmp_path / f"{name}{fsdp}")
+        runs.append(CHANGES[name] | {"fsdp": fsdp, "out_dir": out})
+    outputs = run_processes(world_size, *runs)
+    assert all(out == "" for out, _ in outputs[1:])  # only the first process prints
+    assert not any("Warning" in err for _, err in outputs)
+    assert outputs[0][0].count(", DDP\n") == sum(not fsdp for _, fsdp in cases)
+    assert outputs[0][0].count(", FSDP\n") == sum(fsdp for _, fsdp in cases)
+    for name, fsdp in cases:
+        out = tmp_path / f"{name}{fsdp}"
+        assert largest_difference(out, tmp_path / name) < 1e-5, out
+        assert_near(out, tmp_path / name)
 
 
 def test_two_processes_train_as_one(settings, tmp_path):
-    """50 steps by DDP and FSDP2, Muon and AdamW, tied and not, give one process's losses and weights; evaluation
-    batches (7) do not share out evenly. In bfloat16 FSDP's shares, and so the checkpoint, stay float32."""
-    settings(
-        dtype="bfloat16",
-        max_iters=20,
-        out_dir=str(tmp_path / "rounded"),
-        gradient_accumulation_steps=2,
-    )
-    gpt.train()
-    short = {
-        "dtype": "bfloat16",
-        "max_iters": 20,
-        "fsdp": True,
-        "out_dir": str(tmp_path / "shared"),
-    }
-    short |= {
-        name: getattr(gpt, name)
-        for name in ("eval_interval", "eval_iters", "tie_weights", "optimizer")
-    }
-    short |= {
-        "learning_rate": gpt.learning_rate,
-        "gradient_checkpointing": False,
-        "sample_tokens": 0,
-    }
-    settings(dtype="float32")
+    """50 steps by DDP and FSDP2, by Muon and AdamW, give one process's losses and weights."""
     cases = [("muon", False), ("muon", True), ("adamw", False), ("adamw", True)]
-    compare(settings, tmp_path, 2, cases, more=[short])
-    assert largest_difference(tmp_path / "rounded", tmp_path / "shared") < 0.05
-    weights = gpt.read_checkpoint(tmp_path / "shared" / "ckpt.pt")["model"]
-    assert {w.dtype for w in weights.values()} == {torch.float32}
-
-
-@pytest.mark.skipif(not shutil.which("g++"), reason="there is no C++ compiler")
-def test_two_processes_train_compiled_as_one_does_plainly(settings, tmp_path):
-    """By DDP as by FSDP2."""
-    settings(batch_size=2, gradient_accumulation_steps=2, max_iters=6, eval_interval=3, dropout=0.0)
-    settings(out_dir=str(tmp_path / "plain"))
-    gpt.train()
-    runs = [
-        {"compile": True, "fsdp": fsdp, "out_dir": str(tmp_path / str(fsdp))}
-        for fsdp in (False, True)
-    ]
-    outputs = run_processes(2, *runs)
-    assert outputs[0][0].count("\ncompiled in ") == 2
-    for run in runs:
-        assert largest_difference(Path(run["out_dir"]), tmp_path / "plain") < 1e-4
+    compare(settings, tmp_path, 2, cases)
 
 
 @pytest.mark.skipif(
@@ -128,71 +144,65 @@ def test_four_processes_train_as_one(settings, tmp_path):
     compare(settings, tmp_path, 4, [("muon", False), ("muon", True)])
 
 
-def compare(settings, tmp_path, world_size, cases, more=()):
-    """Train in one process and in several, for pairs of optimizer and fsdp, and compare losses and weights."""
-    settings(
-        batch_size=4, gradient_accumulation_steps=2, max_iters=50, eval_interval=25, eval_iters=7
-    )
-    settings(sample_tokens=2, sample_at_eval=True)
-    adamw = {
-        "optimizer": "adamw",
-        "learning_rate": 2e-3,
-        "tie_weights": True,
-        "gradient_checkpointing": True,
-    }
-    muon = {"optimizer": "muon"} | {name: getattr(gpt, name) for name in list(adamw)[1:]}
-    changes = {"muon": muon, "adamw": adamw}
-    for name in {name for name, _ in cases}:
-        settings(**changes[name], out_dir=str(tmp_path / name))
-        gpt.train()
-    runs = [
-        changes[name] | {"fsdp": fsdp, "out_dir": str(tmp_path / f"{name}{fsdp}")}
-        for name, fsdp in cases
-    ]
-    outputs = run_processes(world_size, *runs, *more)
-    assert all(out == "" for out, _ in outputs[1:])  # only the first process prints
-    assert not any("Warning" in err for _, err in outputs)
-    assert outputs[0][0].count(", DDP\n") == len(cases) // 2
-    assert outputs[0][0].count(", FSDP\n") == len(cases) // 2 + len(more)
-    for run in runs:
-        out, name = Path(run["out_dir"]), run["optimizer"]
-        assert largest_difference(out, tmp_path / name) < 1e-5, out
-        a, b = (torch.load(path / "ckpt.pt", weights_only=True) for path in (out, tmp_path / name))
-        assert a["model"].keys() == b["model"].keys()
-        assert all(
-            type(w) is torch.Tensor and w.shape == b["model"][k].shape
-            for k, w in a["model"].items()
-        )
-        assert max(float((w - b["model"][k]).abs().max()) for k, w in a["model"].items()) < 1e-4
+def test_shares_of_bfloat16_stay_float32(settings, tmp_path):
+    """FSDP multiplies in bfloat16, but keeps, and saves, float32."""
+    settings(dtype="bfloat16", max_iters=20, gradient_accumulation_steps=2)
+    gpt.train(out_dir=str(tmp_path / "one"))
+    run_processes(2, {"fsdp": True, "out_dir": str(tmp_path / "two")})
+    assert largest_difference(tmp_path / "one", tmp_path / "two") < 0.05
+    weights = gpt.read_checkpoint(tmp_path / "two" / "ckpt.pt")["model"]
+    assert {w.dtype for w in weights.values()} == {torch.float32}
 
 
-def test_one_of_two_processes_may_cut_its_micro_batches(settings, tmp_path):
-    """It repeats the forward pass of a step's first micro-batch alone: the other one must not be waited for."""
-    settings(batch_size=4, gradient_accumulation_steps=4, max_iters=5, eval_interval=5)
-    settings(out_dir=str(tmp_path / "enough"))
-    gpt.train()
-    outputs = run_processes(2, {"out_dir": str(tmp_path / "short")}, code=SHORT_OF_MEMORY + WORKER)
-    assert outputs[1][0].count("a step has 4 micro-batches of 2") == 1
-    assert largest_difference(tmp_path / "short", tmp_path / "enough") < 1e-5
+@pytest.mark.skipif(not shutil.which("g++"), reason="there is no C++ compiler")
+def test_two_processes_train_compiled_as_one_does_plainly(settings, tmp_path):
+    """By DDP, whose wrapped model is compiled, as by FSDP2."""
+    settings(batch_size=2, gradient_accumulation_steps=2, max_iters=6, eval_interval=3)
+    gpt.train(out_dir=str(tmp_path / "plain"))
+    outs = {fsdp: tmp_path / f"fsdp {fsdp}" for fsdp in (False, True)}
+    runs = [{"compile": True, "fsdp": fsdp, "out_dir": str(out)} for fsdp, out in outs.items()]
+    outputs = run_processes(2, *runs)
+    assert outputs[0][0].count("\ncompiled in ") == 2
+    for out in outs.values():
+        assert largest_difference(out, tmp_path / "plain") < 1e-4
+        assert_near(out, tmp_path / "plain")
 
 
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_two_processes_finetune_with_lora_as_one(settings, tmp_path, fsdp):
+    """Frozen weights are not exchanged, and are in the checkpoint all the same."""
+    settings(gradient_accumulation_steps=2)
+    gpt.train(out_dir=str(tmp_path / "base"), max_iters=2)
+    settings(init_from=str(tmp_path / "base" / "best.pt"), optimizer="adamw", lora_rank=2)
+    gpt.train(out_dir=str(tmp_path / "one"))
+    run_processes(2, {"fsdp": fsdp, "out_dir": str(tmp_path / "two")})
+    assert largest_difference(tmp_path / "two", tmp_path / "one") < 1e-5
+    assert_near(tmp_path / "two", tmp_path / "one")
+
+
+# ---- Checkpoints, ends and new starts ----
 def test_checkpoints_interchange_in_all_directions(settings, tmp_path):
-    """One run goes through one process, DDP and FSDP2 in every order of two, and ends as in one process."""
+    """A run goes through one process, DDP and FSDP2 in any order, and ends as in one process."""
     settings(
-        batch_size=4, gradient_accumulation_steps=2, lr_decay_iters=30, eval_interval=5, dropout=0.1
+        batch_size=4,
+        gradient_accumulation_steps=2,
+        lr_decay_iters=30,
+        eval_interval=5,
+        dropout=0.1,
+        train_temperature=0.8,
+        init_from="auto",
     )
-    settings(train_temperature=0.8)
 
     def several(names, max_iters):
-        """Go on with these runs, by name and fsdp, in two processes."""
-        more = {"init_from": "auto", "max_iters": max_iters}
-        run_processes(
-            2, *(more | {"fsdp": fsdp, "out_dir": str(tmp_path / name)} for name, fsdp in names)
-        )
+        """Resume runs, given as pairs of name and fsdp, in two processes."""
+        runs = []
+        for name, fsdp in names:
+            out = str(tmp_path / name)
+            runs.append({"fsdp": fsdp, "out_dir": out, "max_iters": max_iters})
+        run_processes(2, *runs)
 
     def alone(name, max_iters):
-        settings(init_from="auto", max_iters=max_iters, out_dir=str(tmp_path / name))
-        gpt.train()
+        gpt.train(max_iters=max_iters, out_dir=str(tmp_path / name))
 
     alone("one", 30)
     alone("one-ddp-fsdp-one", 5)
@@ -204,21 +214,22 @@ def test_checkpoints_interchange_in_all_directions(settings, tmp_path):
         assert largest_difference(tmp_path / name, tmp_path / "one") < 1e-5
 
 
+def test_full_memory_in_one_process_ends_both(settings, tmp_path):
+    """The others wait for that process, so that nothing can be repeated: a sentence says so."""
+    settings(gradient_accumulation_steps=2, max_iters=50)
+    done = start_processes(2, {}, code=SHORT_OF_MEMORY + WORKER)
+    assert [process.returncode for process in done] == [1, 1]
+    sentence = "ValueError: memory is full with micro-batches of 4 rows: lower batch_size (4)"
+    assert sentence in done[1].stderr
+    assert "Connection closed by peer" in done[0].stderr
+
+
 def test_torchrun_starts_a_killed_run_again(settings, tmp_path):
-    """From the newest checkpoint: also by the rendezvous of --standalone, whose store outlives the processes."""
+    """It resumes the last checkpoint, also by --standalone, whose store outlives the processes."""
     settings()
-    flags = [
-        *toy_flags(tmp_path),
-        f"--out_dir={tmp_path / 'out'}",
-        "--gradient_accumulation_steps=2",
-    ]
-    flags += [
-        "--init_from=auto",
-        "--max_iters=60",
-        "--eval_interval=10",
-        "--device=cpu",
-        "--sample_tokens=0",
-    ]
+    flags = [*toy_flags(tmp_path), f"--out_dir={tmp_path / 'out'}", "--init_from=auto"]
+    flags += ["--gradient_accumulation_steps=2", "--max_iters=60", "--eval_interval=10"]
+    flags += ["--device=cpu", "--sample_tokens=0"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     process = subprocess.Popen(
         [*torchrun, "--max-restarts=1", "--monitor-interval=0.1", str(ROOT / "gpt.py"), *flags],
@@ -239,4 +250,4 @@ def test_torchrun_starts_a_killed_run_again(settings, tmp_path):
     rest = process.communicate()[0]
     watch.cancel()
     assert process.returncode == 0
-    assert ", on from step " in rest and "60 steps" in rest
+    assert ", resumed after step " in rest and "60 steps, " in rest

@@ -38,7 +38,7 @@ def tree(folder):
 
 @pytest.fixture
 def launch(monkeypatch, tmp_path, settings):
-    """Return a function that runs a script's source as __main__ on toy data, flags before the arguments."""
+    """Return a function that runs a script as __main__ on toy data, flags before the arguments."""
     where = {"data_dir": tmp_path / "data", "out_dir": tmp_path / "out"}
 
     def run(script, *arguments, **flags):
@@ -56,7 +56,7 @@ def launch(monkeypatch, tmp_path, settings):
 
 @pytest.fixture
 def mistake(launch, tmp_path, capsys):
-    """Return a function that expects a script to refuse by one line with the fragments, no file changed."""
+    """Return a function that expects a script to refuse in one line, and to change no file."""
 
     def run(script, *arguments, holds=(), stays=True, **flags):
         before = tree(tmp_path)
@@ -83,18 +83,17 @@ def mistake(launch, tmp_path, capsys):
 @pytest.fixture
 def checkpoint(settings, capsys):
     """The path of a trained run's only ckpt.pt; best.pt is beside it."""
-    settings(max_iters=2, keep_checkpoints=1)
+    settings(max_iters=2)
     gpt.train()
     capsys.readouterr()
     return Path(gpt.out_dir) / "ckpt.pt"
 
 
 def test_the_flags_of_these_tests_do_train(launch, tmp_path, capsys):
-    """Without a mistake the same command trains, so that what is refused below is refused for its mistake."""
+    """Without a mistake the same command trains: what is refused is refused for its mistake."""
     launch("gpt.py")
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         "best.pt",
-        "ckpt-1.pt",
         "ckpt.pt",
         "log.jsonl",
     ]
@@ -104,10 +103,12 @@ def test_the_flags_of_these_tests_do_train(launch, tmp_path, capsys):
 
 GPT_MISTAKES = [
     (["--n_layr=3"], ["'n_layr'", "did you mean n_layer?"]),
+    (["--max_iter=3"], ["'max_iter'", "did you mean max_iters?"]),
+    (["--eval_text=x.txt"], ["'eval_text'", "evaluate.py"]),
     (["--zzzzzz=3"], ["'zzzzzz'", "--help"]),
     (["--n_layer=two"], ["n_layer", "'two'", "an integer"]),
     (["--learning_rate=fast"], ["learning_rate", "'fast'", "a number"]),
-    (["--compile=perhaps"], ["compile", "'perhaps'", "True, False or None"]),
+    (["--compile=perhaps"], ["compile", "'perhaps'", "expected True or False, or None"]),
     (["--n_layer"], ["--n_layer needs a value"]),
     (["config/absent.py"], ["config/absent.py"]),
     (["n_layer=3"], ["n_layer=3", "--key=value"]),
@@ -122,11 +123,11 @@ GPT_MISTAKES = [
     (["--mlp_ratio=nan"], ["mlp_ratio", "nan"]),
     (["--dropout=1"], ["dropout is 1.0"]),
     (["--dropout=-0.1"], ["dropout is -0.1"]),
-    (["--train_temperature=0"], ["train_temperature 0.0: above 0"]),
+    (["--train_temperature=0"], ["train_temperature is 0.0: it must be above 0"]),
     (["--dataset=absent"], ["absent", "prepare.py"]),
-    (["--block_size=99999"], ["train holds", "99999"]),
+    (["--block_size=99999"], ["tokens for train", "99999"]),
     (["--device=foo"], ["'foo'", "cpu"]),
-    (["--device="], ["device ''"]),
+    (["--device="], ["device '' is not available"]),
     (["--device=cpu:x"], ["'cpu:x'"]),
     (["--device=hpu"], ["'hpu'"]),
     (["--dtype=float16"], ["float16", "cpu"]),
@@ -134,10 +135,10 @@ GPT_MISTAKES = [
     (["--optimizer=foo"], ["optimizer is 'foo'", "muon, adamw"]),
     (["--optimizer="], ["optimizer is ''"]),
     (["--lr_schedule=step"], ["lr_schedule is 'step'", "cosine"]),
-    (["--init_from=no/such/folder/at/all"], ["no/such/folder/at/all", "Hugging Face"]),
-    (["--max_iters=-1"], ["max_iters is -1", "from 0, below 2**31"]),
+    (["--init_from=no/such/folder/at/all"], ["no/such/folder/at/all", "python hub.py get"]),
+    (["--max_iters=-1"], ["max_iters is -1", "at least 0", "below 2**31"]),
     (["--max_minutes=-1"], ["max_minutes is -1"]),
-    (["--batch_size=0"], ["batch_size is 0", "above 0, below 2**31"]),
+    (["--batch_size=0"], ["batch_size is 0", "above 0", "below 2**31"]),
     (["--gradient_accumulation_steps=0"], ["gradient_accumulation_steps is 0"]),
     (["--eval_interval=0"], ["eval_interval is 0"]),
     (["--log_interval=0"], ["log_interval is 0"]),
@@ -151,8 +152,10 @@ GPT_MISTAKES = [
     (["--offline_fallback=False"], ["'offline_fallback'"]),
     (["--grad_clip=-1"], ["grad_clip is -1.0"]),
     (["--weight_decay=-0.1"], ["weight_decay is -0.1"]),
-    (["--beta1=1.0"], ["1.0"]),
-    (["--beta2=-0.5"], ["-0.5"]),
+    (["--beta1=1.0"], ["beta1 is 1.0", "below 1"]),
+    (["--beta2=-0.5"], ["beta2 is -0.5"]),
+    (["--muon_momentum=1.5"], ["muon_momentum is 1.5", "below 1"]),
+    (["--lora_rank=4"], ["lora_rank is 4", "--init_from"]),
     (["--seed=-1"], ["seed is -1"]),
     (["--seed=99999999999999999999"], ["seed", "99999999999999999999"]),
     (["--seed=5000000000"], ["seed", "5000000000"]),
@@ -208,18 +211,18 @@ def spoil(tmp_path, **content):
 
 
 def test_a_data_set_that_is_spoiled(mistake, tmp_path):
-    """Files that are empty, short or not as long as meta.json says, and a folder without meta.json."""
+    """Files that are empty, short or not as long as meta.json says, and no meta.json."""
     n = json.loads((tmp_path / "data" / "toy" / "meta.json").read_text(encoding="utf-8"))[
         "train_tokens"
     ]
     spoil(tmp_path, train=b"")
     mistake("gpt.py", holds=["toy", f"0 of {n} tokens for train"])
     spoil(tmp_path, meta={"train_tokens": 0})
-    mistake("gpt.py", holds=["train holds 0 tokens", "block_size 16"])
+    mistake("gpt.py", holds=["toy holds 0 tokens for train", "block_size 16"])
     spoil(tmp_path, train=b"\1\0" * 16, meta={"train_tokens": 16})
-    mistake("gpt.py", holds=["train holds 16 tokens", "block_size 16"])
+    mistake("gpt.py", holds=["toy holds 16 tokens for train", "block_size 16"])
     spoil(tmp_path, train=b"\1\0" * 100, val=b"\1\0", meta={"train_tokens": 100, "val_tokens": 1})
-    mistake("gpt.py", holds=["val holds 1 tokens"])
+    mistake("gpt.py", holds=["toy holds 1 tokens for val", "--val_fraction"])
     (tmp_path / "data" / "toy" / "meta.json").unlink()
     mistake("gpt.py", holds=["toy", "prepare.py"])
 
@@ -228,7 +231,7 @@ def test_a_data_set_that_is_spoiled(mistake, tmp_path):
 def test_ids_beyond_the_vocabulary(mistake, tmp_path, split):
     """What was logged before the first such batch is all that is written."""
     spoil(tmp_path, **{split: b"\xe7\3" * 100}, meta={f"{split}_tokens": 100})
-    mistake("gpt.py", holds=["toy", "999 of 25"], stays=False)
+    mistake("gpt.py", holds=["toy holds id 999, its vocabulary 25"], stays=False)
     assert not (tmp_path / "out" / "best.pt").exists()
 
 
@@ -255,7 +258,7 @@ class Intruder:
 
 @pytest.mark.parametrize("script", ["gpt.py", "sample.py"])
 def test_a_file_that_is_no_checkpoint(mistake, checkpoint, script):
-    """Bytes, text, pickles of other things and other dicts are named, and no code of theirs is run."""
+    """Bytes, text, pickles and dicts of other things are named, and no code of theirs is run."""
     checkpoint.with_name("best.pt").unlink()
     flags = ["--init_from=resume"] if script == "gpt.py" else []
     backwards, intruder = checkpoint.read_bytes()[::-1], Intruder(checkpoint.with_name("intruder"))
@@ -283,13 +286,13 @@ def test_a_checkpoint_whose_bytes_changed(mistake, checkpoint):
 
 
 def test_best_pt_is_not_what_resume_needs(mistake, checkpoint):
-    """A best.pt copied over ckpt.pt lacks the optimizers, which is a sentence, no KeyError."""
+    """A best.pt copied over ckpt.pt lacks the optimizers' state, which is a sentence."""
     checkpoint.write_bytes(checkpoint.with_name("best.pt").read_bytes())
     mistake("gpt.py", "--init_from=resume", holds=[str(checkpoint)])
 
 
 def test_a_checkpoint_whose_weights_do_not_fit(mistake, checkpoint):
-    """model_args that contradict the weights, or that are not known, are a sentence that names the file."""
+    """model_args that contradict the weights, or are not known: a sentence that names the file."""
     checkpoint.with_name("best.pt").unlink()
     state = torch.load(checkpoint)
     for args in (state["model_args"] | {"n_embd": 64}, state["model_args"] | {"n_moons": 2}):
@@ -425,7 +428,7 @@ def fail_midway(error):
     ],
 )
 def test_a_full_disk_leaves_the_checkpoint_before(checkpoint, monkeypatch, error):
-    """Where writing fails midway, the earlier file is there byte for byte and no part of the new one."""
+    """Where writing fails midway, the earlier file stays, and no part of the new one."""
     before = tree(checkpoint.parent)
     monkeypatch.setattr(torch, "save", fail_midway(error))
     with pytest.raises(OSError, match="could not be saved") as e:
@@ -455,7 +458,7 @@ def test_a_file_system_with_a_limit(checkpoint):
 def test_a_device_without_space(checkpoint):
     """The part of a checkpoint goes to a device that is full."""
     before = tree(checkpoint.parent)
-    checkpoint.with_suffix(".tmp").symlink_to("/dev/full")
+    checkpoint.with_suffix(f".{os.getpid()}.tmp").symlink_to("/dev/full")
     with pytest.raises(OSError, match="could not be saved"):
         gpt.save_checkpoint(checkpoint, {"model": torch.zeros(100_000)})
     assert tree(checkpoint.parent) == before

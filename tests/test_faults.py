@@ -1,5 +1,7 @@
-"""What may go wrong in a run, put there on purpose: what the user sees, and that nothing else is lost."""
+"""What may go wrong in a run, put there on purpose: what users see, and that nothing is lost."""
 
+import itertools
+import json
 import math
 import os
 import random
@@ -9,23 +11,26 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
+from conftest import TEXT, new_trainer
+from terminal import Terminal
 from test_training import assert_same, assert_same_state, losses, read_log, toy_flags
 
 import gpt
-import resume
-import scaling
+from extras import plots
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def spoil_gradients(monkeypatch, steps, value=math.nan):
-    """Put value into one gradient of these steps (0 is the first); return the list of weights before each step."""
-    clip, seen = torch.nn.utils.clip_grad_norm_, []
+    """Put value into one gradient of these steps, of which 0 is the first.
+
+    Return the list of the weights before each step, which grows as the run goes on.
+    """
+    clip = torch.nn.utils.clip_grad_norm_
+    seen = []
 
     def spoiling(parameters, max_norm):
         parameters = list(parameters)
@@ -41,37 +46,12 @@ def spoil_gradients(monkeypatch, steps, value=math.nan):
 # ---- a loss or gradient that is not finite ----
 
 
-class StandIn(str):
-    """What torch takes for the CPU and gpt.py for MPS."""
-
-    type = "mps"
-
-
-def test_such_a_step_changes_nothing_on_mps_either(settings, monkeypatch, tmp_path):
-    """Its fused AdamW does not look at found_inf."""
-    machine = gpt.Machine(StandIn("cpu"), torch.float32, False, 0, 1)
-    monkeypatch.setattr(gpt, "set_up_machine", lambda: machine)
-    step = torch.optim.AdamW.step
-
-    def heedless(self):
-        self.found_inf = None
-        step(self)
-
-    monkeypatch.setattr(torch.optim.AdamW, "step", heedless)
-    settings(max_iters=6, eval_interval=6, sample_tokens=0)
-    seen = spoil_gradients(monkeypatch, steps={3}, value=math.nan)
-    gpt.train()
-    assert all(torch.equal(a, b) for a, b in zip(seen[3], seen[4]))
-    assert not all(torch.equal(a, b) for a, b in zip(seen[4], seen[5]))
-    assert [r["skipped"] for r in read_log(tmp_path / "out") if "loss" in r] == [0, 0, 0, 1, 1, 1]
-
-
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_a_step_whose_gradient_is_not_finite_changes_nothing(
     settings, monkeypatch, tmp_path, capsys, value, optimizer
 ):
-    """Neither weights nor averages nor AdamW's count of steps; the steps after it train on, and it is counted."""
+    """Neither weights nor optimizer state nor AdamW's count of steps; it is counted and said."""
     settings(max_iters=6, eval_interval=3, optimizer=optimizer, weight_decay=0.1)
     seen = spoil_gradients(monkeypatch, steps={3}, value=value)
     gpt.train()
@@ -87,27 +67,36 @@ def test_a_step_whose_gradient_is_not_finite_changes_nothing(
 
 
 def test_momentum_is_as_if_the_skipped_step_had_not_been(settings, monkeypatch, tmp_path):
-    """Muon's and AdamW's averages before and after the step are the same, bit for bit."""
-    states, step = [], gpt.Muon.step
+    """The optimizers' state before and after the step is the same, bit for bit."""
+    before = []
+    after = []
+    update = gpt.Trainer.update
 
-    def noting(self, *args):
-        states.append([s["momentum_buffer"].clone() for s in self.state.values()])
-        return step(self, *args)
+    def tensors(trainer):
+        states = [state for o in trainer.optimizers for state in o.state.values()]
+        return [tensor.clone() for state in states for tensor in state.values()]
 
-    monkeypatch.setattr(gpt.Muon, "step", noting)
+    def noting(self, grad_norm):
+        before.append(tensors(self))
+        update(self, grad_norm)
+        after.append(tensors(self))
+
+    monkeypatch.setattr(gpt.Trainer, "update", noting)
     settings(max_iters=5, tie_weights=True)
     spoil_gradients(monkeypatch, steps={2})
     gpt.train()
-    assert all(torch.equal(a, b) for a, b in zip(states[2], states[3]))
-    assert not all(torch.equal(a, b) for a, b in zip(states[3], states[4]))
+    same = [all(torch.equal(x, y) for x, y in zip(a, b)) for a, b in zip(before[1:], after[1:])]
+    assert same == [False, True, False, False]
+    assert len(before[2]) == len(after[2]) > 10
 
 
 def test_max_bad_steps_in_a_row_end_the_run(settings, monkeypatch, tmp_path):
-    """Two good steps between bad ones begin the count anew; the checkpoint before stays as it was."""
+    """Two good steps between bad ones begin the count anew; the checkpoint before stays."""
     settings(max_iters=40, eval_interval=5, max_bad_steps=3)
     seen = spoil_gradients(monkeypatch, steps={6, 7, 8, *range(11, 40)})
     with pytest.raises(
-        ValueError, match=r"4 gradients in a row are not finite: .*out by --init_from=resume"
+        ValueError,
+        match=r"step 15: 4 gradients in a row are not finite: resume .*out by --init_from=",
     ):
         gpt.train()
     assert len(seen) == 15
@@ -117,13 +106,9 @@ def test_max_bad_steps_in_a_row_end_the_run(settings, monkeypatch, tmp_path):
 
 def test_bad_steps_between_two_progress_lines_are_noticed(settings, monkeypatch):
     """Also where the steps that are shown, and the last one, are good."""
-    settings(max_iters=40, log_interval=10, max_bad_steps=3, eval_interval=40)
+    settings(max_iters=40, log_interval=1000, max_bad_steps=3, eval_interval=40)
     spoil_gradients(monkeypatch, steps={12, 13, 14, 15})
-    with pytest.raises(ValueError, match="4 gradients in a row are not finite"):
-        gpt.train()
-    settings(log_interval=1000)
-    spoil_gradients(monkeypatch, steps={12, 13, 14, 15})
-    with pytest.raises(ValueError, match="step 40: weights or 4 gradients in a row are not finite"):
+    with pytest.raises(ValueError, match="step 16: 4 gradients in a row are not finite"):
         gpt.train()
 
 
@@ -140,28 +125,42 @@ def test_weights_that_are_not_finite_are_never_saved(settings, monkeypatch, tmp_
 
     poisoning.calls = 0
     monkeypatch.setattr(torch.optim.AdamW, "step", poisoning)
-    with pytest.raises(
-        ValueError, match=r"step 10: weights or 101 gradients in a row are not finite: go on from"
-    ):
+    with pytest.raises(ValueError, match="step 10: weights are not finite: resume .*learning_rate"):
         gpt.train()
-    for name, saved in (("ckpt.pt", 5), ("ckpt-1.pt", 0), ("best.pt", 5)):
+    for name in ("ckpt.pt", "best.pt"):
         state = gpt.read_checkpoint(tmp_path / "out" / name)
-        assert state["step"] == saved
+        assert state["step"] == 5
         assert all(torch.isfinite(w).all() for w in state["model"].values())
 
 
 # ---- memory that runs out ----
 
 
-CUDA, MPS = (
-    torch.OutOfMemoryError("CUDA out of memory."),
-    RuntimeError("MPS backend out of memory (allocated: 9 GB)"),
-)
+CUDA = torch.OutOfMemoryError("CUDA out of memory.")
+MPS = RuntimeError("MPS backend out of memory (allocated: 9 GB)")
+
+
+class Accelerator(str):
+    """What torch takes for the CPU and gpt.py for a device of its own."""
+
+    type = "mps"
+
+
+@pytest.fixture
+def accelerator(monkeypatch):
+    """Let runs take the CPU for an accelerator."""
+    machine = gpt.Machine(Accelerator("cpu"), torch.float32)
+    monkeypatch.setattr(gpt, "set_up_machine", lambda settings: machine)
+    return machine
 
 
 def limit_rows(monkeypatch, most, error=CUDA):
-    """Let forward passes of training run out of memory with more than `most` rows; return the rows that fitted."""
-    forward, fitted = gpt.GPT.forward, []
+    """Let forward passes of training run out of memory with more than `most` rows.
+
+    Return the list of the numbers of rows that fitted.
+    """
+    forward = gpt.GPT.forward
+    fitted = []
 
     def limited(self, idx, *args, **kwargs):
         if self.training and len(idx) > most:
@@ -175,12 +174,12 @@ def limit_rows(monkeypatch, most, error=CUDA):
 
 
 @pytest.mark.parametrize(
-    "rows, most, left", [(8, 2, 2), (8, 7, 4), (9, 4, 3), (6, 1, 1), (5, 2, 1)]
+    "rows, most, tried", [(8, 2, [4, 2]), (8, 7, [4]), (9, 4, [3]), (6, 1, [3, 1]), (5, 2, [1])]
 )
-def test_micro_batches_are_cut_until_they_fit(
-    settings, monkeypatch, tmp_path, capsys, rows, most, left
+def test_micro_batches_are_made_smaller_until_they_fit(
+    settings, accelerator, monkeypatch, tmp_path, capsys, rows, most, tried
 ):
-    """The losses and weights are those of a machine with memory enough, from the same global batches."""
+    """Before the first step; the losses and weights are those of a machine with memory enough."""
     settings(batch_size=rows, gradient_accumulation_steps=2, max_iters=5, eval_interval=5)
     settings(out_dir=str(tmp_path / "enough"))
     gpt.train()
@@ -188,19 +187,17 @@ def test_micro_batches_are_cut_until_they_fit(
     fitted = limit_rows(monkeypatch, most)
     settings(out_dir=str(tmp_path / "short"))
     gpt.train()
-    assert set(fitted) == {left} and len(fitted) == 5 * 2 * rows // left
-    told = [
-        line for line in capsys.readouterr().out.splitlines() if line.startswith("memory is full")
-    ]
-    assert told[-1].endswith(f"{2 * rows // left} micro-batches of {left}")
+    assert set(fitted) == {tried[-1]} and len(fitted) == 1 + 5 * 2 * rows // tried[-1]
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("memory is")]
+    assert told == [f"memory is full: trying micro-batches of {n} rows" for n in tried]
     for a, b in zip(losses(tmp_path / "enough"), losses(tmp_path / "short")):
         assert a.keys() == b.keys() and max(abs(a[step] - b[step]) for step in a) < 1e-5
     a, b = (gpt.read_checkpoint(tmp_path / run / "ckpt.pt")["model"] for run in ("enough", "short"))
     assert max(float((a[name] - b[name]).abs().max()) for name in a) < 1e-4
 
 
-def test_memory_of_mps_that_runs_out(settings, monkeypatch):
-    """Its error is a RuntimeError; another one is none of memory."""
+def test_memory_of_mps_that_runs_out(settings, accelerator, monkeypatch):
+    """The error there is a RuntimeError; another one is none of memory."""
     fitted = limit_rows(monkeypatch, 2, MPS)
     settings(batch_size=4, max_iters=2)
     assert gpt.train()["step"] == 2 and set(fitted) == {2}
@@ -209,232 +206,149 @@ def test_memory_of_mps_that_runs_out(settings, monkeypatch):
         gpt.train()
 
 
-def test_memory_that_runs_out_in_the_backward_pass_of_a_later_step(settings, monkeypatch, tmp_path):
-    """Gradients that were added before it happened do not count twice."""
-    settings(batch_size=4, gradient_accumulation_steps=3, max_iters=5, eval_interval=5)
-    settings(out_dir=str(tmp_path / "enough"))
-    gpt.train()
-    backward, calls = torch.Tensor.backward, []
+FULL = r"memory is full with micro-batches of \d rows: lower batch_size .*--gradient_checkpointing="
+
+
+def test_memory_that_is_full_where_nothing_can_be_made_smaller(settings, accelerator, monkeypatch):
+    """One row that does not fit, or other processes that would wait: a sentence with ways out."""
+    limit_rows(monkeypatch, 0)
+    with pytest.raises(ValueError, match=FULL):
+        gpt.train()
+    monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", lambda model, **_: model)
+    trainer = new_trainer()
+    trainer.machine.world_size = 2
+    with pytest.raises(ValueError, match=FULL):
+        trainer.warm_up()
+    assert trainer.micro_rows == 4
+
+
+def test_memory_that_runs_out_in_a_later_step(settings, monkeypatch, tmp_path):
+    """A sentence, and the checkpoint before stays."""
+    backward = torch.Tensor.backward
+    calls = []
 
     def failing(self, *args, **kwargs):
         calls.append(1)
-        result = backward(self, *args, **kwargs)
-        if len(calls) == 8:  # the second micro-batch of the third step, its gradients already added
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-        return result
+        if len(calls) == 8:
+            raise CUDA
+        return backward(self, *args, **kwargs)
 
     monkeypatch.setattr(torch.Tensor, "backward", failing)
-    settings(out_dir=str(tmp_path / "short"))
-    gpt.train()
-    assert len(calls) == 3 + 3 + 2 + 3 * 6
-    for a, b in zip(losses(tmp_path / "enough"), losses(tmp_path / "short")):
-        assert max(abs(a[step] - b[step]) for step in a) < 1e-5
-
-
-def test_one_sequence_that_does_not_fit_is_a_sentence_with_ways_out(settings, monkeypatch):
-    limit_rows(monkeypatch, 0)
-    settings(batch_size=4)
-    ways = [
-        r"--gradient_checkpointing=True [\d.]+ [KMG]iB",
-        r"--block_size=8 [\d.]+ MiB",
-        r"--fsdp=True on 2 GPUs",
-    ]
-    with pytest.raises(
-        ValueError, match="memory is full with micro-batches of 1 x 16 tokens.*" + ".*".join(ways)
-    ):
+    settings(batch_size=4, max_iters=10, eval_interval=5)
+    with pytest.raises(ValueError, match=FULL):
         gpt.train()
-
-
-def test_no_cut_while_other_processes_wait(settings, monkeypatch):
-    """In a step's last micro-batch by DDP, and anywhere by FSDP, repeating would hang; so it is said instead."""
-    settings()
-    model = gpt.GPT(gpt.model_config(20))
-    batches = [[torch.zeros(4, 16)] * 3]
-    ddp = SimpleNamespace(require_backward_grad_sync=True)
-    two = SimpleNamespace(
-        world_size=2, sharded=False, dtype=torch.float32, device=torch.device("cpu")
-    )
-    with pytest.raises(
-        ValueError, match="half the batch_size, twice the gradient_accumulation_steps"
-    ):
-        scaling.cut(batches, model, ddp, two, "adamw")
-    ddp.require_backward_grad_sync = False
-    assert [len(batch[0]) for batch in scaling.cut(batches, model, ddp, two, "adamw")] == [2, 2]
-    two.sharded = True
-    with pytest.raises(ValueError, match="memory is full"):
-        scaling.cut(batches, model, ddp, two, "adamw")
-
-
-def saved_bytes(config, rows):
-    """Return the bytes that autograd keeps for a backward pass on this CPU, weights not counted."""
-    model, seen = gpt.GPT(config), {}
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            seen[storage.data_ptr()] = storage.nbytes(), tensor
-        return tensor
-
-    x = torch.randint(config.vocab_size, (rows, config.block_size))
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(x, x)
-    return sum(size for size, _ in seen.values())
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"n_kv_head": 4, "n_layer": 4},
-        {"use_swiglu": False},
-        {"vocab_size": 2000},
-        {"gradient_checkpointing": True},
-    ],
-    ids=str,
-)
-def test_the_estimate_of_activations_is_near_what_autograd_keeps(changes):
-    """Within a third, in float32, with 16 bytes a logit, which are not kept; with gradient_checkpointing, whose
-    one block comes later, above it."""
-    base = {
-        "block_size": 128,
-        "vocab_size": 65,
-        "n_layer": 2,
-        "n_head": 4,
-        "n_kv_head": 2,
-        "n_embd": 128,
-    }
-    config = gpt.GPTConfig(**base | {"dropout": 0.0} | changes)
-    machine = SimpleNamespace(
-        world_size=1, sharded=False, dtype=torch.float32, device=torch.device("cpu")
-    )
-    model = gpt.GPT(config)
-    state, estimated = scaling.memory(model, 8, machine, "adamw")
-    kept = saved_bytes(config, 8) + 16 * 8 * 128 * config.vocab_size
-    assert state == 16 * model.n_params()
-    if config.gradient_checkpointing:
-        plain = scaling.memory(model, 8, machine, "adamw", gradient_checkpointing=False)[1]
-        assert kept < estimated < 0.7 * plain
-    else:
-        assert 0.75 * kept < estimated < 1.33 * kept
-
-
-def test_the_plan_counts_gradients_twice_where_ddp_adds_up_several_micro_batches():
-    """Weights, gradients, two averages and DDP's buckets; FSDP's shares of three, and the gradients whole."""
-    model = gpt.GPT(
-        gpt.GPTConfig(vocab_size=8, block_size=8, n_layer=1, n_head=2, n_kv_head=1, n_embd=16)
-    )
-    size = 4 * model.n_params()
-    for sharded, n_micro, expected in (
-        (False, 1, 4),
-        (False, 2, 5),
-        (True, 1, 4 / 2),
-        (True, 2, 3 / 2 + 1),
-    ):
-        machine = SimpleNamespace(
-            world_size=2, sharded=sharded, dtype=torch.float32, device=torch.device("cpu")
-        )
-        assert scaling.memory(model, 1, machine, "adamw", n_micro)[0] == expected * size
-
-
-def test_ways_out_of_full_memory_count_what_fsdp_would_take():
-    model = gpt.GPT(
-        gpt.GPTConfig(vocab_size=8, block_size=8, n_layer=1, n_head=2, n_kv_head=1, n_embd=16)
-    )
-    machine = SimpleNamespace(
-        world_size=4, sharded=False, dtype=torch.float32, device=torch.device("cpu")
-    )
-    said = scaling.out_of_memory(model, machine, 1, "adamw", n_micro=2)
-    saved = 4 * model.n_params() * (5 - (3 / 4 + 1))
-    assert said.endswith(f"--fsdp=True on 4 GPUs {scaling.spelled(saved)}")
+    assert gpt.read_checkpoint(tmp_path / "out" / "ckpt.pt")["step"] == 5
 
 
 # ---- checkpoints ----
 
 
-def test_older_checkpoints_are_kept_as_many_as_wanted(settings, tmp_path):
-    for keep, steps in ((1, [8]), (2, [8, 6]), (4, [8, 6, 4, 2])):
-        settings(
-            max_iters=8, eval_interval=2, keep_checkpoints=keep, out_dir=str(tmp_path / str(keep))
-        )
-        gpt.train()
-        names = ["ckpt.pt", *(f"ckpt-{i}.pt" for i in range(1, keep))]
-        assert [gpt.read_checkpoint(tmp_path / str(keep) / name)["step"] for name in names] == steps
-        assert len(list((tmp_path / str(keep)).glob("ckpt*"))) == keep
-
-
 @pytest.fixture
-def two_checkpoints(settings, tmp_path):
-    """The folder of a run whose ckpt.pt is of step 8 and whose ckpt-1.pt of step 6."""
+def finished(settings, tmp_path):
+    """The folder of a run whose ckpt.pt and best.pt are of step 8."""
     settings(max_iters=8, eval_interval=2, lr_decay_iters=12)
     gpt.train()
     return tmp_path / "out"
 
 
 @pytest.mark.parametrize("damage", ["cut short", "a bit flipped"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
-    two_checkpoints, tmp_path, capsys, damage
-):
-    """At 50 random places; a bit that changes nothing that is read may go unnoticed, but then nothing differs."""
-    whole, draw, noticed = (two_checkpoints / "ckpt.pt").read_bytes(), random.Random(damage), 0
-    before = gpt.read_checkpoint(two_checkpoints / "ckpt.pt")
-    older = (two_checkpoints / "ckpt-1.pt").read_bytes()
-    for i in range(50):
-        folder, content, place = tmp_path / str(i), bytearray(whole), draw.randrange(len(whole))
+def test_a_damaged_checkpoint_is_named(finished, settings, damage):
+    """At 50 random places; a bit may go unnoticed only where nothing that is read differs."""
+    path = finished / "ckpt.pt"
+    whole = path.read_bytes()
+    before = gpt.read_checkpoint(path)
+    draw = random.Random(damage)
+    noticed = 0
+    for _ in range(50):
+        content = bytearray(whole)
+        place = draw.randrange(len(whole))
         if damage == "cut short":
             del content[place:]
         else:
             content[place] ^= 1 << draw.randrange(8)
-        folder.mkdir()
-        (folder / "ckpt.pt").write_bytes(content)
-        (folder / "ckpt-1.pt").write_bytes(older)
-        capsys.readouterr()
-        path = resume.newest_checkpoint(gpt, folder)[0]
-        if path.name == "ckpt.pt":
+        path.write_bytes(content)
+        try:
             assert_same(gpt.read_checkpoint(path), before)
-            continue
-        noticed += 1
-        assert path.name == "ckpt-1.pt" and gpt.read_checkpoint(path)["step"] == 6
-        assert "ckpt.pt is damaged" in capsys.readouterr().out
-        assert (folder / "ckpt.pt.damaged").read_bytes() == content
+        except ValueError as e:
+            assert str(e).startswith(f"{path} is damaged or no checkpoint (")
+            noticed += 1
     assert noticed >= (50 if damage == "cut short" else 40)
 
 
-def test_a_run_goes_on_from_the_older_checkpoint_to_the_same_end(
-    two_checkpoints, settings, tmp_path
-):
-    content = bytearray((two_checkpoints / "ckpt.pt").read_bytes())
-    content[len(content) // 2] ^= 1
-    (two_checkpoints / "ckpt.pt").write_bytes(content)
+@pytest.mark.parametrize("init_from", ["resume", "auto"])
+def test_a_run_with_a_damaged_checkpoint_changes_nothing(finished, settings, init_from):
+    """The sentence names the checkpoint beside it, which may be finetuned instead."""
+    (finished / "ckpt.pt").write_bytes((finished / "ckpt.pt").read_bytes()[:-99])
+    before = {path: path.read_bytes() for path in finished.iterdir()}
+    settings(init_from=init_from)
+    with pytest.raises(ValueError, match=r"ckpt.pt is damaged .*: use another, such as best.pt"):
+        gpt.train()
+    assert {path: path.read_bytes() for path in finished.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"progress": {"step": "8"}},
+        {"progress": {"step": -1}},
+        {"progress": {"next_row": 1.5}},
+        {"progress": {"spent_s": math.nan}},
+        {"progress": {"trained_s": -1.0}},
+        {"progress": {"moons": 2}},
+        {"progress": 7},
+        {"optimizers": {}},
+        {"config": None},
+    ],
+    ids=str,
+)
+def test_a_checkpoint_with_wrong_figures_is_no_run(finished, settings, changes):
+    path = finished / "ckpt.pt"
+    state = gpt.read_checkpoint(path)
+    ((name, value),) = changes.items()
+    if isinstance(value, dict) and name == "progress":
+        value = state["progress"] | value
+    gpt.save_checkpoint(path, state | {name: value})
+    settings(init_from="resume")
+    with pytest.raises(ValueError, match="^the checkpoint in .* is damaged or of another program"):
+        gpt.train()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: state["optimizers"].pop(),
+        lambda state: state["optimizers"][0]["state"].pop(0),
+        lambda state: state["optimizers"][0]["state"][0].update(exp_avg=torch.zeros(2)),
+        lambda state: state["optimizers"][0]["state"][0].update(exp_avg_sq=torch.tensor(1.0)),
+        lambda state: state["optimizers"][1]["state"][0].update(momentum_buffer=0),
+    ],
+    ids=["an optimizer", "a parameter", "a shape", "a number", "no tensor"],
+)
+def test_optimizer_state_that_does_not_fit_is_named(finished, settings, change):
+    state = gpt.read_checkpoint(finished / "ckpt.pt")
+    change(state)
+    gpt.save_checkpoint(finished / "ckpt.pt", state)
+    settings(init_from="resume", max_iters=9)
+    with pytest.raises(ValueError, match="^the checkpoint in .* is damaged or of another program"):
+        gpt.train()
+
+
+def test_a_run_of_an_earlier_version_is_resumed(finished, settings, tmp_path):
+    """Its seconds, which a clock that was set may have made negative, begin at 0 then."""
+    state = gpt.read_checkpoint(finished / "ckpt.pt")
+    for name in ("version", "progress", "measure"):
+        del state[name]
+    state |= {"stale": 0, "reserve": 0.5, "paused": 3.0, "elapsed_s": -3600.0}
+    gpt.save_checkpoint(finished / "ckpt.pt", state)
     settings(max_iters=12, init_from="resume")
     gpt.train()
     settings(init_from="scratch", out_dir=str(tmp_path / "whole"))
     gpt.train()
-    assert_same_state(two_checkpoints / "ckpt.pt", tmp_path / "whole" / "ckpt.pt")
-
-
-def test_all_checkpoints_damaged_is_an_error(two_checkpoints, settings):
-    for path in two_checkpoints.glob("ckpt*.pt"):
-        path.write_bytes(b"no checkpoint")
-    for init_from in ("resume", "auto"):
-        settings(init_from=init_from)
-        with pytest.raises(ValueError, match="ckpt-1.pt is damaged"):
-            gpt.train()
-
-
-@pytest.mark.parametrize(
-    "name, value", [("step", "8"), ("step", -1), ("elapsed_s", math.nan), ("optimizers", {})]
-)
-def test_a_checkpoint_with_wrong_figures_is_no_run(two_checkpoints, settings, name, value):
-    state = gpt.read_checkpoint(two_checkpoints / "ckpt.pt")
-    gpt.save_checkpoint(two_checkpoints / "ckpt.pt", state | {name: value})
-    settings(init_from="resume")
-    with pytest.raises(ValueError, match=rf"ckpt.pt does not hold a run to resume \({name}\)"):
-        gpt.train()
+    assert_same_state(finished / "ckpt.pt", tmp_path / "whole" / "ckpt.pt")
 
 
 def test_auto_begins_and_then_goes_on(settings, tmp_path):
-    """The same command again and again is one run; log.jsonl and its losses are those of a run in one piece."""
+    """The same command again and again is one run, with the losses of a run in one piece."""
     settings(init_from="auto", lr_decay_iters=9, eval_interval=3)
     for max_iters in (3, 6, 9):
         settings(max_iters=max_iters)
@@ -445,58 +359,199 @@ def test_auto_begins_and_then_goes_on(settings, tmp_path):
     assert losses(tmp_path / "out") == losses(tmp_path / "whole")
 
 
+def test_auto_begins_where_only_other_checkpoints_lie(finished, settings):
+    """Such as a copy of one's own, or one of an earlier version."""
+    (finished / "ckpt.pt").rename(finished / "ckpt_backup.pt")
+    backup = (finished / "ckpt_backup.pt").read_bytes()
+    settings(init_from="auto", max_iters=3)
+    assert gpt.train()["step"] == 3
+    assert backup in [path.read_bytes() for path in finished.glob("ckpt_backup.pt*")]
+
+
+# ---- a run that is resumed with other data or settings ----
+
+
+def shuffled_text():
+    """Return the toy text's characters in random order, which no model can predict."""
+    return "".join(random.Random(0).sample(TEXT, len(TEXT)))
+
+
+def prepare(folder, text):
+    gpt.write_dataset(folder, text, gpt.Tokenizer("char", "".join(sorted(set(TEXT)))), "tests")
+
+
+@pytest.mark.parametrize("same_name", [True, False])
+def test_other_data_begin_the_best_loss_anew(settings, tmp_path, capsys, same_name):
+    """The loss of an easier text must not keep that of the text trained on now from best.pt."""
+    settings(max_iters=60, eval_interval=30)
+    easy = gpt.train()["best_val_loss"]
+    name = "toy" if same_name else "other"
+    prepare(tmp_path / "data" / name, shuffled_text())
+    capsys.readouterr()
+    settings(dataset=name, init_from="resume", max_iters=90)
+    figures = gpt.train()
+    said = [line for line in capsys.readouterr().out.splitlines() if "anew" in line]
+    assert len(said) == 1 and "best.pt and early_stop begin anew" in said[0]
+    assert "dataset_sha256" in said[0]
+    best = gpt.read_checkpoint(tmp_path / "out" / "best.pt")
+    lines = [r for r in read_log(tmp_path / "out") if "val_loss" in r and "perplexity" not in r]
+    assert [r["step"] for r in lines] == [0, 30, 60, 60, 90]
+    assert figures["best_val_loss"] == min(r["val_loss"] for r in lines[3:]) > easy + 0.2
+    assert best["step"] >= 60
+    assert best["best_val_loss"] == figures["best_val_loss"]
+    capsys.readouterr()
+    settings(max_iters=91)
+    gpt.train()
+    assert "anew" not in capsys.readouterr().out  # once is enough
+
+
+@pytest.mark.parametrize("changes", [{"eval_iters": 3}, {"batch_size": 2}], ids=str)
+def test_another_evaluation_begins_best_and_early_stop_anew(
+    settings, monkeypatch, tmp_path, capsys, changes
+):
+    """Two evaluations without a new best, and then two by another measure, are not four."""
+    scripted = iter([9.0, 1.0, 2.0, 3.0, 9.9])  # the last is over the whole split
+    monkeypatch.setattr(gpt, "evaluate", lambda *_: next(scripted))
+    settings(max_iters=6, eval_interval=2, early_stop=3)
+    assert gpt.train()["best_val_loss"] == 1.0
+    capsys.readouterr()
+    scripted = iter([6.0, 7.0, 7.5, 5.0, 5.5, 5.0, 5.0, 8.0])  # at steps 6, 8, 10, 12, 14, 16, 18
+    settings(init_from="resume", max_iters=30)
+    figures = gpt.train(**changes)
+    ((name, _),) = changes.items()
+    assert f"{name} changed: the validation losses before cannot be" in capsys.readouterr().out
+    assert (figures["step"], figures["best_val_loss"]) == (18, 5.0)
+    assert gpt.read_checkpoint(tmp_path / "out" / "best.pt")["step"] == 12
+
+
+def test_the_best_loss_stays_where_nothing_that_measures_it_changed(settings, monkeypatch, capsys):
+    scripted = iter([9.0, 1.0, 2.0, 2.0])
+    monkeypatch.setattr(gpt, "evaluate", lambda *_: next(scripted))
+    settings(max_iters=4, eval_interval=2)
+    gpt.train()
+    scripted = iter([2.0, 3.0, 3.0])
+    settings(init_from="resume", max_iters=6)
+    assert gpt.train(learning_rate=1e-4, dropout=0.1, log_interval=2)["best_val_loss"] == 1.0
+    assert "anew" not in capsys.readouterr().out
+
+
+def test_resuming_says_which_settings_differ(settings, tmp_path, capsys):
+    """One line for each, and none for those that are the same or name the place of the run."""
+    settings(max_iters=2)
+    gpt.train()
+    (tmp_path / "out").rename(tmp_path / "moved")
+    capsys.readouterr()
+    settings(init_from="resume", out_dir=str(tmp_path / "moved"))
+    gpt.train(max_iters=4, dropout=0.25, lr_schedule="constant")
+    said = [line for line in capsys.readouterr().out.splitlines() if "instead of" in line]
+    assert sorted(said) == [
+        "resuming with dropout=0.25 instead of 0.0",
+        "resuming with lr_schedule=constant instead of linear",
+        "resuming with max_iters=4 instead of 2",
+    ]
+
+
+def test_a_data_set_that_took_the_others_place_is_no_change(settings, monkeypatch, capsys):
+    """Without a network pydoc stands in for shakespeare, in the resumed run as in the first."""
+
+    def no_network(name):
+        if name == "pydoc":
+            return TEXT, "tests"
+        raise ConnectionError("there is no network")
+
+    monkeypatch.setattr(gpt, "load_corpus", no_network)
+    settings(dataset="shakespeare", max_iters=2)
+    gpt.train()
+    settings(init_from="resume", max_iters=3)
+    assert gpt.train()["step"] == 3
+    said = [line for line in capsys.readouterr().out.splitlines() if "instead of" in line]
+    assert said == ["resuming with max_iters=3 instead of 2"]
+
+
+@pytest.mark.parametrize("batch_size, accumulation", [(2, 1), (1, 6), (3, 2)])
+def test_another_batch_size_repeats_no_row(
+    settings, monkeypatch, tmp_path, batch_size, accumulation
+):
+    """The resumed run takes the rows that follow those which the run before has taken."""
+    rows = []
+    get_batch = gpt.Data.get_batch
+
+    def noting(self, split, first_row, n_rows):
+        if split == "train":
+            rows.append(range(first_row, first_row + n_rows))
+        return get_batch(self, split, first_row, n_rows)
+
+    monkeypatch.setattr(gpt.Data, "get_batch", noting)
+    settings(max_iters=5, batch_size=4)
+    gpt.train()
+    settings(init_from="resume", max_iters=9, batch_size=batch_size)
+    settings(gradient_accumulation_steps=accumulation)
+    count = len(rows)
+    gpt.train()
+    before = set(itertools.chain(*rows[:count])) - {20, 21, 22, 23}  # fetched ahead, not taken
+    after = list(itertools.chain(*rows[count:]))
+    assert before == set(range(20))
+    assert after[: 4 * batch_size * accumulation] == list(
+        range(20, 20 + 4 * batch_size * accumulation)
+    )
+
+
+def test_loggers_are_told_where_a_run_is_resumed(settings, monkeypatch):
+    """So that TensorBoard and Weights & Biases continue the first run's curves."""
+    steps = []
+    monkeypatch.setattr(plots, "open_writers", lambda *args: steps.append(args[4]) or [])
+    settings(max_iters=3)
+    gpt.train()
+    settings(init_from="auto", max_iters=5)
+    gpt.train()
+    assert steps == [0, 3]
+
+
 # ---- a plan ----
 
 
-def tree(folder):
-    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+def files(folder):
+    """Return {path: time} of all files in a folder."""
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_dry_run_prints_the_plan_and_writes_nothing(settings, tmp_path, capsys, monkeypatch):
-    settings(dry_run=True, gradient_accumulation_steps=2, max_iters=1000)
-    before, made = tree(tmp_path), tmp_path / "temporary"
-    made.mkdir()
-    monkeypatch.setattr(scaling.tempfile, "tempdir", str(made))
-    for dataset in ("toy", "pydoc"):  # the second is missing
-        settings(dataset=dataset)
-        plan = gpt.train()
-        assert plan["steps"] == 1000 and plan["tokens_per_step"] == 2 * 4 * 16
-        out = capsys.readouterr().out
-        for part in (
-            f"data/{dataset}: " if dataset == "toy" else "pydoc: ",
-            "M parameters",
-            "MiB",
-            "1,000 steps in ",
-        ):
-            assert part in out
-        assert (
-            "takes 2 x 4 x 16 tokens a step" in out and "FLOPs" in out and "steps an epoch" in out
-        )
-    assert not [
-        path for path in made.iterdir() if "torchinductor" not in path.name
-    ]  # torch's own, once made
-    shutil.rmtree(made)
-    assert {path: t for path, t in tree(tmp_path).items() if path.is_file()} == {
-        path: t for path, t in before.items() if path.is_file()
-    }
-    settings(dataset="toy", dry_run=False)
-    assert plan["flops"] == pytest.approx(
-        1000 * 128 * flops_per_token_of("pydoc", tmp_path), rel=1e-6
-    )
+@pytest.mark.parametrize("dataset", ["toy", "pydoc"])
+def test_a_dry_run_prints_the_plan_and_writes_nothing(
+    settings, tmp_path, capsys, monkeypatch, dataset
+):
+    """Also where the data set is missing, which is then prepared in a temporary folder."""
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(gpt.tempfile, "tempdir", str(temporary))
+    settings(dataset=dataset, dry_run=True, gradient_accumulation_steps=2, max_iters=1000)
+    before = files(tmp_path)
+    plan = gpt.train()
+    assert files(tmp_path) == before and list(temporary.iterdir()) == []
+    assert (plan["step"], plan["steps"], plan["tokens_per_step"]) == (0, 1000, 2 * 4 * 16)
+    assert plan["flops"] == pytest.approx(1000 * 128 * flops_per_token_of(dataset), rel=1e-6)
+    assert 0 < plan["seconds_per_step"] < 10
+    out = capsys.readouterr().out
+    assert f"{dataset}: " in out and "1,000 steps of 128 tokens" in out
+    for part in (
+        "M parameters",
+        "MiB",
+        "1,000 steps in ",
+        " epochs",
+        " FLOPs",
+        "nothing was written",
+    ):
+        assert part in out
 
 
-def flops_per_token_of(dataset, tmp_path):
-    """Return 6 a weight that multiplies, and 12 n_layer n_embd block_size, for the toy sizes on a data set."""
-    vocab = len(set(gpt.corpus(dataset)[0]))
-    c = gpt.model_config(vocab)
+def flops_per_token_of(dataset):
+    """Return 6 a weight that multiplies, and 12 n_layer n_embd block_size, for the toy's sizes."""
+    vocab_size = len(set(TEXT if dataset == "toy" else gpt.load_corpus(dataset)[0]))
+    c = gpt.model_config(gpt.checked_settings(), vocab_size)
     kv = c.n_kv_head * c.head_dim
-    block = (
-        c.n_embd * (c.n_embd + 2 * kv) + c.n_embd**2 + 3 * c.n_embd * c.mlp_hidden + 2 * c.n_embd
-    )
-    return (
-        6 * (c.n_layer * block + c.n_embd + vocab * c.n_embd)
-        + 12 * c.n_layer * c.n_embd * c.block_size
-    )
+    attention = c.n_embd * (c.n_embd + 2 * kv) + c.n_embd**2
+    block = attention + 3 * c.n_embd * c.mlp_hidden + 2 * c.n_embd
+    weights = c.n_layer * block + c.n_embd + vocab_size * c.n_embd
+    return 6 * weights + 12 * c.n_layer * c.n_embd * c.block_size
 
 
 # ---- the same run twice ----
@@ -507,8 +562,9 @@ def test_the_same_command_twice_is_the_same_run(settings, tmp_path, run_script):
     settings()
     flags = [
         *toy_flags(tmp_path),
-        "--max_iters=8",
-        "--eval_interval=4",
+        "--max_iters=6",
+        "--eval_interval=3",
+        "--eval_iters=2",
         "--log_interval=1",
         "--sample_tokens=5",
     ]
@@ -533,7 +589,8 @@ def test_the_same_command_twice_is_the_same_run(settings, tmp_path, run_script):
 def test_a_data_file_that_becomes_shorter_while_a_run_reads_it(settings, monkeypatch, tmp_path):
     """Nothing is trained on what is not there, and the checkpoint before stays."""
     settings(max_iters=200, eval_interval=5)
-    path, step = tmp_path / "data" / "toy" / "train.bin", gpt.Muon.step
+    path = tmp_path / "data" / "toy" / "train.bin"
+    step = gpt.Muon.step
 
     def shortening(self, *args):
         shortening.calls += 1
@@ -551,17 +608,20 @@ def test_a_data_file_that_becomes_shorter_while_a_run_reads_it(settings, monkeyp
 # ---- signals and a closed output ----
 
 
+STOPPING = "stopping after this step, to save; the next signal stops at once\n"
+
+
+def endless(tmp_path):
+    """Return the flags of a run of the toy's size that would take minutes."""
+    flags = [*toy_flags(tmp_path), f"--out_dir={tmp_path / 'out'}", "--max_iters=1000000"]
+    flags += ["--n_kv_head=2", "--sample_tokens=0", "--compile=False", "--log_interval=1"]
+    return [*flags, "--device=cpu"]
+
+
 def start(tmp_path, *flags):
     """Start a run of the toy's size that would take minutes, and wait for its third step."""
     process = subprocess.Popen(
-        [
-            sys.executable,
-            "gpt.py",
-            *toy_flags(tmp_path),
-            f"--out_dir={tmp_path / 'out'}",
-            "--max_iters=1000000",
-        ]
-        + ["--sample_tokens=0", "--compile=False", "--log_interval=1", *flags],
+        [sys.executable, "gpt.py", *endless(tmp_path), *flags],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
@@ -574,7 +634,7 @@ def start(tmp_path, *flags):
     raise AssertionError(process.communicate())
 
 
-@pytest.mark.parametrize("name", ["SIGUSR1", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGUSR1", "SIGINT", "SIGHUP"])
 def test_a_signal_saves_and_has_an_exit_code_of_its_own(settings, tmp_path, name):
     """SIGTERM's is tested where the run is resumed."""
     settings()
@@ -588,25 +648,107 @@ def test_a_signal_saves_and_has_an_exit_code_of_its_own(settings, tmp_path, name
         signal.signal(signal.SIGINT, restore)
     process.send_signal(signum)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + signum and err == ""
-    step, log = (
-        gpt.read_checkpoint(tmp_path / "out" / "ckpt.pt")["step"],
-        read_log(tmp_path / "out"),
-    )
+    assert process.returncode == 128 + signum and err == STOPPING
+    step = gpt.read_checkpoint(tmp_path / "out" / "ckpt.pt")["step"]
+    log = read_log(tmp_path / "out")
     assert f"stopped at step {step:,}: " in out
     assert step <= max(line["step"] for line in log) + 1
 
 
-def test_a_signal_during_an_evaluation_ends_it(settings, monkeypatch, tmp_path):
-    """The checkpoint is that of before the evaluation, and no loss of a part of the data is logged or kept."""
-    settings(max_iters=9, eval_interval=3, eval_iters=60, batch_size=1)
-    get_batch, calls = gpt.Data.get_batch, []
+@pytest.mark.parametrize("shell", [False, True])
+def test_a_closed_terminal_loses_nothing(settings, tmp_path, shell):
+    """The kernel and the shell that ends, too, send SIGHUP; and nothing can be printed any more."""
+    settings()
+    command = [ROOT / "gpt.py", *endless(tmp_path), "--eval_interval=100000"]
+    if shell:
+        words = " ".join(f"'{word}'" for word in [sys.executable, *command])
+        code = f"import os; os.execvp('bash', ['bash', '-c', {words + '; echo ended'!r}])"
+        command = ["-c", code]
+    terminal = Terminal(*command)
+    shown = ""
+    while "step      9 | loss " not in shown:
+        shown += os.read(terminal.fd, 4096).decode()
+    os.close(terminal.fd)
+    os.waitpid(terminal.pid, 0)
+    path = tmp_path / "out" / "ckpt.pt"
+    deadline = time.monotonic() + 30
+    while gpt.read_checkpoint(path)["step"] < 9 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert gpt.read_checkpoint(path)["step"] >= 9
+    for line in read_log(tmp_path / "out"):
+        assert "step" in line
 
-    def stopping(self, split, step, batch_size):
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="there is no SIGHUP")
+def test_a_second_hangup_does_not_end_a_run_that_saves(settings, monkeypatch, tmp_path):
+    """A terminal that is closed may send several; other signals end a run at the second."""
+
+    def end(*_):
+        raise AssertionError("a hangup has ended the run")
+
+    before = signal.signal(signal.SIGHUP, end)
+    step = torch.optim.AdamW.step
+
+    def hanging_up(self, *args, **kwargs):
+        os.kill(os.getpid(), signal.SIGHUP)
+        os.kill(os.getpid(), signal.SIGHUP)
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", hanging_up)
+    try:
+        figures = gpt.train(max_iters=1000)
+        assert signal.getsignal(signal.SIGHUP) is end
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert (figures["step"], figures["stopped_by"]) == (1, signal.SIGHUP)
+    assert gpt.read_checkpoint(tmp_path / "out" / "ckpt.pt")["step"] == 1
+
+
+def test_ctrl_c_while_compiling_is_answered_at_once(settings, monkeypatch, tmp_path, capfd):
+    """Compiling cannot be interrupted, but the user learns that the signal has arrived."""
+
+    def compiling(model, **_):
+        signal.raise_signal(signal.SIGINT)
+        assert capfd.readouterr().err == STOPPING
+        return model
+
+    monkeypatch.setattr(torch, "compile", compiling)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        figures = gpt.train(compile=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (figures["step"], figures["stopped_by"]) == (0, signal.SIGINT)
+    assert gpt.read_checkpoint(tmp_path / "out" / "ckpt.pt")["step"] == 0
+
+
+def test_nohup_is_obeyed(settings, tmp_path):
+    """A run that was started to outlive its terminal does."""
+    settings()
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # which the new process inherits
+    try:
+        process = start(tmp_path, "--eval_interval=100000")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    process.send_signal(signal.SIGHUP)
+    for _ in range(20):
+        assert process.stdout.readline().startswith("step ")
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM and err == STOPPING
+
+
+def test_a_signal_during_an_evaluation_ends_it(settings, monkeypatch, tmp_path):
+    """The checkpoint is that of before, and no loss of a part of the data is logged or kept."""
+    settings(max_iters=9, eval_interval=3, eval_iters=60, batch_size=1)
+    get_batch = gpt.Data.get_batch
+    calls = []
+
+    def stopping(self, split, first_row, n_rows):
         calls.append(split)
         if calls.count("val") == 150 and split == "val":
             signal.raise_signal(signal.SIGTERM)
-        return get_batch(self, split, step, batch_size)
+        return get_batch(self, split, first_row, n_rows)
 
     monkeypatch.setattr(gpt.Data, "get_batch", stopping)
     figures = gpt.train()
@@ -632,51 +774,230 @@ def test_a_closed_output_ends_the_run_with_the_shells_code_for_it(settings, tmp_
 
 
 def test_a_folder_that_cannot_be_written_when_saving(settings, monkeypatch, tmp_path):
-    """The file system turns read-only after the first checkpoint: a sentence, and that checkpoint stays."""
+    """The file system turns read-only after the first checkpoint, which stays."""
     settings(max_iters=10, eval_interval=4)
     save = torch.save
 
     def refused(state, path):
-        if state["step"] == 4 and Path(path).name == "ckpt.tmp":
+        if state["step"] == 4 and Path(path).name.startswith("ckpt."):
             raise OSError(30, "Read-only file system")
         return save(state, path)
 
     monkeypatch.setattr(torch, "save", refused)
-    with pytest.raises(
-        OSError, match="Read-only file system.*the one saved before it is untouched"
-    ):
+    with pytest.raises(OSError, match="Read-only file system.*the one before it is untouched"):
         gpt.train()
     assert gpt.read_checkpoint(tmp_path / "out" / "ckpt.pt")["step"] == 0
-    assert np.isfinite(gpt.read_checkpoint(tmp_path / "out" / "ckpt.pt")["elapsed_s"])
 
 
-def test_a_checkpoint_that_cannot_be_read_is_not_called_damaged(
-    two_checkpoints, settings, monkeypatch
-):
-    """Short memory or a failing disk are no reason to go back; nothing is renamed."""
-    settings(init_from="resume")
-    for error in (MemoryError(), OSError(5, "Input/output error")):
-        monkeypatch.setattr(
-            torch, "load", lambda *_, error=error, **__: (_ for _ in ()).throw(error)
-        )
-        with pytest.raises(ValueError, match=type(error).__name__):
-            gpt.train()
-    assert sorted(p.name for p in two_checkpoints.glob("ckpt*")) == ["ckpt-1.pt", "ckpt.pt"]
+@pytest.mark.parametrize("error", [MemoryError(), OSError(5, "Input/output error")], ids=repr)
+def test_a_checkpoint_that_cannot_be_read_stays(finished, settings, monkeypatch, error):
+    """Short memory or a failing disk are no reason to begin anew; nothing is renamed."""
+    settings(init_from="auto")
+    names = sorted(path.name for path in finished.iterdir())
 
+    def fail(*_, **__):
+        raise error
 
-def test_files_of_other_names_are_no_checkpoints(two_checkpoints):
-    (two_checkpoints / "ckpt.pt").rename(two_checkpoints / "ckpt2.pt")
-    (two_checkpoints / "ckpt-best.pt").write_bytes(b"")
-    assert resume.newest_checkpoint(gpt, two_checkpoints)[0].name == "ckpt-1.pt"
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises((ValueError, MemoryError), match="OSError|^$"):
+        gpt.train()
+    assert sorted(path.name for path in finished.iterdir()) == names
 
 
 def test_a_checkpoint_is_on_the_disk_before_it_takes_the_others_place(monkeypatch, tmp_path):
-    """The order of what is done: written, flushed to the disk, and only then renamed."""
-    done, fsync, replace = [], os.fsync, Path.replace
+    """It is written, flushed to the disk, and only then renamed."""
+    done = []
+    fsync = os.fsync
+    replace = Path.replace
     monkeypatch.setattr(os, "fsync", lambda fd: (done.append("fsync"), fsync(fd)))
     monkeypatch.setattr(
         Path, "replace", lambda self, new: (done.append(new.name), replace(self, new))[1]
     )
     for value in (1, 2):
-        gpt.save_checkpoint(tmp_path / "ckpt.pt", {"value": value}, keep=2)
-    assert done == ["fsync", "ckpt.pt", "fsync", "ckpt-1.pt", "ckpt.pt"]
+        gpt.save_checkpoint(tmp_path / "ckpt.pt", {"value": value})
+    assert done == ["fsync", "ckpt.pt", "fsync", "ckpt.pt"]
+
+
+# ---- files of an earlier run, and of another one ----
+
+
+def test_quick_runs_keep_the_files_of_all_before(settings, tmp_path, monkeypatch):
+    """Six runs within one second: no name is given twice, and the log begins anew."""
+    monkeypatch.setattr(gpt.time, "strftime", lambda _: "2026-11-30-120000")
+    settings(max_iters=1)
+    written = []
+    for seed in range(6):
+        gpt.train(seed=seed)
+        (tmp_path / "out" / "loss.png").write_bytes(bytes([seed]))
+        written.append({path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()})
+        written[-1] = {n: written[-1][n] for n in ("ckpt.pt", "best.pt", "log.jsonl", "loss.png")}
+    assert len({run["ckpt.pt"] for run in written}) == 6
+    for name in written[0]:
+        kept = [path.read_bytes() for path in (tmp_path / "out").glob(f"{name}*")]
+        assert sorted(kept) == sorted(run[name] for run in written)
+        assert (tmp_path / "out" / name).read_bytes() == written[-1][name]
+    assert len([r for r in read_log(tmp_path / "out") if "config" in r]) == 1
+
+
+def test_a_second_run_in_the_same_folder_is_refused(settings, tmp_path):
+    """While the first one runs, also after it has drawn its losses; nothing of it is touched."""
+    settings()
+    process = start(tmp_path, "--eval_interval=10")
+    for line in process.stdout:
+        if line.startswith("step     30 | loss"):
+            break
+    for init_from in ("scratch", "resume", "auto"):
+        before = {path.name for path in (tmp_path / "out").iterdir()}
+        with pytest.raises(
+            ValueError, match="another run writes to .*out: choose another --out_dir"
+        ):
+            gpt.train(init_from=init_from)
+        after = {path.name for path in (tmp_path / "out").iterdir()}
+        assert {name for name in before ^ after if not name.endswith(".tmp")} == set()
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    lines = read_log(tmp_path / "out")
+    assert len([line for line in lines if "config" in line]) == 1
+    stopped = gpt.read_checkpoint(tmp_path / "out" / "ckpt.pt")["step"]
+    assert gpt.train(init_from="resume", max_iters=stopped + 2)["step"] == stopped + 2
+
+
+def test_a_run_that_failed_leaves_its_folder_free(settings, monkeypatch):
+    """Though its exception, as a notebook keeps it, still holds all that it was at work on."""
+    settings(max_iters=40, max_bad_steps=3)
+    with monkeypatch.context() as patch:
+        spoil_gradients(patch, steps=range(40))
+        with pytest.raises(ValueError, match="4 gradients in a row") as kept:
+            gpt.train()
+    assert gpt.train(max_iters=2)["step"] == 2
+    assert kept.value.__traceback__ is not None
+
+
+def test_what_a_killed_run_left_half_written_is_removed(settings, tmp_path):
+    (tmp_path / "out").mkdir()
+    for name in ("ckpt.4711.tmp", "best.4711.tmp", "mine.tmp"):
+        (tmp_path / "out" / name).write_bytes(b"half of a checkpoint")
+    gpt.train(max_iters=1)
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["best.pt", "ckpt.pt", "log.jsonl", "mine.tmp"]
+
+
+def test_a_missing_library_renames_nothing(finished, settings, monkeypatch):
+    """The earlier run's files have their names still when the mistake is mended."""
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    names = sorted(path.name for path in finished.glob("*.*"))
+    with pytest.raises(ValueError, match="pip install tensorboard"):
+        gpt.train(tensorboard=True)
+    assert sorted(path.name for path in finished.glob("*.*")) == names
+
+
+# ---- the log ----
+
+
+def refuse(constant):
+    raise AssertionError(f"{constant} is no JSON")
+
+
+def test_what_is_not_finite_is_logged_as_null(settings, monkeypatch, tmp_path):
+    """NaN and Infinity are no JSON, and other programs refuse the whole line."""
+    spoil_gradients(monkeypatch, steps={1}, value=math.nan)
+    scripted = iter([math.nan, math.inf, 2.5])
+    monkeypatch.setattr(gpt, "evaluate", lambda *_: next(scripted))
+    gpt.train(max_iters=3)
+    text = (tmp_path / "out" / "log.jsonl").read_text(encoding="utf-8")
+    lines = [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+    norms = {line["step"]: line["grad_norm"] for line in lines if "grad_norm" in line}
+    assert norms[1] > 0 and norms[2] is None and norms[3] > 0
+    assert [line["val_loss"] for line in lines if "val_loss" in line] == [None, None, 2.5]
+
+
+@pytest.mark.parametrize("rest", [b'{"step": 3, "lo', b"{", b'{"step": 3}'])
+def test_an_unfinished_line_of_the_log_takes_no_other_with_it(finished, settings, rest):
+    """As a kill leaves it, also just before the line's end."""
+    whole = (finished / "log.jsonl").read_bytes()
+    (finished / "log.jsonl").write_bytes(whole + rest)
+    settings(init_from="resume", max_iters=9)
+    gpt.train()
+    text = (finished / "log.jsonl").read_bytes()
+    assert text.startswith(whole + rest + b"\n")
+    lines = [json.loads(line) for line in text[len(whole + rest) + 1 :].splitlines()]
+    assert "config" in lines[0] and "perplexity" in lines[-1]
+
+
+# ---- half an environment, paths, marks at the beginning of a file ----
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{"RANK": "3"}, {"WORLD_SIZE": "4", "RANK": "1"}, {"RANK": "", "WORLD_SIZE": ""}],
+    ids=str,
+)
+def test_what_torchrun_did_not_set_means_nothing(settings, tmp_path, run_script, environment):
+    """A rank that some shell or scheduler left: the run is a run like others, and says so."""
+    settings()
+    flags = [*toy_flags(tmp_path), f"--out_dir={tmp_path / 'out'}", "--sample_tokens=0"]
+    done = run_script("gpt.py", *flags, "--max_iters=2", "--device=cpu", **environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert gpt.read_checkpoint(tmp_path / "out" / "ckpt.pt")["step"] == 2
+    assert "whole validation split" in done.stdout
+    stray = [name for name, value in environment.items() if value]
+    assert ("but not by torchrun: this process trains alone" in done.stdout) == bool(stray)
+
+
+def test_a_tilde_is_the_home_folder(settings, tmp_path, monkeypatch):
+    """In data_dir, out_dir and init_from, and where checkpoints are read and written."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    settings(data_dir="~/data", max_iters=1)
+    gpt.train(out_dir="~/runs/first")
+    gpt.train(out_dir="~/runs/second", init_from="~/runs/first")
+    assert gpt.train(out_dir="~/runs/second", init_from="resume", max_iters=2)["step"] == 2
+    assert gpt.train(out_dir="~/runs/second", eval_only=True)["val_loss"] > 0
+    assert gpt.load_checkpoint("~/runs/second")[2]["step"] == 2
+    gpt.save_checkpoint("~/copy.pt", gpt.read_checkpoint("~/runs/second/best.pt"))
+    assert (tmp_path / "copy.pt").exists() and (tmp_path / "runs" / "first" / "ckpt.pt").exists()
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+def test_a_byte_order_mark_before_gpt_py_itself(tmp_path, run_script):
+    """As an editor on Windows saves it, with its line ends: the settings are all there."""
+    source = (ROOT / "gpt.py").read_bytes().replace(b"\n", b"\r\n")
+    (tmp_path / "gpt.py").write_bytes(b"\xef\xbb\xbf" + source)
+    shutil.copy(ROOT / "configurator.py", tmp_path)
+    done = run_script(tmp_path / "gpt.py", "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    for name in gpt.SETTINGS:
+        assert f"--{name}=" in done.stdout
+
+
+# ---- finetuning ----
+
+
+def test_sizes_that_finetuning_passes_over_are_named(settings, tmp_path, capsys):
+    """A base keeps its own, whatever the settings ask for; those at their defaults ask nothing."""
+    settings(max_iters=1, out_dir=str(tmp_path / "base"))
+    gpt.train()
+    capsys.readouterr()
+    settings(init_from=str(tmp_path / "base"), out_dir=str(tmp_path / "tuned"))
+    gpt.train(n_layer=12, n_embd=256, block_size=8, dropout=0.1, use_rope=True)
+    said = [line for line in capsys.readouterr().out.splitlines() if "has no effect" in line]
+    base = tmp_path / "base"
+    assert said == [
+        f"n_layer=12 has no effect: {base} has n_layer=2",
+        f"n_embd=256 has no effect: {base} has n_embd=32",
+    ]
+
+
+def test_a_shorter_block_has_its_effect_on_learned_positions(settings, tmp_path, capsys):
+    """The table keeps its length, and the rows are as long as block_size says."""
+    settings(use_rope=False, max_iters=1, out_dir=str(tmp_path / "base"))
+    gpt.train()
+    settings(init_from=str(tmp_path / "base"), out_dir=str(tmp_path / "tuned"), block_size=8)
+    gpt.train()
+    out = capsys.readouterr().out
+    assert "has no effect" not in out and "1 steps of 32 tokens" in out
+    with pytest.raises(ValueError, match="block_size is 32: .*base takes at most 16"):
+        gpt.train(block_size=32)

@@ -1,4 +1,4 @@
-"""Random command lines, checkpoints and data folders: they work or are refused in a sentence, and run no code.
+"""Random command lines, checkpoints and data: they work or are refused in a sentence, run no code.
 
 A tenth of the whole by default; FUZZ=10 pytest tests/test_fuzz.py does all of it.
 """
@@ -10,14 +10,14 @@ import os
 import random
 import shutil
 import signal
-from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 import configurator
 import gpt
-import resume
 
 FUZZ = int(os.environ.get("FUZZ", "1"))
 WORDS = [
@@ -92,7 +92,7 @@ def limit(seconds):
 
 
 def clean(action, *arguments):
-    """Run an action; return whether it worked. Only what the scripts show as a sentence may be raised."""
+    """Run an action; return whether it worked. It may raise what scripts show as a sentence."""
     with limit(60):
         try:
             action(*arguments)
@@ -119,26 +119,37 @@ def random_line(draw, names):
     return line
 
 
-def test_command_lines(monkeypatch):
-    """Configuration and GPTConfig alone: no model is built, nothing is read but config files."""
-    draw, names, worked = random.Random(1), gpt.SETTINGS, 0
-    defaults = {name: getattr(gpt, name) for name in names}
+def test_command_lines():
+    """Flags, config files and checks alone: no model is built, only config files are read."""
+    draw = random.Random(1)
+    names = list(gpt.SETTINGS)
+    worked = 0
+
+    def machine_names():
+        return {"device_type": "cpu", "native_bfloat16": False}
 
     def configured(line):
         script = dict(vars(gpt))
-        configurator.configure(
-            script, line, derive=lambda: {"device_type": "cpu", "native_bfloat16": False}
-        )
-        vars(gpt).update({name: script[name] for name in names})
-        gpt.check_settings()
-        gpt.model_config(vocab_size=65)
+        configurator.configure(script, line, gpt.SETTINGS, gpt.check_setting, machine_names)
+        chosen = gpt.checked_settings(**{name: script[name] for name in names})
+        gpt.model_config(chosen, vocab_size=65)
 
     for _ in range(1000 * FUZZ):
-        line = random_line(draw, names)
-        try:
-            worked += clean(configured, line)
-        finally:
-            vars(gpt).update(defaults)
+        worked += clean(configured, random_line(draw, names))
+    assert 0.1 < worked / (1000 * FUZZ) < 0.9
+
+
+def test_values_from_python():
+    """What train() is given as keywords is checked as flags are, whatever its type."""
+    draw = random.Random(4)
+    names = [*gpt.SETTINGS, "no_such_setting"]
+    good = [1, 8, 64, np.int64(4), np.float32(0.5), 0.25, True, torch.device("cpu"), ROOT]
+    bad = [*VALUES, *WORDS, torch.zeros(2), torch.nn.Linear, np.zeros(3)]
+    worked = 0
+    for _ in range(1000 * FUZZ):
+        values = draw.choice([good, good, bad])
+        name, value = draw.choice(names), draw.choice(values)
+        worked += clean(lambda name=name, value=value: gpt.checked_settings(**{name: value}))
     assert 0.1 < worked / (1000 * FUZZ) < 0.9
 
 
@@ -154,7 +165,8 @@ class Intruder:
 
 def mutate_bytes(content, draw):
     """Return content cut, lengthened, with bits flipped, zeroed or moved."""
-    content, i = bytearray(content), draw.randrange(max(1, len(content)))
+    content = bytearray(content)
+    i = draw.randrange(max(1, len(content)))
     kind = draw.randrange(6)
     if kind == 0:
         return bytes(content[:i])
@@ -182,16 +194,21 @@ def mutate_value(tree, draw, values):
             del tree[key]
             return
         else:
-            tree[key] = draw.choice(values)
+            value = draw.choice(values)
+            # The next mutation may change a list or a dict itself.
+            tree[key] = type(value)(value) if isinstance(value, dict | list) else value
             return
 
 
 def test_checkpoints(settings, tmp_path, capsys):
     """Bytes or values changed at random: what sample.py loads and what a run resumes from."""
-    settings(max_iters=2, eval_interval=2, keep_checkpoints=1, n_layer=1)
+    settings(max_iters=2, eval_interval=2, n_layer=1)
     gpt.train()
-    out, draw, worked = tmp_path / "out", random.Random(2), 0
-    whole, intruder = (out / "ckpt.pt").read_bytes(), tmp_path / "intruder"
+    out = tmp_path / "out"
+    intruder = tmp_path / "intruder"
+    whole = (out / "ckpt.pt").read_bytes()
+    draw = random.Random(2)
+    worked = 0
     values = [*VALUES, Intruder(intruder), torch.zeros(2), torch.ones(3, 3), torch.tensor(math.nan)]
     settings(init_from="resume", max_iters=3)
     for i in range(50 * FUZZ):
@@ -214,7 +231,9 @@ def test_checkpoints(settings, tmp_path, capsys):
 def test_data_folders(settings, tmp_path, capsys):
     """meta.json or token files changed at random: what a run trains on and is evaluated by."""
     settings(max_iters=1, eval_interval=1, n_layer=1)
-    folder, draw, worked = tmp_path / "data" / "toy", random.Random(3), 0
+    folder = tmp_path / "data" / "toy"
+    draw = random.Random(3)
+    worked = 0
     whole = {path.name: path.read_bytes() for path in folder.iterdir()}
     for i in range(50 * FUZZ):
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
@@ -250,7 +269,9 @@ def test_fuzzing_would_notice_a_traceback():
 
 def test_nothing_but_weights_is_unpickled():
     """Every torch.load in the project says weights_only=True."""
-    for path in Path(resume.__file__).parent.glob("*.py"):
+    paths = [*ROOT.glob("*.py"), *ROOT.glob("extras/*.py"), *ROOT.glob("config/*.py")]
+    assert ROOT / "gpt.py" in paths
+    for path in paths:
         source = path.read_text(encoding="utf-8")
         assert source.count("torch.load(") == source.count("weights_only=True"), path
         assert "import pickle" not in source and "allow_pickle" not in source, path

@@ -1,4 +1,4 @@
-"""Generation with the cache against a loop without one; sampling against transformers and plain Python."""
+"""Generation with a cache against a loop without; sampling against transformers."""
 
 import math
 
@@ -33,13 +33,27 @@ GPT2 = LLAMA | {
     "use_rms_norm": False,
     "use_swiglu": False,
 }
-FAMILIES = pytest.mark.parametrize("values", [LLAMA, MQA, GPT2], ids=["llama", "mqa", "gpt2"])
+OWN_SIZES = LLAMA | {"head_dim": 6, "mlp_hidden": 20}
+FAMILIES = pytest.mark.parametrize(
+    "values", [LLAMA, MQA, GPT2, OWN_SIZES], ids=["llama", "mqa", "gpt2", "own-sizes"]
+)
 RAGGED = [[3], [5, 1, 4, 2, 9, 7], list(range(1, 22)), [8, 8]]
 
 
-def random_model(**values):
+class Windowed(gpt.GPT):
+    """A GPT whose queries see three tokens only: themselves and the two before."""
+
+    def attention_mask(self, positions, cache):
+        keys = positions
+        if cache is not None:
+            keys = torch.arange(self.config.block_size)[None]
+        distance = positions[:, None, :, None] - keys[:, None, None, :]
+        return (distance >= 0) & (distance < 3)
+
+
+def random_model(kind=gpt.GPT, **values):
     """Return a model in eval mode whose every weight is random, and large enough to matter."""
-    model = gpt.GPT(gpt.GPTConfig(**values)).eval()
+    model = kind(gpt.GPTConfig(**values)).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in model.parameters():
@@ -53,7 +67,7 @@ def seeded(seed):
 
 @torch.no_grad()
 def uncached(model, prompts, max_tokens, penalty=None, **sampling):
-    """Return the tokens (B, max_tokens) of a loop that reads each row's visible context anew at each step."""
+    """Return the tokens (B, max_tokens) of a loop that reads each row's context anew each time."""
     rows, start = [list(prompt) for prompt in prompts], [len(prompt) for prompt in prompts]
     for _ in range(max_tokens):
         logits = []
@@ -72,13 +86,13 @@ def cached(model, prompts, max_tokens, **sampling):
 
 # ---- The cache ----
 def test_a_compiled_step_gives_the_same_tokens_and_is_compiled_once():
-    """Positions are tensors and shapes do not change: one graph, no other for another text and cache."""
+    """Positions are tensors and shapes do not change, so another text needs no other graph."""
     model = random_model(**LLAMA)
     torch._dynamo.reset()
     forward = torch.compile(model.forward, dynamic=False, fullgraph=True)
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.zeros(3))
-    except Exception as e:  # noqa: BLE001
+    except Exception as e:
         pytest.skip(f"torch.compile finds no working C++ compiler ({type(e).__name__})")
     list(model.generate([[1]], 2, forward=forward))
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
@@ -95,7 +109,7 @@ def test_a_compiled_step_gives_the_same_tokens_and_is_compiled_once():
     ids=["one", "three", "block", "long", "ragged"],
 )
 def test_greedy_tokens_are_those_without_a_cache(values, prompts):
-    """Token for token, far beyond block_size, for single prompts and for rows of unequal lengths."""
+    """Token for token, far beyond block_size, for single prompts and rows of unequal lengths."""
     model = random_model(**values)
     found = cached(model, prompts, 30, temperature=0)
     assert torch.equal(found, uncached(model, prompts, 30, temperature=0))
@@ -128,6 +142,32 @@ def test_tiny_blocks(block_size):
     )
 
 
+def test_a_mask_of_ones_own_holds_in_generation():
+    """A window of three is obeyed by the prompt and by each step, also where the cache refills."""
+    model = random_model(kind=Windowed, **LLAMA)
+    found = cached(model, RAGGED, 30, temperature=0)
+    assert torch.equal(found, uncached(model, RAGGED, 30, temperature=0))
+    assert not torch.equal(found, cached(random_model(**LLAMA), RAGGED, 30, temperature=0))
+
+
+@FAMILIES
+def test_prefill_gives_the_logits_that_follow_each_text(values):
+    """Whatever the cache held before; and what is appended then continues each text."""
+    model = random_model(**values)
+    texts = [torch.tensor(text) for text in ([3], [5, 1, 4, 2, 9], [8, 8])]
+    cache = gpt.KVCache(model.config, 3)
+    with torch.no_grad():
+        model(torch.randint(23, (3, 7), generator=seeded(2)), cache=cache)
+        logits = model.prefill(texts, cache)
+        assert logits.shape == (3, 23)
+        assert cache.pos.tolist() == [1, 5, 2]
+        after = model(torch.tensor([[7], [7], [7]]), cache=cache)[0][:, 0]
+        for text, first, second in zip(texts, logits, after):
+            whole = model(torch.cat((text, torch.tensor([7])))[None])[0][0]
+            assert (first - whole[-2]).abs().max() < 1e-5
+            assert (second - whole[-1]).abs().max() < 1e-5
+
+
 @FAMILIES
 def test_rows_of_a_ragged_batch_do_not_see_each_other(values):
     """Each row of a batch continues as if alone."""
@@ -142,7 +182,7 @@ def test_rows_of_a_ragged_batch_do_not_see_each_other(values):
 
 
 def test_repetition_penalty_counts_prompt_and_output():
-    """Greedy tokens under a penalty are those of transformers' processor over all of the text's tokens."""
+    """Greedy tokens under a penalty are those of transformers' processor over the whole text."""
     model, penalty = random_model(**LLAMA), RepetitionPenaltyLogitsProcessor(1.7)
     plain = cached(model, RAGGED, 30, temperature=0)
     for i, prompt in enumerate(RAGGED):
@@ -202,12 +242,12 @@ def test_lowering_pos_forgets(values):
 
 @FAMILIES
 def test_training_ignores_the_cache_made_before(values):
-    """A pass without a cache is unchanged by one with it, and gives the loss with it the same targets."""
+    """A pass without a cache is unchanged by one with it, which gives the same loss."""
     model = random_model(**values)
     ids = torch.randint(23, (2, 7), generator=seeded(2))
     with torch.no_grad():
         expected = model(ids, ids)[1]
-        loss = model(ids, ids, gpt.KVCache(model.config, 2))[1]
+        loss = model(ids, ids, cache=gpt.KVCache(model.config, 2))[1]
         assert torch.equal(model(ids, ids)[1], expected)
     assert float(loss) == pytest.approx(float(expected), abs=1e-5)
 
@@ -239,7 +279,7 @@ def test_no_tokens_wanted():
 
 @pytest.mark.parametrize("block_size", [1, 2, 3, 7, 8, 64])
 def test_context_length(block_size):
-    """All tokens while they fit; then between half a block and a block, growing by one or falling to half."""
+    """All tokens while they fit; then half a block to a block, growing by one or falling back."""
     half, lengths = (
         block_size // 2,
         [gpt.context_length(n, block_size) for n in range(6 * block_size + 2)],
@@ -268,7 +308,7 @@ def warped(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
 
 
 def explicit_filter(row, top_k=0, top_p=1.0, min_p=0.0):
-    """Return the ids that the filters leave of a row of logits, by plain Python over sorted lists."""
+    """Return the ids that the filters leave of a row of logits, by plain Python's sorted lists."""
     left = sorted(range(len(row)), key=lambda i: -row[i])
     if top_k:
         left = left[:top_k]
@@ -298,7 +338,10 @@ FILTERS = [
 
 
 def possible(logits, **filters):
-    """Return which ids sample_next can draw, (B, vocab_size) bool: noise lets each rank win that may win at all."""
+    """Return which ids sample_next can draw, (B, vocab_size) bool.
+
+    The noise is made to let each rank win in turn, if it may win at all.
+    """
     found, exponential = torch.zeros_like(logits, dtype=torch.bool), torch.Tensor.exponential_
     try:
         for rank in range(logits.size(1)):
@@ -374,7 +417,7 @@ def test_settings_that_leave_only_the_likeliest(sampling):
     ids=str,
 )
 def test_draws_follow_the_softmax(sampling):
-    """20,000 draws pass a chi-square test at one in a thousand, and none falls outside the filters."""
+    """20,000 draws pass a chi-square test at one in a thousand; none is outside of the filters."""
     logits = torch.tensor([1.2, -0.4, 0.3, 2.0, -1.5, 0.9, 0.0, -0.2])
     off = {"top_k": 0, "top_p": 1.0}
     drawn = gpt.sample_next(logits.expand(20_000, -1), generator=seeded(11), **off | sampling)
@@ -447,14 +490,14 @@ class PieceTokenizer:
 
 
 def pieces_of(pieces, stop=(), max_tokens=None):
-    """Return (text pieces, ids drawn) for a model that says the byte strings one after the other."""
+    """Return (text pieces, ids drawn) of a model that says the byte strings one after the other."""
     model = ScriptedModel(list(range(len(pieces))))
     n = len(pieces) if max_tokens is None else max_tokens
     return list(sample.generate_text(model, PieceTokenizer(pieces), "?", n, stop)), model.drawn
 
 
 def test_text_arrives_piece_by_piece():
-    """Where no stop string may begin each token's text is yielded at once; arguments reach the model."""
+    """Where no stop string may begin, a token's text is yielded at once; arguments go on."""
     for stop in ([], ["<|endoftext|>"], ["two.", "onetwo"]):
         model = ScriptedModel([0, 1, 2])
         pieces = PieceTokenizer([b"one ", b"two ", b"three"])
@@ -507,7 +550,7 @@ def test_only_what_may_begin_a_stop_string_is_held_back(pieces, stop, shown):
     ids=str,
 )
 def test_text_ends_before_a_stop_string(pieces, stop, text, drawn):
-    """The first stop string, in one token or over several, ends text and drawing, and is not shown."""
+    """The first stop string, in one token or over several, ends the text and is not shown."""
     found, n = pieces_of(pieces, stop)
     assert "".join(found) == text
     assert n == drawn
@@ -558,7 +601,7 @@ def test_characters_split_over_tokens(text, stop):
     "pieces", [[b"a", b"\xe6\x97"], [b"a", b"\xff", b"b"], [b"\xe6", b"b"]], ids=str
 )
 def test_bytes_that_are_no_text(pieces):
-    """Broken UTF-8, and a character cut off by the end, become what decoding all bytes at once gives."""
+    """Broken UTF-8, and a character that is cut off, become what decoding all at once gives."""
     assert "".join(pieces_of(pieces)[0]) == b"".join(pieces).decode(errors="replace")
 
 

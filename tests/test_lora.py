@@ -1,9 +1,8 @@
-"""Finetuning from other weights: LoRA and its checkpoints, full finetuning, evaluation of any text."""
+"""Finetuning from other weights: LoRA and its checkpoints, full finetuning."""
 
 import base64
-import itertools
 import json
-import math
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -12,9 +11,12 @@ from torch.nn import functional as F
 
 import configurator
 import gpt
+import hub
 import prepare
-import pretrained
 import sample
+from extras.bpe import BYTES
+from extras.hf_tokenizer import GPT2_PATTERN
+from extras.lora import add_lora, merge_lora
 
 
 def small(**changes):
@@ -46,7 +48,7 @@ def test_at_first_the_logits_are_the_bases():
     model = small()
     with torch.no_grad():
         before = model(IDX)[0]
-        pretrained.add_lora(model, rank=3)
+        add_lora(model, rank=3)
         assert torch.equal(model(IDX)[0], before)
     shapes = {
         name.split(".", 2)[2]: tuple(p.shape)
@@ -70,7 +72,7 @@ def test_at_first_the_logits_are_the_bases():
 def test_merged_is_unmerged_is_the_formula(bias):
     """Adapters in use, merged ones, and W + 2 B A put in by hand give the same logits."""
     model, by_hand = small(bias=bias), small(bias=bias)
-    pretrained.add_lora(model, rank=4)
+    add_lora(model, rank=4)
     weights = by_hand.state_dict()
     with torch.no_grad():
         for name, parameter in adapters(model).items():
@@ -81,7 +83,7 @@ def test_merged_is_unmerged_is_the_formula(bias):
         unmerged = model(IDX)[0]
         assert (unmerged - small(bias=bias)(IDX)[0]).abs().max() > 0.1
         torch.testing.assert_close(by_hand(IDX)[0], unmerged, atol=1e-5, rtol=0)
-        pretrained.merge_lora(model)
+        merge_lora(model)
         torch.testing.assert_close(model(IDX)[0], unmerged, atol=1e-5, rtol=0)
     assert not adapters(model)
     assert set(model.state_dict()) == set(small(bias=bias).state_dict())
@@ -100,48 +102,70 @@ def base(settings, tmp_path):
     return tmp_path / "base" / "best.pt"
 
 
-def test_only_the_adapters_are_trained_and_saved(settings, base, tmp_path, capsys):
-    """The checkpoints hold the adapters alone; loaded they are merged, and figures, logits and samples follow."""
+def test_only_the_adapters_are_trained_and_all_weights_are_saved(settings, base, tmp_path, capsys):
+    """A checkpoint needs no base to be loaded, and is then W + 2 B A, merged."""
+    start = gpt.read_checkpoint(base)
     settings(lora_rank=2, learning_rate=0.02, max_iters=12, eval_interval=4)
     figures = gpt.train()
-    out = capsys.readouterr().out
+    printed = capsys.readouterr().out
     state = gpt.read_checkpoint(tmp_path / "out" / "ckpt.pt")
-    assert all(".lora." in name for name in state["model"])
-    n_trained = sum(tensor.numel() for name, tensor in state["model"].items() if name[-1] in "AB")
-    assert n_trained == 2 * 2 * sum((32 + 64, 32 + 32, 32 + 192, 96 + 32))
-    assert f"{n_trained:,} trained" in out
-    assert len(state["optimizers"][0]["state"]) == 16 == len(state["model"]) * 2 / 3
-    assert state["base"] == str(base.resolve())
+    added = {name: w for name, w in state["model"].items() if ".lora." in name}
+    n_trained = 2 * 2 * sum((32 + 64, 32 + 32, 32 + 192, 96 + 32))
+    assert sum(w.numel() for w in added.values()) == n_trained
+    assert f"{n_trained:,} of them trained" in printed
+    assert len(state["optimizers"][0]["state"]) == len(added) == 16
+    assert state["model"].keys() - added.keys() == start["model"].keys()
+    assert all(torch.equal(w, state["model"][name]) for name, w in start["model"].items())
+    assert (state["base"], state["lora_rank"]) == (str(base), 2)
+
+    base.unlink()
     model, _, _ = gpt.load_checkpoint(tmp_path / "out" / "ckpt.pt")
-    untouched, _, start = gpt.load_checkpoint(base)
-    changed = {
-        name
-        for name, a in untouched.state_dict().items()
-        if not torch.equal(a, model.state_dict()[name])
-    }
-    assert changed == {name for name in start["model"] if "c_" in name}
-    settings(eval_only=True)
-    assert gpt.train()["val_loss"] == pytest.approx(
-        gpt.read_checkpoint(base)["best_val_loss"], abs=0.5
-    )
-    settings(eval_only=False, max_iters=0, eval_interval=4)
-    assert figures["val_loss"] < gpt.read_checkpoint(base)["best_val_loss"]
+    weights = model.state_dict()
+    assert weights.keys() == start["model"].keys()
+    for name, before in start["model"].items():
+        A = added.get(name.replace("weight", "lora.A"))
+        B = added.get(name.replace("weight", "lora.B"))
+        expected = before if A is None else before + 2 * B @ A
+        torch.testing.assert_close(weights[name], expected, atol=1e-6, rtol=0)
+        assert (A is not None) == ("c_" in name)
+    assert all(p.requires_grad for p in model.parameters())
+    assert figures["val_loss"] < start["best_val_loss"]
+    assert gpt.train(
+        eval_only=True, init_from=str(tmp_path / "out" / "ckpt.pt"), out_dir=str(tmp_path / "eval")
+    )["val_loss"] == pytest.approx(figures["val_loss"], abs=1e-5)
 
 
 def test_a_lora_run_resumes_bit_for_bit(settings, base, tmp_path):
-    """Cut in two, and begun anew from init_from=resume, it ends with the same adapters."""
+    """Cut in two, and without its base, it ends with the same weights."""
     settings(lora_rank=2, learning_rate=0.02, max_iters=10, eval_interval=5, dropout=0.1)
     gpt.train()
     whole = gpt.read_checkpoint(tmp_path / "out" / "ckpt.pt")["model"]
     settings(out_dir=str(tmp_path / "cut"), lr_decay_iters=10, max_iters=5)
     gpt.train()
+    base.unlink()
     settings(init_from="resume", max_iters=10)
     gpt.train()
     cut = gpt.read_checkpoint(tmp_path / "cut" / "ckpt.pt")["model"]
+    assert whole.keys() == cut.keys()
     assert all(torch.equal(tensor, cut[name]) for name, tensor in whole.items())
-    settings(lora_rank=3)
     with pytest.raises(ValueError, match="lora_rank is 3, in the checkpoint 2"):
-        gpt.train()
+        gpt.train(lora_rank=3)
+
+
+def test_lora_on_lora_begins_at_the_merged_weights(settings, base, tmp_path):
+    settings(lora_rank=2, learning_rate=0.02, max_iters=6, eval_interval=6)
+    gpt.train()
+    first, _, _ = gpt.load_checkpoint(tmp_path / "out" / "ckpt.pt")
+    gpt.train(
+        init_from=str(tmp_path / "out" / "ckpt.pt"),
+        out_dir=str(tmp_path / "again"),
+        lora_rank=3,
+        max_iters=0,
+    )
+    again, _, state = gpt.load_checkpoint(tmp_path / "again" / "ckpt.pt")
+    assert state["lora_rank"] == 3
+    for name, weight in first.state_dict().items():
+        assert torch.equal(weight, again.state_dict()[name])
 
 
 def test_full_finetuning_begins_at_the_base_and_resumes_without_it(settings, base, tmp_path):
@@ -160,68 +184,49 @@ def test_full_finetuning_begins_at_the_base_and_resumes_without_it(settings, bas
     assert gpt.train()["step"] == 6
 
 
-def test_a_base_that_is_gone_or_unfit_is_named(settings, base, tmp_path):
-    """LoRA without its base; a block longer than the base knows; LoRA from nothing or with Muon."""
-    settings(lora_rank=2, max_iters=2, eval_interval=2)
-    gpt.train()
-    base.rename(tmp_path / "elsewhere.pt")
-    with pytest.raises(FileNotFoundError, match="best.pt does not exist"):
-        gpt.load_checkpoint(tmp_path / "out" / "best.pt")
-    settings(init_from=str(tmp_path / "elsewhere.pt"), block_size=32)
-    with pytest.raises(ValueError, match="block_size is 32: .*elsewhere.pt has 16 positions"):
-        gpt.train()
-    settings(block_size=16, optimizer="muon")
+def test_a_base_that_does_not_fit_is_named(settings, base, tmp_path):
+    """A block longer than the base knows, LoRA from scratch or with Muon, a rank below 0."""
+    with pytest.raises(ValueError, match="block_size is 32: .*best.pt takes at most 16"):
+        gpt.train(block_size=32)
     with pytest.raises(ValueError, match="lora_rank is 2: it needs --optimizer=adamw, not muon"):
-        gpt.train()
-    settings(init_from="scratch")
-    with pytest.raises(ValueError, match="lora_rank is 2: it needs init_from"):
-        gpt.train()
-    settings(lora_rank=-1)
+        gpt.train(lora_rank=2, optimizer="muon")
+    with pytest.raises(ValueError, match="lora_rank is 2: name the model by --init_from"):
+        gpt.train(lora_rank=2, init_from="scratch")
     with pytest.raises(ValueError, match="lora_rank is -1"):
-        gpt.train()
-
-
-def test_a_base_that_has_changed_is_noticed(settings, base, tmp_path):
-    """Adapters are not merged into, nor trained on beside, other weights than they were trained beside."""
-    settings(lora_rank=2, max_iters=2, eval_interval=2)
-    gpt.train()
-    gpt.load_checkpoint(tmp_path / "out" / "best.pt")
-    state = gpt.read_checkpoint(base)
-    state["model"]["h.1.mlp.c_fc.weight"] *= 1.001
-    gpt.save_checkpoint(base, state)
-    with pytest.raises(ValueError, match="best.pt holds other weights than when LoRA began"):
-        gpt.load_checkpoint(tmp_path / "out" / "best.pt")
-    settings(init_from="resume", max_iters=4)
-    with pytest.raises(ValueError, match="best.pt holds other weights than when LoRA began"):
-        gpt.train()
+        gpt.train(lora_rank=-1)
+    for missing in ("gpt2", str(tmp_path)):  # tmp_path: as a folder of Hugging Face
+        with pytest.raises(FileNotFoundError, match=f"python hub.py get {missing} makes one"):
+            gpt.train(init_from=missing)
 
 
 @pytest.mark.parametrize("use_rope", [True, False])
 @pytest.mark.parametrize("rank", [0, 2])
 def test_what_shapes_no_weight_is_as_the_settings_say(settings, tmp_path, use_rope, rank):
-    """A shorter context is taken, and evaluated with, as a resumed run does; dropout and
-    train_temperature reach the base."""
+    """A shorter context, dropout and train_temperature are taken, and evaluated with."""
     settings(out_dir=str(tmp_path / "base"), use_rope=use_rope)
     gpt.train()
-    settings(max_iters=2, eval_interval=2)
-    settings(init_from=str(tmp_path / "base" / "best.pt"), optimizer="adamw", lora_rank=rank)
+    base = str(tmp_path / "base" / "best.pt")
+    settings(max_iters=2, eval_interval=2, init_from=base, optimizer="adamw", lora_rank=rank)
     settings(out_dir=str(tmp_path / "out"), block_size=8, dropout=0.25, train_temperature=0.9)
     figures = gpt.train()
-    state = gpt.read_checkpoint(tmp_path / "out" / "ckpt.pt")
-    assert (state["model_args"]["dropout"], state["config"]["block_size"]) == (0.25, 8)
-    assert state["model_args"]["train_temperature"] == 0.9
-    assert state["model_args"]["block_size"] == (8 if use_rope else 16)
-    settings(eval_only=True, init_from="scratch", block_size=16)
-    assert gpt.train()["val_loss"] == pytest.approx(figures["val_loss"], abs=1e-6)
-    settings(init_from=str(tmp_path / "base" / "best.pt"))
-    whole = gpt.train()["val_loss"]
-    settings(block_size=8)
-    model, tokenizer, _ = gpt.load_checkpoint(tmp_path / "base" / "best.pt")
+    model, tokenizer, state = gpt.load_checkpoint(tmp_path / "out" / "ckpt.pt")
+    assert (model.config.dropout, model.config.train_temperature) == (0.25, 0.9)
+    assert (model.config.block_size, state["config"]["block_size"]) == (8 if use_rope else 16, 8)
     ids = tokenizer.encode(TEXT[int(0.9 * len(TEXT)) :])
-    model.config.block_size = 8
-    assert gpt.train()["val_loss"] == pytest.approx(hand_loss(model, ids, 8), abs=1e-5) != whole
-    settings(eval_only=False, init_from="resume", max_iters=3)
-    assert gpt.train()["step"] == 3
+    assert figures["val_loss"] == pytest.approx(hand_loss(model, ids, 8), abs=1e-5)
+    assert gpt.train(init_from="resume", max_iters=3)["step"] == 3
+
+
+def test_a_model_is_evaluated_in_the_windows_of_its_training(settings, base):
+    """The settings' block_size, which may be the default, does not count."""
+    state = gpt.read_checkpoint(base)
+    state["model"] = small(vocab_size=25, qk_norm=True, tie_weights=False).state_dict()
+    gpt.save_checkpoint(base, state)
+    model, tokenizer, _ = gpt.load_checkpoint(base)
+    ids = tokenizer.encode(TEXT[int(0.9 * len(TEXT)) :])
+    figures = gpt.train(eval_only=True, block_size=8)
+    assert figures["val_loss"] == pytest.approx(hand_loss(model, ids, 16), abs=1e-5)
+    assert abs(hand_loss(model, ids, 8) - hand_loss(model, ids, 16)) > 1e-3
 
 
 def test_a_vocabulary_of_the_same_size_is_no_other_vocabulary(settings, base, tmp_path):
@@ -237,88 +242,70 @@ def test_a_vocabulary_of_the_same_size_is_no_other_vocabulary(settings, base, tm
             gpt.train()
 
 
-@pytest.mark.parametrize(
-    "name", ["finetune_shakespeare", "finetune_chat", "finetune_rated", "eval_gpt2"]
-)
-def test_the_configs_run(settings, base, tmp_path, monkeypatch, name):
+@pytest.mark.parametrize("name", ["finetune_shakespeare", "finetune_chat", "finetune_rated"])
+def test_the_configs_run(settings, base, tmp_path, name):
     """Each, with a small model and data in its tokens, and two steps."""
     script = {k: getattr(gpt, k) for k in gpt.SETTINGS} | {"__file__": str(ROOT / "gpt.py")}
-    flags = [
-        f"--init_from={base}",
-        "--dataset=toy",
-        "--block_size=16",
-        "--max_iters=2",
-        "--warmup_iters=1",
-    ]
+    flags = ["--dataset=toy", "--block_size=16", "--max_iters=2", "--warmup_iters=1"]
+    flags += [f"--init_from={base}", f"--out_dir={tmp_path / 'out'}"]
     configurator.configure(
         script,
-        [str(ROOT / "config" / f"{name}.py"), *flags, f"--out_dir={tmp_path / 'out'}"],
-        derive=lambda: {"device_type": "cpu", "native_bfloat16": False},
+        [str(ROOT / "config" / f"{name}.py"), *flags],
+        gpt.SETTINGS,
+        gpt.check_setting,
+        lambda: {"device_type": "cpu", "native_bfloat16": False},
     )
-    settings(**{k: script[k] for k in gpt.SETTINGS})
-    assert gpt.train()["val_loss"] < 4
+    assert gpt.train(**{k: script[k] for k in gpt.SETTINGS})["val_loss"] < 4
 
 
-def test_init_from_a_hugging_face_folder(settings, base, tmp_path):
-    """An exported model is finetuned, evaluated and sampled from by its folder's name."""
-    model, tokenizer, state = gpt.load_checkpoint(base)
-    pretrained.export(model, tokenizer, state, tmp_path / "folder")
-    settings(eval_only=True)
-    expected = gpt.train()["val_loss"]
-    settings(init_from=str(tmp_path / "folder"))
-    assert gpt.train()["val_loss"] == pytest.approx(expected, abs=1e-6)
-    settings(eval_only=False, lora_rank=2, max_iters=3, eval_interval=3)
-    gpt.train()
-    merged, _, _ = gpt.load_checkpoint(tmp_path / "out" / "best.pt")
-    assert merged.config.n_layer == model.config.n_layer
+def test_a_model_of_hugging_face_is_finetuned(settings, base, tmp_path):
+    """hub.get makes a checkpoint of its folder, which is evaluated and finetuned as any other."""
+    hub.export(base, tmp_path / "folder")
+    fetched = hub.get(tmp_path / "folder", tmp_path / "fetched")
+    expected = gpt.train(eval_only=True)["val_loss"]
+    settings(init_from=str(fetched))
+    assert gpt.train(eval_only=True)["val_loss"] == pytest.approx(expected, abs=1e-6)
+    gpt.train(lora_rank=2, max_iters=3, eval_interval=3)
+    merged, _, state = gpt.load_checkpoint(tmp_path / "out" / "best.pt")
+    assert (merged.config.n_layer, state["base"]) == (2, str(fetched))
 
 
-def test_conversations_in_a_pretrained_models_tokens(settings, tmp_path, monkeypatch):
-    """With a tokenizer that lacks prepare.py's marks they are spelled out, in the data as in --chat."""
-    ranks = " ".join(base64.b64encode(byte).decode() for byte in prepare.BYTES)
-    special = "<|im_start|> <|im_end|>"
+def test_conversations_in_a_pretrained_models_tokens(settings, tmp_path):
+    """Marks that its tokenizer lacks are spelled out, in the data as in --chat."""
     tokenizer = gpt.Tokenizer(
         "bpe",
-        ranks=ranks,
-        pattern=prepare.GPT2_PATTERN,
-        special=special,
+        ranks=" ".join(base64.b64encode(byte).decode() for byte in BYTES),
+        pattern=GPT2_PATTERN,
+        special="<|im_start|> <|im_end|>",
         end="<|im_end|>",
-        chat="%s||%s:||%s",
     )
-    pretrained.export(small(vocab_size=258, block_size=64), tokenizer, {}, tmp_path / "folder")
-    messages = [
-        {"role": r, "content": c}
-        for r, c in (("system", "be"), ("user", "hello"), ("assistant", "ok"))
-    ]
+    model = small(vocab_size=258, block_size=64)
+    state = {"model": model.state_dict(), "model_args": asdict(model.config)}
+    path = tmp_path / "pretrained" / "best.pt"
+    path.parent.mkdir()
+    gpt.save_checkpoint(path, state | {"tokenizer": tokenizer.state})
+    said = (("system", "be"), ("user", "hello"), ("assistant", "ok"))
+    messages = [{"role": role, "content": content} for role, content in said]
     (tmp_path / "chat.jsonl").write_text((json.dumps({"messages": messages}) + "\n") * 3)
-    for name, value in {"input": str(tmp_path / "chat.jsonl"), "data_dir": gpt.data_dir}.items():
-        monkeypatch.setattr(prepare, name, value)
-    monkeypatch.setattr(prepare, "tokenizer", str(tmp_path / "folder"))
-    prepare.main()
-    settings(
-        dataset="chat",
-        init_from=str(tmp_path / "folder"),
-        optimizer="adamw",
-        block_size=64,
-        max_iters=2,
+    prepare.prepare(
+        input=tmp_path / "chat.jsonl", data_dir=tmp_path / "data", tokenizer=path.parent
     )
+    settings(dataset="chat", init_from=str(path), optimizer="adamw", block_size=64, max_iters=2)
     gpt.train()
+
     model, tokenizer, _ = gpt.load_checkpoint(tmp_path / "out" / "ckpt.pt")
-    data = gpt.Data(tmp_path / "data" / "chat", 64)
-    monkeypatch.setattr(sample, "system", "be")
-    asked = sample.Chat(model, tokenizer, None, None).ask("hello")
+    asked = sample.Chat(model, tokenizer, sample.Sampling(max_tokens=10), system="be").ask("hello")
     expected = b"be<|user|>hello<|assistant|>"
     assert tokenizer.decode_bytes(asked) == expected
-    x, _, w = data.get_batch("train", 0, 1)
-    assert (
-        x[0, : len(asked)].tolist() == asked == [prepare.BYTES.index(bytes([b])) for b in expected]
-    )
+    assert asked == [BYTES.index(bytes([byte])) for byte in expected]
+    x, _, w = gpt.Data(tmp_path / "data" / "chat", 64).get_batch("train", 0, 1)
+    assert x[0, : len(asked)].tolist() == asked
     assert w[0].tolist() == [0.0] * (len(asked) - 1) + [1.0] * 3 + [0.0] * (62 - len(asked))
     assert tokenizer.end == 257
 
 
 def test_lora_learns_the_rated_examples(settings, tmp_path, write_examples):
-    """A base that has learned one table answers another after LoRA; the wrong answers were rated 1."""
+    """A base that has learned one table answers another after LoRA; old answers have weight 0."""
     chars = "abcdefghij0123456789=\n"
     names = [a + b for a in "abcde" for b in "fghij"]
     first = {name: str(i * 7 % 90 + 10) for i, name in enumerate(names)}
@@ -352,122 +339,12 @@ def test_lora_learns_the_rated_examples(settings, tmp_path, write_examples):
             assert "".join(pieces) == answer
 
 
-# ---- Evaluation --------------------------------------------------------------------------------------------
-def hand_loss(model, ids, stride):
-    """Return the mean loss of ids[1:] in windows `stride` apart, each target counted once, by plain arithmetic."""
-    block, nats, counted, start = model.config.block_size, 0.0, 0, 0
-    while counted < len(ids) - 1:
-        window = ids[start : start + block + 1]
+def hand_loss(model, ids, block):
+    """Return the mean loss of ids[1:] in windows of `block` tokens, by plain arithmetic."""
+    nats = 0.0
+    for start in range(0, len(ids) - 1, block):
+        window = torch.tensor(ids[start : start + block + 1])
         with torch.no_grad():
-            logits = model(torch.tensor([window[:-1]]))[0][0]
-        losses = F.cross_entropy(logits, torch.tensor(window[1:]), reduction="none")
-        new = start + len(window) - 1 - counted
-        nats, counted, start = (
-            nats + float(losses[-new:].double().sum()),
-            counted + new,
-            start + stride,
-        )
-    return nats / counted
-
-
-def test_eval_text_is_sliding_windows(settings, base, tmp_path):
-    """Loss, perplexity, tokens and bits per byte of texts of any length, for any stride."""
-    model, tokenizer, _ = gpt.load_checkpoint(base)
-    for n_chars, stride in itertools.product((2, 16, 17, 18, 33, 300), (0, 16, 5, 1)):
-        text = TEXT[700 : 700 + n_chars]
-        (tmp_path / "text.txt").write_text(text)
-        settings(eval_text=str(tmp_path / "text.txt"), eval_stride=stride)
-        figures = gpt.train()
-        expected = hand_loss(model, tokenizer.encode(text), stride or 16)
-        assert figures["val_loss"] == pytest.approx(expected, abs=1e-5)
-        assert figures["perplexity"] == pytest.approx(math.exp(expected), rel=1e-4)
-        assert figures["bits_per_byte"] == pytest.approx(expected / math.log(2), abs=1e-4)
-        assert figures["tokens"] == n_chars
-
-
-def test_eval_text_begins_as_texts_do(settings, base, tmp_path):
-    """A tokenizer's begin token is seen first, so that the first character, too, is a target."""
-    state, chars = gpt.read_checkpoint(base), "".join(sorted(set(TEXT)))
-    state["tokenizer"] = gpt.Tokenizer("char", chars[:-1], special="<s>", begin="<s>").state
-    gpt.save_checkpoint(base, state)
-    text = "".join(c for c in TEXT[700:760] if c != chars[-1])
-    (tmp_path / "text.txt").write_text(text)
-    settings(eval_text=str(tmp_path / "text.txt"))
-    figures, (model, tokenizer, _) = gpt.train(), gpt.load_checkpoint(base)
-    ids = [tokenizer.begin, *tokenizer.encode(text)]
-    assert (ids[0], figures["tokens"]) == (len(chars) - 1, len(text))
-    assert figures["val_loss"] == pytest.approx(hand_loss(model, ids, 16), abs=1e-5)
-    assert figures["bits_per_byte"] == pytest.approx(figures["val_loss"] / math.log(2), abs=1e-6)
-
-
-def test_eval_stride_of_the_validation_split(settings, base, tmp_path):
-    """The split's own tokens, too, are taken in overlapping windows."""
-    settings(eval_only=True, eval_stride=4)
-    figures = gpt.train()
-    model, tokenizer, _ = gpt.load_checkpoint(base)
-    ids = tokenizer.encode(TEXT[int(0.9 * len(TEXT)) :])
-    assert figures["val_loss"] == pytest.approx(hand_loss(model, ids, 4), abs=1e-5)
-
-
-def test_bits_per_byte_do_not_depend_on_the_tokenizer(settings, tmp_path):
-    """Models that give each character one chance in 40, by characters or by pairs, use the same bits."""
-    text = "".join("abcdefgh"[i * i % 8] for i in range(200))
-    pairs = [a + b for a in "abcdefgh" for b in "abcdefgh"]
-    ranks = " ".join(base64.b64encode(pair.encode()).decode() for pair in pairs)
-    tokenizers = {
-        "char": gpt.Tokenizer("char", "abcdefgh"),
-        "pairs": gpt.Tokenizer("bpe", ranks=ranks, pattern="(?s:..)"),
-    }
-    found = {}
-    for name, tokenizer in tokenizers.items():
-        meta = gpt.write_dataset(tmp_path / "data" / name, text, tokenizer, "hand")
-        data = gpt.Data(tmp_path / "data" / name, 4)
-        loss = math.log(40) * meta["val_bytes"] / meta["val_tokens"]
-        settings(device="cpu")
-        found[name] = gpt.final_figures(loss, data, gpt.set_up_machine(), "")
-    assert meta["val_tokens"] * 2 == meta["val_bytes"]
-    assert found["char"]["bits_per_byte"] == pytest.approx(math.log2(40))
-    assert found["pairs"]["bits_per_byte"] == pytest.approx(math.log2(40))
-    assert found["pairs"]["perplexity"] == pytest.approx(1600)
-
-
-def test_perplexity_is_transformers(settings, base, tmp_path):
-    """The same windows through transformers, with its own loss, give the same perplexity."""
-    import transformers
-
-    model, tokenizer, state = gpt.load_checkpoint(base)
-    pretrained.export(model, tokenizer, state, tmp_path / "folder")
-    other = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "folder").eval()
-    text, stride = TEXT[5000:5400], 8
-    (tmp_path / "text.txt").write_text(text)
-    ids = transformers.AutoTokenizer.from_pretrained(tmp_path / "folder")(
-        text, return_tensors="pt"
-    ).input_ids
-    nats, n, end = 0.0, 0, 1
-    for begin in range(0, ids.size(1), stride):
-        last = min(begin + 17, ids.size(1))
-        window, labels = ids[:, begin:last], ids[:, begin:last].clone()
-        labels[:, : max(1, end - begin)] = -100
-        with torch.no_grad():
-            new = last - max(end, begin + 1)
-            nats, n, end = nats + float(other(window, labels=labels).loss) * new, n + new, last
-        if last == ids.size(1):
-            break
-    settings(
-        eval_text=str(tmp_path / "text.txt"), eval_stride=stride, init_from=str(tmp_path / "folder")
-    )
-    assert n == ids.size(1) - 1
-    assert gpt.train()["perplexity"] == pytest.approx(math.exp(nats / n), rel=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [(None, "text.txt"), (b"\xff\xfe", "text.txt"), (b"1", "text.txt"), (b"7 ~ 8", "lacks '~'")],
-)
-def test_texts_that_cannot_be_evaluated(settings, base, tmp_path, content, message):
-    """No file, no UTF-8, no two tokens, an unknown character."""
-    if content is not None:
-        (tmp_path / "text.txt").write_bytes(content)
-    settings(eval_text=str(tmp_path / "text.txt"))
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
-        gpt.train()
+            logits = model(window[None, :-1])[0][0]
+        nats += float(F.cross_entropy(logits, window[1:], reduction="sum"))
+    return nats / (len(ids) - 1)

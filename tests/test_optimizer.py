@@ -1,4 +1,4 @@
-"""Muon against singular value decompositions and torch.optim.Muon; how the parameters are divided."""
+"""Muon against singular value decompositions and torch.optim.Muon; who optimizes what."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def matrix_with(values, rows, cols, seed=0):
 @pytest.mark.parametrize("condition", [1.0, 3.0, 10.0])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_orthogonalize_moves_singular_values_to_one(shape, condition, dtype, low, high, off):
-    """For U S V^T the result has the same U and V, and singular values of about one, at any scale."""
+    """For U S V^T the result has the same U and V, and singular values near one, at any scale."""
     values = torch.logspace(0, -torch.tensor(condition).log10().item(), min(shape))
     made = [
         matrix_with(values * scale, *shape, seed) for seed, scale in enumerate((1.0, 1e-3, 50.0))
@@ -46,7 +46,7 @@ def test_orthogonalize_moves_singular_values_to_one(shape, condition, dtype, low
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_orthogonalize_is_the_quintic_on_singular_values(shape):
-    """Each singular value, over the Frobenius norm, goes five times through the published polynomial."""
+    """Each singular value, over the Frobenius norm, goes through the quintic five times."""
     values = torch.logspace(0, -1, min(shape), dtype=torch.float64)
     g, u, v = matrix_with(values, *shape)
     s = values / (values**2).sum().sqrt()
@@ -77,12 +77,10 @@ def test_newton_schulz_steps_run_in_what_the_hardware_multiplies(
     monkeypatch, dtype, native, expected
 ):
     monkeypatch.setattr(gpt, "native_bfloat16", lambda device: native)
-    monkeypatch.setattr(gpt, "optimizer", "muon")
-    model = gpt.GPT(
-        gpt.GPTConfig(vocab_size=8, block_size=8, n_layer=1, n_head=2, n_kv_head=1, n_embd=16)
-    )
-    machine = gpt.Machine(torch.device("cpu"), dtype, False, 0, 1)
-    assert gpt.make_optimizers(model, machine)[1].dtype == expected
+    chosen = gpt.checked_settings(optimizer="muon", n_layer=1, n_embd=16)
+    model = gpt.GPT(gpt.model_config(chosen, vocab_size=8))
+    machine = gpt.Machine(torch.device("cpu"), dtype)
+    assert gpt.make_optimizers(model, chosen, machine)[1].dtype == expected
 
 
 def muon_steps(starts, gradients, parts, **settings):
@@ -127,7 +125,7 @@ def test_updates_equal_those_of_torch(shape, settings):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_updates_equal_the_definition(shape):
-    """Nesterov momentum, U V^T by the quintic, sqrt(rows / cols) if tall, and decoupled decay, in float64."""
+    """Nesterov's momentum, the quintic, sqrt(rows / cols) if tall, decoupled decay; in float64."""
     start, gradients = torch.randn(shape), [torch.randn(shape) for _ in range(3)]
     lr, momentum, decay = 0.1, 0.9, 0.3
     found = muon_steps(
@@ -163,6 +161,15 @@ def test_fused_parts_equal_matrices_of_their_own(parts):
     assert relative(whole[0], found[0]) > 1e-2
 
 
+def test_a_step_by_hand():
+    """A 1 by 1 matrix: one step moves it by the quintic's value at 1, times the rate."""
+    found = muon_steps([torch.ones(1, 1)], [[torch.full((1, 1), -5.0)]], [1], lr=0.1)[0]
+    s = 1.0
+    for _ in range(5):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    assert float(found) == pytest.approx(1 + 0.1 * s, abs=1e-5)
+
+
 def test_momentum_is_saved_and_restored():
     """The buffer is the gradients' decaying mean, is in the state dict, and goes on from there."""
     start, gradients = torch.randn(6, 4), [torch.randn(6, 4) for _ in range(4)]
@@ -196,7 +203,7 @@ def test_momentum_is_saved_and_restored():
 
 
 # ---- Which optimizer gets what ----
-MACHINE = gpt.Machine(torch.device("cpu"), torch.float32, False, 0, 1)
+MACHINE = gpt.Machine(torch.device("cpu"), torch.float32)
 LEARNED = {
     "bias": True,
     "use_rope": False,
@@ -204,6 +211,13 @@ LEARNED = {
     "use_swiglu": False,
     "n_kv_head": 4,
 }
+
+
+def model_and_optimizers(**changes):
+    """Return (model, optimizers) for 11 ids, by gpt.py's settings and changes of them."""
+    chosen = gpt.checked_settings(**changes)
+    model = gpt.GPT(gpt.model_config(chosen, vocab_size=11))
+    return model, gpt.make_optimizers(model, chosen, MACHINE)
 
 
 def named_groups(model, optimizers):
@@ -223,8 +237,8 @@ def named_groups(model, optimizers):
 @pytest.mark.parametrize("family", [{}, LEARNED], ids=["llama", "gpt2"])
 @pytest.mark.parametrize("name", ["muon", "adamw"])
 def test_every_parameter_has_one_optimizer(settings, name, family, tied):
-    """Muon takes the blocks' matrices; norms and biases do not decay; rates and decay are the settings'."""
-    settings(
+    """Muon takes the blocks' matrices; norms and biases do not decay; numbers are the settings'."""
+    model, optimizers = model_and_optimizers(
         optimizer=name,
         tie_weights=tied,
         weight_decay=0.07,
@@ -234,8 +248,6 @@ def test_every_parameter_has_one_optimizer(settings, name, family, tied):
         beta2=0.9,
         **family,
     )
-    model = gpt.GPT(gpt.model_config(11))
-    optimizers = gpt.make_optimizers(model, MACHINE)
     assert [type(o) for o in optimizers] == [torch.optim.AdamW] + [gpt.Muon] * (name == "muon")
     groups = named_groups(model, optimizers)
     matrices = {
@@ -251,7 +263,7 @@ def test_every_parameter_has_one_optimizer(settings, name, family, tied):
         assert group["weight_decay"] == (0.07 if parameter in matrices | embeddings else 0.0), (
             parameter
         )
-        assert group["lr"] == (0.02 if by_muon else 0.003), parameter
+        assert group["lr"] == group["initial_lr"] == (0.02 if by_muon else 0.003), parameter
         if not by_muon:
             assert group["betas"] == (0.8, 0.9)
     if name == "muon":
@@ -269,9 +281,9 @@ def test_every_parameter_has_one_optimizer(settings, name, family, tied):
 @pytest.mark.parametrize("name", ["muon", "adamw"])
 def test_adamw_steps_equal_the_definition(settings, name):
     """An embedding and a norm take AdamW's steps with decoupled decay, in float64."""
-    settings(optimizer=name, weight_decay=0.5, learning_rate=0.02, beta1=0.8, beta2=0.9)
-    model = gpt.GPT(gpt.model_config(11))
-    optimizers = gpt.make_optimizers(model, MACHINE)
+    model, optimizers = model_and_optimizers(
+        optimizer=name, weight_decay=0.5, learning_rate=0.02, beta1=0.8, beta2=0.9
+    )
     tensors = [(model.wte.weight, 0.5), (model.ln_f.weight, 0.0)]
     starts = [p.detach().double() for p, _ in tensors]
     expected, means, squares = list(starts), [0.0, 0.0], [0.0, 0.0]
@@ -290,11 +302,45 @@ def test_adamw_steps_equal_the_definition(settings, name):
         assert torch.allclose(p.detach().double(), value, atol=1e-6)
 
 
+@pytest.mark.parametrize("as_tensors", [False, True], ids=["numbers", "tensors"])
+def test_learning_rates_are_set_in_proportion_to_their_peaks(settings, monkeypatch, as_tensors):
+    """Also as tensors, as a GPU's recorded step needs them, which must stay where they are."""
+    if as_tensors:
+        monkeypatch.setattr(gpt, "as_rate", lambda lr, machine: torch.tensor(lr))
+    _, optimizers = model_and_optimizers(learning_rate=0.003, muon_lr=0.02)
+    groups = [group for o in optimizers for group in o.param_groups]
+    before = [group["lr"] for group in groups]
+    for scale in (0.5, 0.0, 1.0):
+        gpt.set_learning_rates(optimizers, scale)
+        for o, peak in zip(optimizers, (0.003, 0.02), strict=True):
+            for group in o.param_groups:
+                assert float(group["lr"]) == pytest.approx(peak * scale, rel=1e-6)
+    if as_tensors:
+        assert all(group["lr"] is lr for group, lr in zip(groups, before, strict=True))
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_rates_as_tensors_give_the_steps_of_plain_numbers(settings, monkeypatch, name):
+    """Four steps of a falling rate, in both forms."""
+    weights = []
+    for as_tensors in (False, True):
+        if as_tensors:
+            monkeypatch.setattr(gpt, "as_rate", lambda lr, machine: torch.tensor(lr))
+        torch.manual_seed(0)
+        model, optimizers = model_and_optimizers(optimizer=name, weight_decay=0.1)
+        for step in range(4):
+            gpt.set_learning_rates(optimizers, 1 / (1 + step))
+            for p in model.parameters():
+                p.grad = torch.randn_like(p)
+            for o in optimizers:
+                o.step()
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert (weights[1] - weights[0]).norm() < 1e-5 * weights[0].norm()
+
+
 def test_a_step_lowers_the_loss(settings):
     """Twenty steps of Muon and AdamW fit one batch far below the first loss."""
-    settings(learning_rate=0.01, muon_lr=0.05)
-    model = gpt.GPT(gpt.model_config(11))
-    optimizers = gpt.make_optimizers(model, MACHINE)
+    model, optimizers = model_and_optimizers(learning_rate=0.01, muon_lr=0.05)
     ids = torch.randint(11, (4, 17))
     losses = []
     for _ in range(20):

@@ -12,8 +12,8 @@ import torch
 
 import configurator
 import gpt
-import plots
 import sample
+from extras import plots
 
 PICTURE = plots.Picture  # conftest puts nothing in its place
 LOG = [
@@ -49,7 +49,7 @@ def write_log(folder, lines, rest=""):
 
 @pytest.fixture
 def pictures(monkeypatch):
-    """Let runs draw; return the list of {line's label: (steps, values)} of each picture's first axes."""
+    """Let runs draw; return a list with {label: (steps, values)} of each picture's losses."""
     drawn, figure_of = [], plots.loss_figure
 
     def noting(*args):
@@ -62,7 +62,7 @@ def pictures(monkeypatch):
     return drawn
 
 
-# ---- The log -----------------------------------------------------------------------------------------------
+# ---- The log ----
 def test_read_log_takes_each_step_once_and_passes_over_torn_lines(tmp_path):
     again = {"step": 5, "elapsed_s": 0.6, "loss": 2.9}
     log = plots.read_log(
@@ -71,6 +71,15 @@ def test_read_log_takes_each_step_once_and_passes_over_torn_lines(tmp_path):
     assert log["loss"] == ([1, 5], [4.1, 2.9])
     assert log["val_loss"] == ([0, 5], [4.0, 3.5])
     assert not {"config", "machine", "mfu"} & set(log)
+
+
+@pytest.mark.parametrize("lost", ["null", "NaN", "Infinity"])
+def test_read_log_leaves_out_losses_that_are_not_finite(tmp_path, lost):
+    """They are null; logs of versions before 2.0.0 hold NaN, which is no JSON."""
+    rest = f'{{"step": 6, "loss": {lost}, "val_loss": {lost}}}\n{{"step": 7, "loss": 2.5}}\n'
+    log = plots.read_log(write_log(tmp_path, LOG, rest))
+    assert log["loss"] == ([1, 5, 7], [4.1, 3.0, 2.5])
+    assert log["val_loss"] == ([0, 5], [4.0, 3.5])
 
 
 def test_loss_figure_shows_the_logs_numbers_with_their_units(tmp_path):
@@ -143,12 +152,13 @@ def test_an_earlier_runs_picture_is_renamed_with_it(settings, pictures, tmp_path
 
 
 @pytest.mark.parametrize("where", [0, 5, 39])
-def test_losses_that_are_not_finite_can_be_drawn(where):
-    values = [3 - i / 40 for i in range(40)]
-    values[where] = math.nan
-    log = {"loss": (list(range(40)), values), "val_loss": ([0, 20], [math.inf, 2.0])}
+def test_losses_that_are_not_finite_can_be_drawn(tmp_path, where):
+    lines = [{"step": i, "loss": 3 - i / 40} for i in range(40)]
+    lines[where]["loss"] = math.nan
+    lines += [{"step": 0, "val_loss": math.inf}, {"step": 20, "val_loss": 2.0}]
+    log = plots.read_log(write_log(tmp_path, lines))
     low, high = plots.loss_figure(log).axes[0].get_ylim()
-    assert low < 2 < high < 3.2
+    assert low < 2.1 < high < 3.2
 
 
 def test_a_rising_validation_loss_stays_in_the_picture():
@@ -160,23 +170,27 @@ def test_a_rising_validation_loss_stays_in_the_picture():
 
 
 def test_a_skipped_step_does_not_end_a_run_that_draws(settings, pictures, monkeypatch, tmp_path):
-    """The loss of a step with a gradient that is not finite is drawn as a gap."""
+    """The loss of a step with a gradient that is not finite is left out."""
     settings(max_iters=60, eval_interval=20, log_interval=1)
-    loss = gpt.Machine.loss
+    batch_loss = gpt.batch_loss
     calls = []
 
-    def spoiled(self, forward, batch):
-        calls.append(1)
-        found = loss(self, forward, batch)
-        return found * math.nan if torch.is_grad_enabled() and len(calls) == 9 else found
+    def spoiled(*args):
+        loss = batch_loss(*args)
+        if torch.is_grad_enabled():
+            calls.append(1)
+        return loss * math.nan if len(calls) == 5 and torch.is_grad_enabled() else loss
 
-    monkeypatch.setattr(gpt.Machine, "loss", spoiled)
+    monkeypatch.setattr(gpt, "batch_loss", spoiled)
     assert gpt.train()["step"] == 60
     assert len(pictures) == 4 and (tmp_path / "out" / "loss.png").exists()
+    steps, values = pictures[-1]["training, by batch"]
+    assert sorted(set(range(1, 61)) - set(steps)) == [5]
+    assert all(map(math.isfinite, values))
 
 
 def test_a_logger_that_fails_does_not_end_the_run(settings, monkeypatch, capsys):
-    def failing(out, config):
+    def failing(out, config, step):
         return lambda values: 1 / 0
 
     monkeypatch.setattr(plots, "tensorboard_writer", failing)
@@ -204,14 +218,29 @@ def test_without_matplotlib_there_is_no_picture(settings, pictures, monkeypatch,
 
 def test_plots_draws_a_finished_run(run_script, tmp_path):
     write_log(tmp_path, LOG)
-    done = run_script("plots.py", tmp_path)
+    done = run_script("extras/plots.py", tmp_path)
     assert (done.returncode, done.stdout.strip()) == (0, f"wrote {tmp_path / 'loss.png'}")
     assert (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"
-    done = run_script("plots.py", "nowhere")
-    assert done.returncode == 2 and "log.jsonl does not exist: name a run's folder" in done.stderr
+    done = run_script("extras/plots.py", "nowhere")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+    assert "log.jsonl does not exist: name a run's folder" in done.stderr
+    done = run_script("extras/plots.py")
+    assert done.returncode == 2
+    assert done.stderr == "error: 0 words are given: name one run's folder\n"
+    done = run_script("extras/plots.py", "--help")
+    assert done.returncode == 0 and done.stdout.startswith("plots.py: ")
 
 
-# ---- TensorBoard, Weights & Biases -------------------------------------------------------------------------
+def test_a_path_may_begin_with_a_tilde(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    write_log(tmp_path, LOG)
+    plots.draw_run("~")
+    assert (tmp_path / "loss.png").exists()
+
+
+# ---- TensorBoard, Weights & Biases ----
 def logged_numbers(out):
     """Return {name: [(step, value), ...]} of all numbers in a log.jsonl, in its order."""
     found = {}
@@ -223,26 +252,68 @@ def logged_numbers(out):
     return found
 
 
-def test_tensorboard_holds_the_numbers_of_the_log(settings, tmp_path):
+def events_of(folder):
+    """Return {name: [(step, value), ...]} of what TensorBoard shows of a folder."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    events = EventAccumulator(str(folder), {"scalars": 0}).Reload()
+    names = events.Tags()["scalars"]
+    return {name: [(e.step, e.value) for e in events.Scalars(name)] for name in names}
+
+
+def in_float32(points):
+    return [(step, float(np.float32(value))) for step, value in points]
+
+
+def test_tensorboard_holds_the_numbers_of_the_log(settings, tmp_path):
     settings(max_iters=12, eval_interval=5, log_interval=2, tensorboard=True)
     gpt.train()
     (folder,) = (tmp_path / "out" / "tensorboard").iterdir()
-    events = EventAccumulator(str(folder), {"scalars": 0}).Reload()
     expected = logged_numbers(tmp_path / "out")
     assert {"loss", "val_loss", "lr", "grad_norm", "tokens_per_s", "perplexity"} <= set(expected)
-    assert set(events.Tags()["scalars"]) == set(expected)
+    found = events_of(folder)
+    assert set(found) == set(expected)
     for name, points in expected.items():
-        assert [(e.step, e.value) for e in events.Scalars(name)] == [
-            (step, float(np.float32(value))) for step, value in points
-        ], name
+        assert found[name] == in_float32(points), name
+
+
+def test_a_resumed_run_continues_its_curves_in_tensorboard(settings, tmp_path):
+    """There is one folder, in which each step has its last value; a new run has another folder."""
+    options = {"eval_interval": 5, "log_interval": 1, "tensorboard": True}
+    settings(max_iters=10, **options)
+    gpt.train()
+    settings(init_from="resume", max_iters=20)
+    gpt.train()
+    (folder,) = (tmp_path / "out" / "tensorboard").iterdir()
+    found, expected = events_of(folder), logged_numbers(tmp_path / "out")
+    assert dict(found["loss"]) == dict(in_float32(expected["loss"]))
+    assert [step for step, _ in found["loss"]] == list(range(1, 21))
+    assert dict(found["val_loss"]) == dict(in_float32(expected["val_loss"]))
+    settings(init_from="scratch", max_iters=5)
+    gpt.train()
+    folders = sorted((tmp_path / "out" / "tensorboard").iterdir())
+    assert [path.name for path in folders] == ["run-1", "run-2"]
+    assert len(events_of(folders[1])["loss"]) == 5
+
+
+def test_tensorboard_drops_what_was_logged_after_the_checkpoint(tmp_path):
+    """A killed run is resumed from an earlier step, whose later steps are then another's."""
+    (write, *_) = plots.open_writers(tmp_path, {}, tensorboard=True)
+    for step in range(1, 8):
+        write({"step": step, "loss": 1.0})
+    (write, *_) = plots.open_writers(tmp_path, {}, tensorboard=True, step=4)
+    for step in range(5, 10):
+        write({"step": step, "loss": 2.0})
+    (folder,) = (tmp_path / "tensorboard").iterdir()
+    losses = [1.0] * 4 + [2.0] * 5
+    assert events_of(folder)["loss"] == list(enumerate(losses, 1))
 
 
 def leveldb_records(log):
-    """Yield the records of a log in LevelDB's format, which wandb writes: see its doc/log_format.md.
+    """Yield the records of a log in LevelDB's format (its doc/log_format.md), as wandb writes it.
 
-    Blocks of 32 KiB hold chunks: checksum (4 bytes), length (2), kind (1: whole, 2: first, 3: middle, 4: last).
+    Blocks of 32 KiB hold chunks: checksum (4 bytes), length (2), kind (1: whole, 2: first, 3:
+    middle, 4: last).
     """
     place, record = 0, b""
     while place < len(log):
@@ -288,6 +359,36 @@ def test_wandb_offline_holds_the_numbers_of_the_log(settings, monkeypatch, tmp_p
     assert (config["n_layer"], config["max_iters"]) == (2, 12)
 
 
+def test_a_resumed_run_continues_its_run_of_wandb(settings, monkeypatch, tmp_path):
+    """By the id that is kept in its folder; a new run in that folder gets another id."""
+    import wandb
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    asked = []
+    init = wandb.init
+
+    def spy(**options):
+        asked.append((options.get("id"), options.get("resume")))
+        return init(**options)
+
+    monkeypatch.setattr(wandb, "init", spy)
+    settings(max_iters=2, eval_interval=2, wandb_log=True)
+    gpt.train()
+    first = (tmp_path / "out" / "wandb_id.txt").read_text()
+    settings(init_from="resume", max_iters=4)
+    gpt.train()
+    assert (tmp_path / "out" / "wandb_id.txt").read_text() == first
+    settings(init_from="scratch", max_iters=0)
+    gpt.train()
+    other = (tmp_path / "out" / "wandb_id.txt").read_text()
+    wandb.finish()
+    assert asked == [(None, None), (first, "allow"), (None, None)]
+    folders = (tmp_path / "out" / "wandb").glob("offline-run-*")
+    ids = {path.name.split("-")[3] for path in folders}  # offline-run-<date>-<id>
+    assert other != first and ids == {first, other}
+
+
 @pytest.mark.parametrize(
     ("setting", "library", "message"),
     [
@@ -302,14 +403,17 @@ def test_wandb_offline_holds_the_numbers_of_the_log(settings, monkeypatch, tmp_p
 def test_a_missing_library_is_named_with_its_remedy(
     settings, monkeypatch, tmp_path, setting, library, message
 ):
+    """The files of an earlier run keep their names."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "best.pt").write_bytes(b"of an earlier run")
     monkeypatch.setitem(sys.modules, library, None)
     settings(**{setting: True})
     with pytest.raises(ValueError, match=message):
         gpt.train()
-    assert not (tmp_path / "out").exists(), "an earlier run's files would have been renamed"
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["best.pt"]
 
 
-# ---- The model ---------------------------------------------------------------------------------------------
+# ---- The model ----
 def small_model(**changes):
     torch.manual_seed(1)
     sizes = {
@@ -327,21 +431,56 @@ def small_model(**changes):
     return model.eval()
 
 
-@pytest.mark.parametrize("changes", [{}, {"use_rope": False}, {"qk_norm": True, "n_kv_head": 1}])
-def test_noting_attention_does_not_change_the_model(changes):
-    model, idx = small_model(**changes), torch.randint(11, (3, 9))
-    expected, fast = model(idx)[0], gpt.attention
-    with plots.noting_attention() as noted:
-        assert torch.allclose(model(idx)[0], expected, atol=1e-5)
-        cache = gpt.KVCache(model.config, 3)
-        model(idx[:, :5], cache=cache)
-        assert torch.allclose(model(idx[:, 5:], cache=cache)[0], expected[:, 5:], atol=1e-5)
-    assert gpt.attention is fast
-    assert [tuple(w.shape) for w in noted[:2]] == [(3, 4, 9, 9)] * 2
-    assert torch.allclose(noted[0][:, :, 5:], noted[4][..., :9], atol=1e-5)
-    with pytest.raises(ZeroDivisionError), plots.noting_attention():
-        raise ZeroDivisionError
-    assert gpt.attention is fast
+FAMILIES = pytest.mark.parametrize(
+    "changes", [{}, {"use_rope": False, "bias": True}, {"qk_norm": True, "n_kv_head": 1}], ids=str
+)
+
+
+@FAMILIES
+def test_attention_weights_are_those_that_the_model_uses(changes):
+    """Applied to each layer's values by hand, they give what its attention gives."""
+    model, ids = small_model(**changes), [3, 1, 4, 1, 5, 9, 2]
+    expected, seen = model(torch.tensor([ids]))[0], []
+
+    def note(attention, args, output):
+        q, _, v = attention.project(args[0], args[2])
+        v = v.repeat_interleave(q.size(1) // v.size(1), dim=1)
+        seen.append((attention, v, output))
+
+    hooks = [block.attn.register_forward_hook(note) for block in model.h]
+    weights = plots.attention_weights(model, ids)
+    for hook in hooks:
+        hook.remove()
+    assert len(seen) == len(weights) == 2
+    for (attention, v, output), shares in zip(seen, weights):
+        y = (shares[None] @ v).transpose(1, 2).flatten(2)
+        torch.testing.assert_close(attention.c_proj(y), output, atol=1e-5, rtol=1e-4)
+    assert torch.equal(model(torch.tensor([ids]))[0], expected), "the model stays as it was"
+    assert not any(block.attn._forward_pre_hooks for block in model.h)
+
+
+def test_a_failing_model_keeps_no_hook():
+    model = small_model()
+    with pytest.raises(AssertionError):
+        plots.attention_weights(model, [1] * 17)  # block_size is 16
+    assert not any(block.attn._forward_pre_hooks for block in model.h)
+
+
+@pytest.mark.parametrize("kind", ["none", "bool", "float"])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_attention_shares_are_torchs(kind, groups):
+    """torch's own attention to values that are the identity returns its weights."""
+    q, k = torch.randn(2, 6, 5, 8), torch.randn(2, 6 // groups, 7, 8)
+    mask = {"none": None, "bool": torch.rand(2, 1, 5, 7) < 0.5, "float": torch.randn(5, 7)}[kind]
+    if mask is None:
+        k = k[:, :, :5]
+    elif kind == "bool":
+        mask[..., 0] = True  # a query that sees nothing has no shares
+    values = torch.eye(k.size(2)).expand(2, 6, -1, -1)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        q, k.repeat_interleave(groups, dim=1), values, mask, is_causal=mask is None
+    )
+    torch.testing.assert_close(plots.attention_shares(q, k, mask), expected)
 
 
 def test_attention_weights_are_causal_shares():
@@ -448,13 +587,13 @@ def test_showing_attention_needs_matplotlib(checkpoint, monkeypatch):
 
 
 def test_a_bare_flag_is_the_empty_text_where_none_is_allowed():
-    settings = configurator.read_settings('show: str | None = None  # a\nname = "x"  # b\n')
+    settings = gpt.read_settings('show: str | None = None  # a\nname = "x"  # b\n')
     for argv, expected in (
         (["--show"], {"show": ""}),
         (["--show", "--name=y"], {"show": "", "name": "y"}),
         (["--show=attention"], {"show": "attention"}),
         (["--show", "attention"], {"show": "attention"}),
     ):
-        assert configurator.read_flags(settings, argv) == ([], expected)
+        assert configurator.read_flags(argv, settings, gpt.check_setting) == ([], expected)
     with pytest.raises(ValueError, match="--name needs a value"):
-        configurator.read_flags(settings, ["--name"])
+        configurator.read_flags(["--name"], settings, gpt.check_setting)

@@ -1,8 +1,9 @@
-"""prepare.py: text from files, folders, Python itself, two mirrors and Hugging Face, and what it refuses."""
+"""prepare.py: text of files, folders, Python, two mirrors and Hugging Face, and what it refuses."""
 
 import concurrent.futures
 import contextlib
 import csv
+import doctest
 import gzip
 import hashlib
 import http.server
@@ -10,6 +11,8 @@ import io
 import itertools
 import json
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,17 +25,17 @@ import pytest
 import transformers
 
 import gpt
+import hub
 import prepare
-import tokenizer_json
+from extras import documents
 
 PLAY = "First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak.\n"
 PLAY_SHA256 = hashlib.sha256(PLAY.encode()).hexdigest()
 
 
 def read_bins(folder, stem, width=2):
-    """Return the numbers in <stem>.bin, or else in <stem>_0000.bin and so on, read byte by byte."""
-    paths = sorted(folder.glob(f"{stem}_*.bin")) or [folder / f"{stem}.bin"]
-    content = b"".join(path.read_bytes() for path in paths)
+    """Return the numbers in <stem>.bin, read byte by byte."""
+    content = (folder / f"{stem}.bin").read_bytes()
     return [int.from_bytes(content[i : i + width], "little") for i in range(0, len(content), width)]
 
 
@@ -43,17 +46,15 @@ def text_of(folder, split):
 
 
 @pytest.fixture
-def prepared(monkeypatch, tmp_path):
-    """Return a function that runs prepare.main() with some settings and gives (folder's name, meta, text)."""
+def prepared(tmp_path):
+    """Return a function that prepares with some settings and gives (folder's name, meta, text)."""
     root = tmp_path / "data"
 
     def run(**values):
-        for name, value in ({"data_dir": str(root)} | values).items():
-            assert isinstance(getattr(prepare, name), str | int | float), name
-            monkeypatch.setattr(prepare, name, value)
-        prepare.main()
+        returned = prepare.prepare(**({"data_dir": str(root)} | values))
         (folder,) = root.iterdir()
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        assert returned == meta
         return folder.name, meta, text_of(folder, "train") + text_of(folder, "val")
 
     return run
@@ -61,7 +62,7 @@ def prepared(monkeypatch, tmp_path):
 
 @pytest.fixture
 def refused(prepared, tmp_path):
-    """Return a function that expects prepare.main() to refuse, on one line and with nothing written."""
+    """Return a function that expects a refusal, on one line and with nothing written."""
 
     def run(error, *fragments, **values):
         with pytest.raises(error) as e:
@@ -77,7 +78,7 @@ def refused(prepared, tmp_path):
 
 @pytest.fixture
 def mirror(monkeypatch):
-    """Return (pages, asked, root) of a server; pages are {path: (status, body, declared length)}."""
+    """Return (pages, asked, root) of a server; pages are {path: (status, body, stated length)}."""
     monkeypatch.setenv("no_proxy", "*")
     pages, asked = {}, []
 
@@ -106,7 +107,7 @@ def mirror(monkeypatch):
 
 @pytest.fixture
 def urls(monkeypatch):
-    """Return a function that replaces the mirrors of tiny Shakespeare, and its sha256 by that of PLAY."""
+    """Return a function that replaces the mirrors of Shakespeare, which is PLAY here."""
     monkeypatch.setattr(gpt, "SHAKESPEARE_SHA256", PLAY_SHA256)
     monkeypatch.setattr(prepare, "SHAKESPEARE_SHA256", PLAY_SHA256)
 
@@ -133,9 +134,9 @@ def test_a_file_is_prepared_under_its_own_name(prepared, tmp_path, capsys):
     assert (meta["train_tokens"], meta["val_tokens"]) == (99, 11)
     assert meta["vocab_size"] == len(meta["tokenizer"]["chars"]) == 14
     out = capsys.readouterr().out
-    assert len(out.splitlines()) == 1
+    assert len(out.splitlines()) == 2
     assert "99 training and 11 validation tokens" in out
-    assert out.endswith("python gpt.py --dataset=mine\n")
+    assert out.endswith(f"now: python gpt.py --dataset=mine --data_dir={tmp_path / 'data'}\n")
 
 
 def test_name_and_val_fraction(prepared, tmp_path):
@@ -147,8 +148,10 @@ def test_name_and_val_fraction(prepared, tmp_path):
 
 
 def test_a_folders_files_are_documents_in_order(prepared, tmp_path):
-    """Paths are sorted, subfolders and .gz included; others are ignored, and empty ones. Each ends with its
-    mark, and the first of ten is for validation."""
+    """Paths are sorted, subfolders and .gz included; other files are ignored, and empty ones.
+
+    Each document ends with its mark, and the first of ten is for validation.
+    """
     folder = tmp_path / "notes"
     for path, content in (
         ("b.txt", "second"),
@@ -185,7 +188,7 @@ def test_suffixes_choose_other_files(prepared, tmp_path):
 
 @pytest.mark.parametrize("fraction", [0.1, 0.25, 0.3, 0.5, 0.01])
 def test_documents_are_split_evenly_and_never_in_two(prepared, tmp_path, fraction):
-    """Of 100 documents ceil(100 f) are for validation, the first and then evenly; each is in one split."""
+    """Of 100 documents ceil(100 f) are for validation, spread evenly; each is in one split."""
     rows = [json.dumps({"text": f"[{i}]"}) for i in range(100)]
     prepared(input=write(tmp_path / "d.jsonl", "\n".join(rows)), val_fraction=fraction)
     train, val = (
@@ -216,6 +219,68 @@ def test_a_byte_order_mark_is_dropped_with_a_notice(prepared, tmp_path, capsys):
     assert capsys.readouterr().out.count(f"{path}: dropped the byte order mark") == 1
 
 
+@pytest.mark.parametrize("name", ["t.txt", "t.txt.gz", "t.jsonl", "t.csv", "t.CSV.GZ"])
+def test_a_byte_order_mark_is_dropped_from_every_kind_of_file(prepared, tmp_path, name):
+    """Excel writes one before the name of a table's first column."""
+    rows = {"t": "one\ntwo\n", "j": '{"text": "one"}\n{"text": "two"}\n', "c": "text\none\ntwo\n"}
+    kind = name.lower()[2] if "txt" not in name else "t"
+    content = b"\xef\xbb\xbf" + rows[kind].encode()
+    if name.lower().endswith("gz"):
+        content = gzip.compress(content)
+    back = prepared(input=write(tmp_path / name, content), name="t")[2]
+    assert back == ("one\ntwo\n" if kind == "t" else "two<|endoftext|>one<|endoftext|>")
+
+
+def test_the_home_folder_is_known_in_every_path(tmp_path, monkeypatch, capsys):
+    """A ~ in input, data_dir, info, tokenizer and hf is never a folder of that name."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    home = tmp_path / "home"
+    write(home / "t.txt", "abcd" * 10)
+    prepare.prepare(input="~/t.txt", data_dir="~/d")
+    assert text_of(home / "d" / "t", "train") == "abcd" * 9
+    prepare.prepare(info="~/d/t")
+    assert capsys.readouterr().out.count(f"{home / 'd' / 't'}") == 2
+    write(tmp_path / "u.txt", "dcba" * 10)
+    prepare.prepare(input="u.txt", data_dir="~/d", tokenizer="~/d/t")
+    assert read_bins(home / "d" / "u", "train") == [3, 2, 1, 0] * 9
+    pytest.importorskip("datasets")
+    jsonl(home / "rows" / "train.jsonl", [{"text": "ab"}, {"text": "cd"}])
+    prepare.prepare(hf="~/rows", data_dir="~/d", tokenizer="char")
+    assert text_of(home / "d" / "rows", "train") == "cd<|endoftext|>"
+    assert not (tmp_path / "~").exists()
+
+
+def test_the_last_line_can_be_pasted(prepared, tmp_path, monkeypatch, capsys):
+    """A shell reads its words as they were meant, the data_dir included if it was given."""
+    path = write(tmp_path / "t.txt", "abcd" * 10)
+    root = str(tmp_path / "it's a place")
+    prepare.prepare(input=path, data_dir=root, name="two words; rm")
+    command = capsys.readouterr().out.splitlines()[-1].removeprefix("now: ")
+    assert shlex.split(command) == [
+        "python",
+        "gpt.py",
+        "--dataset=two words; rm",
+        f"--data_dir={root}",
+    ]
+    monkeypatch.setattr(prepare, "HERE", tmp_path)
+    prepare.prepare(input=path)
+    assert capsys.readouterr().out.splitlines()[-1] == "now: python gpt.py --dataset=t"
+
+
+def test_settings_from_python_pass_the_check_of_flags(refused, prepared, tmp_path):
+    """A typo and a wrong type are refused; numbers of numpy and paths are taken."""
+    path = write(tmp_path / "t.txt", "abcd" * 10)
+    refused(ValueError, "'inptu'", "input", inptu=path)
+    refused(ValueError, "vocab_size", "4096.5", input=path, vocab_size=4096.5)
+    refused(ValueError, "name", "text", input=path, name=3)
+    _, meta, _ = prepared(input=Path(path), val_fraction=np.float64(0.5), workers=np.int64(1))
+    assert (meta["train_tokens"], meta["val_tokens"]) == (20, 20)
+
+
 def test_tiktoken_kinds_are_passed_on(prepared, tmp_path, monkeypatch):
     """--tokenizer reaches tiktoken, and its failure is a sentence."""
     asked = []
@@ -225,7 +290,7 @@ def test_tiktoken_kinds_are_passed_on(prepared, tmp_path, monkeypatch):
         raise OSError("no network in the tests")
 
     monkeypatch.setattr(gpt.tiktoken, "get_encoding", get_encoding)
-    with pytest.raises(ValueError, match="'gpt2'.*TIKTOKEN_CACHE_DIR.*--tokenizer=bpe"):
+    with pytest.raises((ValueError, OSError), match=r"gpt2.*TIKTOKEN_CACHE_DIR"):
         prepared(input=write(tmp_path / "mine.txt", "abcd" * 10), tokenizer="gpt2")
     assert asked == ["gpt2"]
     assert not (tmp_path / "data").exists()
@@ -368,6 +433,11 @@ def test_a_val_fraction_out_of_range_is_refused(refused, tmp_path, value):
     refused(ValueError, "val_fraction", str(value), input=path, val_fraction=value)
 
 
+def test_a_source_without_a_name_is_refused(refused):
+    """The root folder has none, and the data folder itself is not to be written to."""
+    refused(ValueError, "''", "name", hf="/")
+
+
 @pytest.mark.parametrize("word", [".", ".."])
 def test_an_input_without_a_name_of_its_own_writes_in_no_other_place(
     prepared, tmp_path, monkeypatch, word
@@ -384,12 +454,11 @@ def test_an_input_without_a_name_of_its_own_writes_in_no_other_place(
 
 
 @pytest.fixture
-def missing(monkeypatch, tmp_path):
+def missing(tmp_path):
     """Return a function that runs gpt.prepare_if_missing for a data set under tmp_path."""
 
     def run(dataset):
-        monkeypatch.setattr(gpt, "data_dir", str(tmp_path / "data"))
-        return gpt.prepare_if_missing(dataset)
+        return gpt.prepare_if_missing(dataset, tmp_path / "data")
 
     return run
 
@@ -428,7 +497,7 @@ def test_without_network_gpt_falls_back_to_pydoc(missing, urls, tmp_path, capsys
 
 
 def test_the_fallback_leaves_an_existing_pydoc_alone(missing, urls, tmp_path):
-    """Another run may be reading the files, or they may hold other tokens: they are not written again."""
+    """Another run may be reading the files, or they hold other tokens: they are not rewritten."""
     urls((tmp_path / "none.txt").as_uri())
     folder = missing("pydoc")
     (folder / "train.bin").write_bytes(b"mine")
@@ -449,7 +518,7 @@ def test_prepare_as_a_command(run_script, tmp_path):
         "prepare.py", "--input=mine.txt", "--data_dir=d", "--name", "x", cwd=path.parent
     )
     assert (done.returncode, done.stderr) == (0, "")
-    assert "python gpt.py --dataset=x" in done.stdout
+    assert "python gpt.py --dataset=x --data_dir=d" in done.stdout
     assert (tmp_path / "d" / "x" / "train.bin").read_bytes() == b"\0\0\1\0\2\0\3\0" * 9
 
 
@@ -500,7 +569,7 @@ EXAMPLES = [
 @pytest.mark.parametrize("make", [jsonl, csv_file], ids=["jsonl", "csv"])
 @pytest.mark.parametrize("kind", ["char", "bpe"])
 def test_examples_weigh_their_responses_by_rating(prepared, tmp_path, make, kind):
-    """Prompts weigh 0; each token of a response, the first and <|endoftext|> too, (rating - 1) / 4 of 255."""
+    """Prompts weigh 0; each token of a response and its <|endoftext|> (rating - 1) / 4 of 255."""
     path = make(tmp_path / f"e.{make.__name__[:5].rstrip('_f')}", EXAMPLES)
     prepared(input=path, tokenizer=kind, vocab_size=300)
     folder = tmp_path / "data" / "e"
@@ -522,7 +591,7 @@ def test_examples_weigh_their_responses_by_rating(prepared, tmp_path, make, kind
 
 
 def test_examples_without_a_rating_weigh_all(prepared, tmp_path, capsys):
-    """255 for every token of the responses; the last line tells what block_size the longest example needs."""
+    """255 for every token of the responses; the last line has the longest example's block_size."""
     rows = [{"prompt": "ab", "response": "cde"}, {"prompt": "a", "response": "b"}]
     prepared(input=jsonl(tmp_path / "e.jsonl", rows))
     assert read_bins(tmp_path / "data" / "e", "val.weight", 1) == [0, 0, 255, 255, 255, 255]
@@ -589,6 +658,7 @@ def test_faulty_csv(refused, prepared, tmp_path, content, fragments):
         ('{"text": "a"}\n{"text": \n', ("line 2", "JSON", "column")),
         ('{"text": "a"}\n\n{"text": 3}\n', ("line 3", "text is '3'")),
         ('["a"]\n', ("line 1", "no columns")),
+        ("null\n", ("line 1", "no columns")),
         ('{"text": "\\ud800"}\n', ("line 1", "text is")),
         ('{"body": "a"}\n', ("line 1", "'text'", "body", "--text_column")),
         (
@@ -647,47 +717,45 @@ def test_a_text_too_small_for_vocab_size_gets_fewer(prepared, tmp_path):
     assert 260 < meta["vocab_size"] < 280
 
 
-def test_the_bpe_sample_is_bounded_and_even(monkeypatch):
+def test_the_bpe_sample_is_bounded_and_even():
     """A tenth of the bytes is every tenth piece; unknown size: the first; special tokens never."""
     segments = [("val" if i % 7 == 0 else "train", f"{i:09d},", 255) for i in range(700)]
     segments.insert(5, ("train", prepare.EOT, 255))
-    monkeypatch.setattr(prepare, "bpe_sample_mb", 600 / 1e6)
-    taken = [int(text[:-1]) for text in prepare.bpe_sample(segments, 6000)]
+    taken = [int(text[:-1]) for text in prepare.bpe_sample(segments, 6000, 600)]
     train = [i for i in range(700) if i % 7]
     places = [train.index(i) for i in taken]
     assert len(taken) == 60
     assert (places[0], min(np.diff(places)), max(np.diff(places))) == (0, 10, 10)
-    assert [int(text[:-1]) for text in prepare.bpe_sample(segments, None)] == train[:60]
-    monkeypatch.setattr(prepare, "bpe_sample_mb", 1 / 1e6)
-    assert len(list(prepare.bpe_sample(segments, 6000))) == 1
+    assert [int(text[:-1]) for text in prepare.bpe_sample(segments, None, 600)] == train[:60]
+    assert len(list(prepare.bpe_sample(segments, 6000, 1))) == 1
 
 
-def test_a_tokenizer_is_taken_from_a_data_set_or_checkpoint(prepared, tmp_path, monkeypatch):
-    """--tokenizer=PATH: the ids are those of the other data set; an unknown character is named."""
+def test_a_tokenizer_is_taken_from_a_data_set_or_checkpoint(prepared, tmp_path):
+    """--tokenizer=PATH: the ids are those of the other data set; a run's folder serves as well."""
     path = write(tmp_path / "a.txt", "hello world " * 50)
     _, first, _ = prepared(input=path, tokenizer="bpe", vocab_size=270)
-    other = tmp_path / "data" / "a"
-    gpt.save_checkpoint(
-        tmp_path / "c.pt", {"model": {}, "model_args": {}, "tokenizer": first["tokenizer"]}
-    )
-    for source in (other, tmp_path / "c.pt"):
-        monkeypatch.setattr(prepare, "data_dir", str(tmp_path / "more"))
-        monkeypatch.setattr(prepare, "tokenizer", str(source))
-        monkeypatch.setattr(prepare, "input", write(tmp_path / "b.txt", "world of hello " * 20))
-        prepare.main()
+    state = {"model": {}, "model_args": {}, "tokenizer": first["tokenizer"]}
+    (tmp_path / "run").mkdir()
+    gpt.save_checkpoint(tmp_path / "run" / "best.pt", state)
+    for source in (tmp_path / "data" / "a", tmp_path / "run", tmp_path / "run" / "best.pt"):
+        prepare.prepare(
+            data_dir=tmp_path / "more",
+            tokenizer=source,
+            input=write(tmp_path / "b.txt", "world of hello " * 20),
+        )
         meta = json.loads((tmp_path / "more" / "b" / "meta.json").read_text(encoding="utf-8"))
         assert meta["tokenizer"] == first["tokenizer"]
         assert text_of(tmp_path / "more" / "b", "train") == ("world of hello " * 20)[:270]
 
 
 def test_a_tokenizer_is_taken_from_a_hugging_face_folder(prepared, tmp_path):
-    """Ids are transformers'; answers end with its end token, and the chat template is prepare.py's own."""
+    """Ids are transformers'; answers end with its end token; the chat template is prepare.py's."""
     special = "</s> <|user|> <|assistant|>"
     original = gpt.Tokenizer(
         "char", "\n eholrwd", special=special, end="</s>", begin="</s>", chat="%s||%s:||%s"
     )
     (tmp_path / "model").mkdir()
-    tokenizer_json.write_tokenizer(original, tmp_path / "model", 64)
+    hub.write_tokenizer(original, tmp_path / "model", 64)
     rows = [
         {
             "messages": [
@@ -773,12 +841,13 @@ def test_settings_without_meaning_are_refused(refused, tmp_path, values, fragmen
 )
 def test_clean_line(line, cleaned):
     """Each kind of markup and spacing; numbers and code keep their form."""
-    assert prepare.clean_line(line) == cleaned
+    assert documents.clean_line(line) == cleaned
 
 
 def test_wikitext_is_cleaned_article_by_article(prepared, tmp_path):
     """Articles begin at their titles and are documents; lines stay lines."""
-    text = " \n = A = \n \n First , yes . \n Second . \n = = S = = \n \n x = 3 @.@ 14 \n \n = B = \n \n It . \n"
+    text = " \n = A = \n \n First , yes . \n Second . \n = = S = = \n \n x = 3 @.@ 14 \n \n"
+    text += " = B = \n \n It . \n"
     prepared(input=write(tmp_path / "w.txt", text), clean="wikitext")
     folder = tmp_path / "data" / "w"
     assert text_of(folder, "val") == "# A\n\nFirst, yes.\nSecond.\n## S\n\nx = 3.14\n<|endoftext|>"
@@ -790,7 +859,7 @@ def test_wikitext_is_cleaned_article_by_article(prepared, tmp_path):
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
-    """A folder of 4.5 MB of texts: one of 2.3 MB, one of 1.2 MB without space or line end, many small ones."""
+    """A folder of texts: one of 2.3 MB, one of 1.2 MB without space or line end, 40 small ones."""
     folder = tmp_path_factory.mktemp("large") / "texts"
     rng = np.random.default_rng(0)
     words = np.array(
@@ -806,11 +875,9 @@ def large(tmp_path_factory):
 @pytest.fixture(scope="module")
 def whole(large, tmp_path_factory):
     """The data set of `large` as it comes without any setting."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "input", str(large))
-        patch.setattr(prepare, "data_dir", str(tmp_path_factory.mktemp("whole")))
-        prepare.main()
-        return Path(prepare.data_dir) / "texts"
+    root = tmp_path_factory.mktemp("whole")
+    prepare.prepare(input=large, data_dir=root)
+    return root / "texts"
 
 
 @contextlib.contextmanager
@@ -844,42 +911,31 @@ def files_of(folder):
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def test_pieces_and_processes_change_no_token(large, prepared, tmp_path, monkeypatch):
-    """BPE over blocks of 1 MB, by two processes, in shards: the ids of each text encoded whole, in order."""
+def test_pieces_and_processes_change_no_token(large, prepared, tmp_path):
+    """BPE over blocks, by two processes, saved often: the ids of each text encoded whole."""
     _, meta, _ = prepared(
-        input=str(large), tokenizer="bpe", vocab_size=400, workers=2, shard_tokens=1
+        input=large, tokenizer="bpe", vocab_size=400, workers=2, shard_tokens=100_000
     )
     tokenizer, folder = gpt.Tokenizer(**meta["tokenizer"]), tmp_path / "data" / "texts"
-    assert len(list(folder.glob("train_*.bin"))) > 2
     paths = sorted(large.iterdir())
     for split in ("train", "val"):
         chosen = [p for i, p in enumerate(paths) if (i % 10 == 0) == (split == "val")]
         expected = []
         for path in chosen:
-            expected += tokenizer.encode(path.read_bytes().decode()) + [
-                tokenizer.special["<|endoftext|>"]
-            ]
-        data = gpt.Tokens(folder, split, np.dtype("<u2"))
-        assert data[np.arange(len(data))].tolist() == expected
+            expected += tokenizer.encode(path.read_bytes().decode())
+            expected.append(tokenizer.special["<|endoftext|>"])
+        assert np.fromfile(folder / f"{split}.bin", "<u2").tolist() == expected
         assert meta[f"{split}_tokens"] == len(expected)
         assert meta[f"{split}_bytes"] == sum(path.stat().st_size for path in chosen)
 
 
-def test_sharded_is_unsharded(large, whole, prepared, tmp_path):
-    """The same tokens and the same batches, whatever the size of the shards."""
-    _, meta, _ = prepared(input=str(large), name="many", shard_tokens=1)
-    assert len(list((tmp_path / "data" / "many").glob("train_*.bin"))) > 2
-    assert not list(whole.glob("train_*.bin"))
-    one, many = gpt.Data(whole, 64), gpt.Data(tmp_path / "data" / "many", 64)
-    assert one.meta["sha256"] == meta["sha256"]
-    for split in ("train", "val"):
-        assert read_bins(whole, split) == read_bins(tmp_path / "data" / "many", split)
-        for step in (0, 1, 1000):
-            pairs = zip(one.get_batch(split, step, 16), many.get_batch(split, step, 16))
-            assert all((a == b).all() for a, b in pairs)
+def test_often_saved_is_never_saved(large, whole, prepared, tmp_path):
+    """The same files, whatever shard_tokens is."""
+    prepared(input=large, shard_tokens=1)
+    assert files_of(tmp_path / "data" / "texts") == files_of(whole)
 
 
-def test_killed_in_the_third_shard_and_started_again(large, tmp_path):
+def test_killed_and_started_again(large, tmp_path):
     """The files are those of a run that was let be, and no process of the killed one stays."""
     options = [
         f"--input={large}",
@@ -893,9 +949,11 @@ def test_killed_in_the_third_shard_and_started_again(large, tmp_path):
     progress = tmp_path / "cut" / "texts.part" / "progress.json"
     killed = run_prepare(*options, f"--data_dir={tmp_path / 'cut'}")
     while killed.poll() is None and not (
-        progress.exists() and json.loads(progress.read_text())["shards"] >= 2
+        progress.exists() and json.loads(progress.read_text())["batches"] >= 3
     ):
-        time.sleep(0.002)
+        time.sleep(0.001)
+    killed.send_signal(signal.SIGSTOP)  # or it might end before its workers are known
+    assert killed.poll() is None
     children = Path(f"/proc/{killed.pid}/task/{killed.pid}/children")
     workers = children.read_text().split() if children.exists() else []
     killed.kill()
@@ -905,7 +963,7 @@ def test_killed_in_the_third_shard_and_started_again(large, tmp_path):
     again = run_prepare(*options, f"--data_dir={tmp_path / 'cut'}")
     out, _ = again.communicate(timeout=120)
     assert again.returncode == 0, out
-    assert "going on after" in out
+    assert "resuming after" in out
     assert "trained a vocabulary" not in out
     assert files_of(tmp_path / "cut" / "texts") == files_of(tmp_path / "whole" / "texts")
     assert [p.name for p in (tmp_path / "cut").iterdir()] == ["texts"]
@@ -917,8 +975,8 @@ def test_killed_in_the_third_shard_and_started_again(large, tmp_path):
     ]
 
 
-def test_ctrl_c_keeps_whole_shards(large, tmp_path):
-    """One line says how to go on, and exit code 130."""
+def test_ctrl_c_keeps_the_work(large, tmp_path):
+    """One line says how to resume, and exit code 130."""
     process = run_prepare(
         f"--input={large}", f"--data_dir={tmp_path}", "--shard_tokens=1", "--workers=2"
     )
@@ -929,8 +987,22 @@ def test_ctrl_c_keeps_whole_shards(large, tmp_path):
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 130, out
     assert "Traceback" not in out
-    assert "the same command goes on" in out
+    assert "the same command resumes it" in out
     assert progress.exists()
+
+
+@pytest.mark.parametrize("close", ["1>&- 2>&-", "| true"])
+def test_a_closed_output_ends_in_no_traceback(tmp_path, close):
+    """A shell may close the output; where nobody reads a pipe, the exit code is that of SIGPIPE."""
+    path = write(tmp_path / "t.txt", "abcd" * 10)
+    command = shlex.join([sys.executable, prepare.__file__, f"--input={path}"])
+    line = f"set -o pipefail; {command} --data_dir={tmp_path / 'd'} {close}"
+    done = subprocess.run(
+        ["bash", "-c", line], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert "Traceback" not in done.stdout + done.stderr
+    assert done.returncode in ((0, 141) if "|" in close else (0,))
+    assert (tmp_path / "d" / "t" / "meta.json").exists()
 
 
 def test_ctrl_c_is_not_lost_where_the_pool_breaks():
@@ -942,7 +1014,7 @@ def test_ctrl_c_is_not_lost_where_the_pool_breaks():
 
 @pytest.mark.parametrize("place", ["submit", "result"])
 def test_ctrl_c_waits_for_the_processes_queues(large, prepared, monkeypatch, place):
-    """Raised within the pool it would now and then leave a queue locked, and hang the command for ever."""
+    """Raised within the pool it would now and then leave a queue locked, and hang the command."""
     within, finished = [], []
 
     class Future(concurrent.futures.Future):
@@ -974,47 +1046,144 @@ def test_ctrl_c_waits_for_the_processes_queues(large, prepared, monkeypatch, pla
     assert signal.getsignal(signal.SIGINT) is before
 
 
-@pytest.mark.parametrize("change", ["nothing", "text", "setting"])
-def test_another_text_or_setting_begins_anew(prepared, tmp_path, monkeypatch, capsys, change):
-    """What an interrupted run left serves only the same text and settings; the result is that of one run."""
-    lines = ["word " * 60_000 + f"end {i} " for i in range(5)]
-    path = jsonl(tmp_path / "t.jsonl", [{"text": line} for line in lines])
+LINES = ["word " * 60_000 + f"end {i} " for i in range(6)]  # each fills a batch
+
+
+def lines_file(path, change=str):
+    """Write LINES as the documents of a .jsonl file, each changed, and return its path."""
+    return jsonl(path, [{"text": change(line)} for line in LINES])
+
+
+@pytest.mark.parametrize("change", ["nothing", "text", "setting", "file"])
+def test_another_text_or_setting_begins_anew(prepared, tmp_path, capsys, change):
+    """What an interrupted run left serves only the same text and settings; the result is right."""
+    path = lines_file(tmp_path / "t.jsonl")
     with pytest.raises(KeyboardInterrupt), interruption():
         prepared(input=path, shard_tokens=1, workers=1)
-    lines = [line.replace("end 1", "End 1") for line in lines] if change == "text" else lines
-    path = jsonl(tmp_path / "t.jsonl", [{"text": line} for line in lines])
-    n = 2 if change == "setting" else 1
-    prepared(input=path, shard_tokens=n, workers=1)
-    assert ("going on after" in capsys.readouterr().out) == (change != "setting")
+    part = tmp_path / "data" / "t.part"
+    if change == "text":
+        lines_file(tmp_path / "t.jsonl", lambda line: line.replace("end 1", "End 1"))
+    if change == "file":
+        os.truncate(part / "train.bin", 100_000)
+    column = "text" if change == "setting" else ""
+    prepared(input=path, shard_tokens=1, workers=1, text_column=column)
+    out = capsys.readouterr().out
+    assert ("resuming after" in out) == (change != "setting")
+    assert ("begun anew" in out) == (change != "nothing")
+    lines = [line.replace("end 1", "End 1") if change == "text" else line for line in LINES]
     train, val = (text_of(tmp_path / "data" / "t", split) for split in ("train", "val"))
     assert val == f"{lines[0]}<|endoftext|>"
     assert train == "".join(f"{line}<|endoftext|>" for line in lines[1:])
 
 
-def test_killed_while_the_files_are_moved(prepared, tmp_path, monkeypatch):
-    """At the very end shards are moved one by one: a run stopped there is begun anew, not half a data set."""
-    lines = ["word " * 60_000 + f"end {i} " for i in range(4)]
-    path, rename, moved = (
-        jsonl(tmp_path / "t.jsonl", [{"text": line} for line in lines]),
-        Path.rename,
-        [],
-    )
+@pytest.mark.parametrize("n_written", range(7))
+def test_what_was_written_after_the_last_save_is_cut_off(tmp_path, monkeypatch, n_written):
+    """Stopped after each batch, saved after each second one: the files of an uninterrupted run."""
+    path = lines_file(tmp_path / "t.jsonl")
+    options = {"input": path, "shard_tokens": 400_000, "workers": 1}
+    prepare.prepare(data_dir=tmp_path / "whole", **options)
+    add = prepare.TokenFiles.add
+    n_added = 0
 
-    def interrupted(self, target):
-        if len(moved) == 2:
+    def add_some(files, batch, arrays):
+        nonlocal n_added
+        add(files, batch, arrays)
+        n_added += 1
+        if n_added == n_written:
+            with open(files.part / "train.bin", "ab") as file:
+                file.write(b"half of a batch")
             raise KeyboardInterrupt
-        moved.append(target)
-        return rename(self, target)
 
-    monkeypatch.setattr(Path, "rename", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        prepared(input=path, shard_tokens=1, workers=1)
-    monkeypatch.setattr(Path, "rename", rename)
-    folder = tmp_path / "data" / "t"
-    assert not (folder / "meta.json").exists()
-    prepared(input=path, shard_tokens=1, workers=1)
-    assert text_of(folder, "train") == "".join(f"{line}<|endoftext|>" for line in lines[1:])
-    assert text_of(folder, "val") == f"{lines[0]}<|endoftext|>"
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare.TokenFiles, "add", add_some)
+        with contextlib.suppress(KeyboardInterrupt):
+            prepare.prepare(data_dir=tmp_path / "cut", **options)
+    assert (tmp_path / "cut" / "t.part").exists() == (3 <= n_written <= 6)
+    prepare.prepare(data_dir=tmp_path / "cut", **options)
+    assert files_of(tmp_path / "cut" / "t") == files_of(tmp_path / "whole" / "t")
+
+
+ROWS = [{"prompt": f"{i}+1=", "response": str(i + 1)} for i in range(40)]
+
+
+@pytest.mark.parametrize("fatal", [KeyboardInterrupt, OSError(28, "No space left on device")])
+@pytest.mark.parametrize("n_calls", range(14))
+def test_interrupted_while_the_files_are_moved(tmp_path, monkeypatch, capsys, n_calls, fatal):
+    """Before each call that changes a folder: an older data set is gone, or the new one is whole.
+
+    The same command then moves what is there, without tokenizing anything again.
+    """
+    rows = jsonl(tmp_path / "t.jsonl", ROWS)
+    prepare.prepare(input=rows, data_dir=tmp_path / "whole")
+    expected = files_of(tmp_path / "whole" / "t")
+    root = tmp_path / "data"
+    old = write(tmp_path / "old" / "t.jsonl", Path(rows).read_text().replace("+", "plus"))
+    prepare.prepare(input=old, data_dir=root)
+    write(root / "t" / "train_0000.bin", b"of an older version")
+    before = files_of(root / "t")
+    n_left = None
+
+    def counted(call):
+        def wrapped(*args, **kwargs):
+            nonlocal n_left
+            if n_left == 0:
+                raise fatal
+            if n_left is not None:
+                n_left -= 1
+            return call(*args, **kwargs)
+
+        return wrapped
+
+    publish = prepare.publish
+
+    def start_counting(*args):
+        nonlocal n_left
+        n_left = n_calls
+        return publish(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "publish", start_counting)
+        patch.setattr(os, "replace", counted(os.replace))
+        patch.setattr(Path, "unlink", counted(Path.unlink))
+        patch.setattr(shutil, "rmtree", counted(shutil.rmtree))
+        try:
+            prepare.prepare(input=rows, data_dir=root)
+            stopped = False
+        except (KeyboardInterrupt, OSError):
+            stopped = True
+    assert stopped == (n_calls < 13)
+    there = files_of(root / "t")
+    if "meta.json" in there:
+        assert there in (before, expected)
+    capsys.readouterr()
+    encoded = []
+    encode_batch = prepare.Encoder.encode_batch
+    monkeypatch.setattr(
+        prepare.Encoder,
+        "encode_batch",
+        lambda *args: encoded.append(args) or encode_batch(*args),
+    )
+    prepare.prepare(input=rows, data_dir=root)
+    assert files_of(root / "t") == expected
+    assert not (root / "t.part").exists()
+    if "meta.json" not in there:
+        assert "resuming after" in capsys.readouterr().out
+        assert not encoded
+
+
+def test_a_data_set_made_elsewhere_meanwhile_is_not_taken_apart(prepared, tmp_path, monkeypatch):
+    """Between an interrupted move and the same command another one filled the folder."""
+    rows = jsonl(tmp_path / "t.jsonl", [{"text": text} for text in TEXTS])
+    root = tmp_path / "data"
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)
+        patch.setattr(prepare, "take_back", lambda *args: pytest.fail())
+        prepare.prepare(input=rows, data_dir=root)
+    expected = files_of(root / "t")
+    (root / "t" / "meta.json").rename(root / "t.part" / "meta.json")
+    gpt.write_dataset(root / "t", "ab" * 500, gpt.Tokenizer("char", "ab"), "another")
+    prepare.prepare(input=rows, data_dir=root)
+    assert files_of(root / "t") == expected
 
 
 def test_max_tokens_bounds_both_splits(large, whole, prepared, tmp_path):
@@ -1067,11 +1236,7 @@ def test_preparing_again_replaces_shards_and_weights_but_no_other_file(prepared,
 def test_a_large_vocabulary_takes_four_bytes(prepared, tmp_path):
     """70,000 different characters do not fit two bytes."""
     text = "".join(chr(0x10000 + i) for i in range(70_000)) * 2
-    prepare_args = {"input": write(tmp_path / "t.txt", text)}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "data_dir", str(tmp_path / "data"))
-        patch.setattr(prepare, "input", prepare_args["input"])
-        prepare.main()
+    prepare.prepare(input=write(tmp_path / "t.txt", text), data_dir=tmp_path / "data")
     meta = json.loads((tmp_path / "data" / "t" / "meta.json").read_text(encoding="utf-8"))
     assert (meta["dtype"], meta["vocab_size"]) == ("uint32", 70_000)
     assert read_bins(tmp_path / "data" / "t", "val", 4) == [
@@ -1092,12 +1257,11 @@ def test_gpt_and_prepare_make_the_same_data_set(missing, prepared, tmp_path):
 
 
 def test_info(prepared, tmp_path, capsys, monkeypatch):
-    """Lengths, counts and an excerpt, computed by hand here; any block size of reading gives the same."""
+    """Lengths, counts and an excerpt, computed by hand; blocks of any size give the same."""
     texts = ["a" * n + "b" for n in range(20)]
     prepared(input=jsonl(tmp_path / "t.jsonl", [{"text": text} for text in texts]))
     capsys.readouterr()
-    monkeypatch.setattr(prepare, "info", "t")
-    prepare.main()
+    prepare.prepare(info="t", data_dir=tmp_path / "data")
     out = capsys.readouterr().out
     assert "20, their tokens: min 1, median 10, p90 18, p95 19, max 20, mean 10.5" in out
     assert "'a' 190, 'b' 20, '<|endoftext|>' 20" in out
@@ -1115,7 +1279,7 @@ def test_info(prepared, tmp_path, capsys, monkeypatch):
     assert str(tmp_path / "t.jsonl") in out
     read = prepare.read_ids
     monkeypatch.setattr(prepare, "read_ids", lambda tokens: read(tokens, size=7))
-    prepare.main()
+    prepare.prepare(info="t", data_dir=tmp_path / "data")
     assert capsys.readouterr().out.split("begins")[0] == out.split("begins")[0]
 
 
@@ -1132,7 +1296,7 @@ def test_info_of_nothing(run_script, tmp_path):
 
 @pytest.fixture
 def hub_folder(tmp_path, monkeypatch):
-    """A local folder laid out like a data set of the hub, train in two parquet files, validation in one."""
+    """A local folder like a data set of the hub: two files for train, one for validation."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     pytest.importorskip("datasets")
@@ -1186,7 +1350,7 @@ def test_wikitexts_rows_are_lines_of_articles(prepared, tmp_path, monkeypatch, c
     lines = ["", " = A = \n", "", " It is , 3 @.@ 5 . \n", " = B = \n", " Yes ! \n"]
     jsonl(tmp_path / "local" / "train.jsonl", [{"text": line} for line in lines])
     jsonl(tmp_path / "local" / "validation.jsonl", [{"text": line} for line in lines[:4]])
-    monkeypatch.setitem(prepare.HF, "wikitext-2", (str(tmp_path / "local"), "", True))
+    monkeypatch.setitem(prepare.HUB_DATASETS, "wikitext-2", (str(tmp_path / "local"), ""))
     prepared(dataset="wikitext-2", tokenizer="bpe", vocab_size=260, clean=clean)
     folder = tmp_path / "data" / "wikitext-2"
     if clean:
@@ -1213,21 +1377,25 @@ def test_without_the_library_one_sentence_names_the_command(refused, monkeypatch
         refused(ValueError, "pip install datasets", **values)
 
 
-@pytest.mark.parametrize("name", sorted(prepare.HF))
+@pytest.mark.parametrize("name", sorted(prepare.HUB_DATASETS))
 def test_short_names_reach_the_hub(monkeypatch, name):
-    """The identifier and configuration are those of the hub's pages."""
+    """The identifier and configuration are those of the hub's pages; wikitext's rows are lines."""
     asked = []
-    monkeypatch.setattr(prepare, "dataset", name)
-    monkeypatch.setattr(prepare, "hf_documents", lambda *args: asked.append(args) or iter(()))
-    source = prepare.find_source()
+
+    def hub_documents(path, config, *rest, by_lines):
+        asked.append((path, config, by_lines))
+        return iter(())
+
+    monkeypatch.setattr(prepare, "hub_documents", hub_documents)
+    source = prepare.find_source(prepare.chosen_settings({"dataset": name}))
     list(source.documents())
     assert source.streamed
     known = {
         "wikitext-2": ("Salesforce/wikitext", "wikitext-2-raw-v1", True),
         "wikitext-103": ("Salesforce/wikitext", "wikitext-103-raw-v1", True),
-        "openwebtext": ("Skylion007/openwebtext",),
-        "tinystories": ("roneneldan/TinyStories",),
-        "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT"),
+        "openwebtext": ("Skylion007/openwebtext", "", False),
+        "tinystories": ("roneneldan/TinyStories", "", False),
+        "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT", False),
     }
     assert asked == [known[name]]
 
@@ -1255,20 +1423,18 @@ def test_the_last_suffix_tells_the_kind(prepared, tmp_path, name):
 
 
 @pytest.mark.parametrize("change", [{"tokenizer": "gtp2"}, {"input": "gone.jsonl"}, {"workers": 1}])
-def test_a_mistake_on_the_way_on_costs_nothing(prepared, tmp_path, monkeypatch, capsys, change):
-    """After an interruption a wrong flag leaves the whole shards, and --workers is not another data set."""
-    lines = ["word " * 60_000 + f"end {i} " for i in range(4)]
-    path = jsonl(tmp_path / "t.jsonl", [{"text": line} for line in lines])
+def test_a_mistake_on_the_way_on_costs_nothing(prepared, tmp_path, capsys, change):
+    """After an interruption a wrong flag leaves the work, and --workers is not another data set."""
+    path = lines_file(tmp_path / "t.jsonl")
     with pytest.raises(KeyboardInterrupt), interruption():
         prepared(input=path, shard_tokens=1, workers=2, name="t")
     if "workers" not in change:
         with pytest.raises((ValueError, OSError)):
             prepared(**({"input": path} | change))
-    monkeypatch.setattr(prepare, "tokenizer", "")
     prepared(input=path, workers=change.get("workers", 2))
-    assert "going on after" in capsys.readouterr().out
+    assert "resuming after" in capsys.readouterr().out
     assert text_of(tmp_path / "data" / "t", "train") == "".join(
-        f"{line}<|endoftext|>" for line in lines[1:]
+        f"{line}<|endoftext|>" for line in LINES[1:]
     )
 
 
@@ -1292,15 +1458,73 @@ def test_few_batches_are_ahead_of_the_processes(prepared, tmp_path):
             yield [("train", "abc", 255)]
 
     state = gpt.Tokenizer("char", "abc").state
-    next(prepare.encoded(batches(), (state, "uint16"), 2))
+    next(prepare.encoded(batches(), state, "uint16", 2))
     assert len(taken) < 20
 
 
-def test_info_of_a_damaged_data_set(prepared, tmp_path, monkeypatch):
+def test_info_of_a_damaged_data_set(prepared, tmp_path):
     """A sentence that names the folder, no traceback; a text's one document has all its tokens."""
     prepared(input=write(tmp_path / "t.txt", "abcd" * 25))
     assert prepare.document_lengths(gpt.Data(tmp_path / "data" / "t", 1)).tolist() == [90, 10]
     (tmp_path / "data" / "t" / "train.bin").unlink()
-    monkeypatch.setattr(prepare, "info", "t")
-    with pytest.raises(ValueError, match="holds 0 of 90 tokens"):
-        prepare.main()
+    with pytest.raises(ValueError, match=r"data.t.*train.*again"):
+        prepare.prepare(info="t", data_dir=tmp_path / "data")
+
+
+# ---- progress
+
+
+class Clock:
+    """Stands in for the module time: it has no wall clock, and moves only when told."""
+
+    def __init__(self):
+        self.now = 1e6
+
+    def monotonic(self):
+        """Return the seconds since some moment."""
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A Clock that prepare.py reads."""
+    clock = Clock()
+    monkeypatch.setattr(prepare, "time", clock)
+    return clock
+
+
+def test_durations_need_no_wall_clock(clock, prepared, tmp_path, capsys):
+    """Time may stand still, too: nothing is divided by 0."""
+    path = lines_file(tmp_path / "t.jsonl")
+    prepared(input=path, tokenizer="bpe", vocab_size=270, workers=1)
+    assert "in 0 s" in capsys.readouterr().out
+
+
+def test_progress_lines(clock, capsys):
+    """At most one in 5 s; the time left is that of the rest at the speed of this run."""
+    progress = prepare.Progress(40_000_000, 0, 10_000_000, 2_000_000)
+    progress.show(12_000_000, 2_400_000)
+    assert capsys.readouterr().out == ""
+    clock.now += 10
+    progress.show(20_000_000, 4_000_000)
+    assert capsys.readouterr().out == "20 MB, 4,000,000 tokens, 200,000/s, 0:00:20 left\n"
+    clock.now += 4
+    progress.show(21_000_000, 4_100_000)
+    assert capsys.readouterr().out == ""
+
+
+def test_progress_towards_max_tokens(clock, capsys):
+    """Where the bytes of all are not known, the tokens tell the time left, or else nothing does."""
+    progress = prepare.Progress(None, 1000, 0, 0)
+    clock.now += 6
+    progress.show(4_000_000, 250)
+    assert capsys.readouterr().out == "4 MB, 250 tokens, 42/s, 0:00:18 left\n"
+    progress = prepare.Progress(None, 0, 0, 0)
+    clock.now += 6
+    progress.show(4_000_000, 250)
+    assert capsys.readouterr().out == "4 MB, 250 tokens, 42/s\n"
+
+
+def test_the_examples_of_the_docstrings():
+    """They give what they say."""
+    assert doctest.testmod(documents) == (0, 1)

@@ -1,4 +1,4 @@
-"""What the pages say works: each command of README and of config/'s headers runs, small; links lead somewhere."""
+"""What the pages say works: commands run, small, as does code, and links lead somewhere."""
 
 import base64
 import hashlib
@@ -14,18 +14,20 @@ from forks import run_jobs
 
 import configurator
 import gpt
-import pretrained
+import hub
+import sample
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ["README.md", "data/README.md", "out/README.md", "models/shakespeare/README.md"]
+PAGES = ["README.md", "CHANGELOG.md", "data/README.md", "out/README.md"]
+PAGES += ["models/shakespeare/README.md"]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TEXT = "".join(
     f"ROMEO: {i} times JULIET is O, KING {i * i}! A quick brown fox jumps over lazy dogs.\n"
     for i in range(80)
 )
 
-# What needs a network, an installation or minutes: pip and pytest are what runs these tests, the rest is others'
-# programs, or a measurement with tests of its own.
+# What needs a network, an installation or minutes: pip and pytest are what runs these tests, the
+# rest is others' programs, or a measurement with tests of its own.
 NOT_RUN = (
     "pip ",
     "pytest",
@@ -35,27 +37,30 @@ NOT_RUN = (
     "python bench/",
     "TRACEBACK=1 python gpt.py ...",
 )
-SHAPE = "--n_layer=1 --n_head=4 --n_kv_head=4 --n_embd=32 --block_size=16 --batch_size=2 --gradient_accumulation_steps=2"
+SHAPE = "--n_layer=1 --n_head=4 --n_kv_head=4 --n_embd=32 --block_size=16"
+SHAPE += " --batch_size=2 --gradient_accumulation_steps=2"
+SHORT = "--max_iters=2 --max_minutes=0 --eval_iters=1 --sample_tokens=3"
 SMALL = {  # flags before a command's own, and after
-    "gpt.py": (
-        SHAPE,
-        "--max_iters=2 --max_minutes=0 --eval_iters=1 --sample_tokens=3 --device=cpu --dtype=float32",
-    ),
+    "gpt.py": (SHAPE, f"{SHORT} --device=cpu --dtype=float32"),
     "sample.py": ("", "--max_tokens=3 --device=cpu"),
+    "evaluate.py": ("", "--device=cpu --dtype=float32 --block_size=16 --batch_size=64"),
+    "hub.py": ("", ""),
     "prepare.py": ("", ""),
-    "plots.py": ("", ""),
-    "scaling.py": ("", ""),
+    "extras/plots.py": ("", ""),
 }
-# Stand-ins for the data sets library and for the download of Shakespeare, and no pictures, to save time.
+# Stand-ins for the data sets library, for the models of the hub, which all are one folder's, and
+# for the download of Shakespeare; and no pictures, to save time.
 STAND_INS = """
 import sys, types
-import gpt, plots
+import gpt
+from extras import plots
 rows = [{{"text": text, "content": text}} for text in (" = A title = \\n", " Some words .\\n")] * 50
 sys.modules["datasets"] = types.SimpleNamespace(
     disable_progress_bars=lambda: None,
     get_dataset_split_names=lambda *args: ["train"],
     load_dataset=lambda *args, **options: rows,
 )
+sys.modules["huggingface_hub"] = types.SimpleNamespace(snapshot_download=lambda *_, **__: "standin")
 gpt.SHAKESPEARE_URLS, gpt.SHAKESPEARE_SHA256 = {address}
 if not {pictures}:
     plots.Picture = lambda out: lambda values: None
@@ -74,27 +79,22 @@ def readme_commands():
 
 
 def config_commands():
-    """Return the commands in the first comments of config/*.py, for each file those before its own last."""
+    """Return the commands in the first comments of config/*.py; those that prepare data come first.
+
+    A command ends at the line's end, two spaces, or a comma.
+    """
     found = []
     for path in sorted((ROOT / "config").glob("*.py")):
+        header = re.match(r"(?:#.*\n)*", path.read_text(encoding="utf-8"))[0]
         own = []
-        for line in path.read_text(encoding="utf-8").splitlines():
-            if not line.startswith("#"):
-                break
-            own += [
-                part.strip(" .)") for part in re.findall(r"(?:python|torchrun|pip) [^&]*", line)
-            ]
-        own = [
-            command.partition("  ")[0]
-            for command in own
-            if command.startswith(("python", "torchrun"))
-        ]
+        for part in re.findall(r"(?:python|torchrun) [^&\n]*", header):
+            own.append(re.split("  |, ", part)[0].strip(" .)"))
         assert own, f"{path.name} says no command"
-        first = [command for command in own if " prepare.py " in command]
-        found += first + [
-            command for command in own if command not in first and "sample.py" not in command
-        ]
-        found += [command for command in own if "sample.py" in command]
+        prepares = [command for command in own if " prepare.py " in command]
+        samples = [command for command in own if " sample.py " in command]
+        found += prepares
+        found += [command for command in own if command not in prepares + samples]
+        found += samples
     return found
 
 
@@ -111,13 +111,14 @@ def python_blocks():
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-    """Return a folder with the project's files, data sets of all names in use, and a model of Hugging Face's."""
+    """Return a folder with the project's files, data sets of all names in use, and a model."""
     folder = tmp_path_factory.mktemp("a project")
     for path in ROOT.iterdir():
         if path.suffix == ".py":
             shutil.copy(path, folder)
-        elif path.name in ("config", "models"):  # copies: files know where they lie
-            shutil.copytree(path, folder / path.name)
+    for name in ("config", "extras"):  # copies: files know where they lie
+        shutil.copytree(ROOT / name, folder / name)
+    shutil.copytree(ROOT / "models" / "shakespeare", folder / "models" / "shakespeare")
     (folder / "texts").mkdir()
     for name in ("my_novel.txt", "book.txt", "texts/a.txt", "texts/b.txt", "kaggle.txt"):
         (folder / name).write_text(TEXT, encoding="utf-8")
@@ -139,7 +140,9 @@ def project(tmp_path_factory):
     ranks = " ".join(base64.b64encode(bytes([i])).decode() for i in range(256))
     tokenizer = gpt.Tokenizer("bpe", ranks=ranks, pattern=r"\S+|\s+", special="<|endoftext|>")
     model = gpt.GPT(gpt.GPTConfig(64, tokenizer.vocab_size, 1, 4, 2, 32))
-    pretrained.export(model, tokenizer, {"config": {"dataset": "tests"}}, folder / "standin")
+    state = {"model": model.state_dict(), "model_args": vars(model.config)}
+    gpt.save_checkpoint(folder / "standin.pt", state | {"tokenizer": tokenizer.state})
+    hub.export(folder / "standin.pt", folder / "standin")
     for name in (
         "mytext",
         "shakespeare_bpe",
@@ -155,7 +158,7 @@ def project(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(project):
-    """Return a function that runs a script's words, or code, in the project: (exit code, all it printed)."""
+    """Return a function that runs words or code in the project: (exit code, all it printed)."""
     source = project / "kaggle.txt"
     address = [source.as_uri()], hashlib.sha256(source.read_bytes()).hexdigest()
 
@@ -175,13 +178,18 @@ def run(project):
 
 def small(command):
     """Return a command's words as they run here: the script, small flags, its own, last ones."""
-    command = command.replace("/kaggle/input/NAME/FILE.txt", "kaggle.txt").replace(
-        "/kaggle/working/", "working/"
-    )
+    for there, here in (
+        ("/kaggle/input/NAME/FILE.txt", "kaggle.txt"),
+        ("/kaggle/working/", "working/"),
+        ("ID_OR_FOLDER", "rows"),
+        ("--input=FOLDER", "--input=texts"),
+        ("RUN FOLDER", "models/shakespeare EXPORTED"),
+        ("models/NAME", "models/standin"),
+        ("FOLDER_OR_ID", "standin"),
+    ):
+        command = command.replace(there, here)
     command = re.sub(r"\[[^]]*\] ?", "", command)  # [config files]
-    command = command.replace("ID_OR_FOLDER", "rows").replace("--input=FOLDER", "--input=texts")
-    for name in ("HuggingFaceTB/SmolLM2-135M", "FOLDER_OR_ID", "gpt2"):
-        command = re.sub(rf"(--(?:init_from|tokenizer)=){name}(?= |$)", r"\1standin", command)
+    command = re.sub("--tokenizer=gpt2(?= |$)", "--tokenizer=standin", command)
     words = shlex.split(command)
     if words[0] == "torchrun":
         from torch.distributed.run import parse_args
@@ -190,11 +198,7 @@ def small(command):
         words = ["python", arguments.training_script, *arguments.training_script_args]
     script, own = words[1], words[2:]
     before, after = (flags.split() for flags in SMALL[script])
-    if "init_from=" not in command and any(
-        "finetune" in word or "eval_gpt2" in word for word in own
-    ):
-        before = [*before, "--init_from=standin"]
-    if any("finetune" in word for word in own):
+    if any("finetune" in word for word in own):  # the model's shape is that of its checkpoint
         before = [flag for flag in before if not flag.startswith("--n_")]
     if "stdlib" in own:
         after = ["--max_tokens=2000", "--vocab_size=300"]
@@ -236,6 +240,8 @@ def test_readmes_commands_run(run, project):
         "attention.png",
         "out/shakespeare/loss.png*",
         "working/out/mine/best.pt",
+        "models/gpt2/best.pt",
+        "EXPORTED/model.safetensors",
     ):
         assert list(project.glob(made)), made
 
@@ -253,7 +259,7 @@ def test_readmes_python_runs(run, project):
     assert len(blocks) == 3
     tiny = "".join(f"gpt.{name} = {value}\n" for name, value in re.findall(r"--(\w+)=(\d+)", SHAPE))
     for block in blocks:
-        code, output = run(["-c"], f"{tiny}gpt.eval_iters = 1\n{block.replace('= 200', '= 2')}")
+        code, output = run(["-c"], f"{tiny}gpt.eval_iters = 1\n{block.replace('=200', '=2')}")
         assert code == 0, f"{block}\n{output[-1000:]}"
     meta = json.loads((project / "data" / "squares" / "meta.json").read_text(encoding="utf-8"))
     assert meta["source"] == "made by me"
@@ -267,8 +273,8 @@ def test_readmes_changes_work(run, project):
     changed = original
     for change in changes:
         old, new = (
-            "".join(line[1:] + "\n" for line in change.splitlines() if line[0] == sign)
-            for sign in "-+"
+            "".join(line[1:] + "\n" for line in change.splitlines() if line[0] in signs)
+            for signs in ("- ", "+ ")
         )
         assert original.count(old) == 1, old
         changed = changed.replace(old, new)
@@ -290,7 +296,7 @@ def test_readmes_changes_work(run, project):
     assert rates and rates[-1] < rates[len(rates) // 2]
 
 
-# ---- Links -------------------------------------------------------------------------------------------------
+# ---- Links ----
 def anchors(page):
     """Return the anchors that GitHub gives a page's headings."""
     headings = re.findall(
@@ -326,14 +332,26 @@ def test_settings_that_readme_names_exist():
         "rdzv_endpoint",
     }
     known |= {"kills", "processes", "small", "outfile", "logdir", "key"}
+    known |= {"check"}  # of ruff format
     for path in ROOT.glob("*.py"):
-        known |= set(configurator.read_settings(path.read_text(encoding="utf-8")))
+        known |= set(gpt.read_settings(path.read_text(encoding="utf-8")))
     assert set(re.findall(r"--([a-zA-Z][\w-]*)", README)) <= known
     changes = README[README.index("## Reading and changing") : README.index("## Speed")]
     for name in re.findall(r"`([a-z_]+)`", changes):
         assert (
             hasattr(gpt, name) or hasattr(gpt.GPT, name) or name in ("pick", "lr", "data", "models")
         ), name
+
+
+def test_what_is_done_for_speed_stands_where_readme_says():
+    """The names at the ends of the list's lines are classes, methods and functions."""
+    listed = README.partition("What gpt.py does for speed")[2].partition("## ")[0]
+    names = set(re.findall(r"`((?:[A-Z]\w+\.)?[A-Za-z]\w+)`", listed)) - set(gpt.SETTINGS)
+    assert len(names) > 15
+    for name in names:
+        owner, _, last = name.rpartition(".")
+        places = [getattr(gpt, owner)] if owner else [gpt, sample]
+        assert any(hasattr(place, last) for place in places), name
 
 
 def test_files_that_readme_names_exist():
@@ -345,7 +363,7 @@ def test_files_that_readme_names_exist():
         ), name
 
 
-# ---- The model that comes along ----------------------------------------------------------------------------
+# ---- The model that comes along ----
 def test_the_model_that_comes_along_is_what_its_page_says():
     folder = ROOT / "models" / "shakespeare"
     assert sum(path.stat().st_size for path in folder.iterdir()) < 8 * 2**20
@@ -367,13 +385,12 @@ def test_the_model_that_comes_along_is_what_its_page_says():
     script = {name: getattr(gpt, name) for name in gpt.SETTINGS} | {
         "__file__": str(ROOT / "gpt.py")
     }
-    configurator.configure(
-        script,
-        shlex.split(command)[1:],
-        derive=lambda: {"device_type": "cpu", "native_bfloat16": True},
-    )
+    derived = {"device_type": "cpu", "native_bfloat16": True}
+    words = shlex.split(command)[1:]
+    configurator.configure(script, words, gpt.SETTINGS, gpt.check_setting, lambda: derived)
+    gone = {"eval_text", "eval_stride", "keep_checkpoints"}  # with version 2.0.0
     for name, value in state["config"].items():
-        assert script[name] == value or name == "init_from", (
+        assert name in gone or script[name] == value or name == "init_from", (
             f"{name}: the command on the page makes another model"
         )
     assert tokenizer.vocab_size == 65

@@ -3,23 +3,24 @@
 import base64
 import math
 import os
-from pathlib import Path
+import subprocess
+import sys
+import time
 from types import SimpleNamespace
 
 import pytest
 import torch
+from terminal import Terminal
 
 import gpt
 import sample
-from configurator import read_settings
 
 CHARS = "\n abcdefghijklmnopqrstuvwxyz"
 BLOCK = 16
-SETTINGS = read_settings(Path(sample.__file__).read_text(encoding="utf-8"))
 
 
 def save_alphabet(path, shift=1, special="", **roles):
-    """Save a model that says, after any letter, the one `shift` places on, with a probability of nearly 1."""
+    """Save a model that says, after any letter, the one `shift` places on, almost surely."""
     size = len(CHARS) + len(special.split())
     args = {
         "block_size": BLOCK,
@@ -52,15 +53,13 @@ def save_alphabet(path, shift=1, special="", **roles):
 
 @pytest.fixture
 def say(monkeypatch, tmp_path, capsys):
-    """Return a function that runs sample.main() with some settings, by default on the alphabet model."""
+    """Return a function that runs sample.main() with settings, by default on the alphabet."""
     path = tmp_path / "out" / "abc" / "best.pt"
     save_alphabet(path)
-    for name in SETTINGS:  # interactive mode changes some
-        monkeypatch.setattr(sample, name, getattr(sample, name))
 
     def run(**values):
         defaults = {"checkpoint": str(path), "device": "cpu", "max_tokens": 5, "dtype": "float32"}
-        assert set(values) <= set(SETTINGS), values
+        assert set(values) <= set(sample.SETTINGS), values
         for name, value in (defaults | values).items():
             monkeypatch.setattr(sample, name, value)
         capsys.readouterr()
@@ -78,10 +77,18 @@ def test_a_run_stopped_before_its_first_best_evaluation_shows_no_loss(say, tmp_p
 
 
 def test_recording_can_be_switched_off(say, monkeypatch):
+    """The setting reaches GPT.generate."""
+    seen = []
+    generate = gpt.GPT.generate
+
+    def spy(*args, **options):
+        seen.append(options["cuda_graphs"])
+        return generate(*args, **options)
+
+    monkeypatch.setattr(gpt.GPT, "generate", spy)
     for value in (False, True):
-        monkeypatch.setattr(gpt, "cuda_graphs", not value)
         say(cuda_graphs=value)
-        assert gpt.cuda_graphs is value
+    assert seen == [False, True]
 
 
 @pytest.fixture
@@ -172,6 +179,51 @@ def test_a_prompt_file_that_cannot_be_read_is_named(say, tmp_path):
         say(prompt=f"FILE:{tmp_path / 'latin.txt'}")
 
 
+def test_a_prompt_file_is_read_as_it_is(say, tmp_path, monkeypatch):
+    """Without the byte order mark of some editors, with its line ends, and from the home folder."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    (tmp_path / "start.txt").write_bytes(b"\xef\xbb\xbfab\nhij")
+    assert say(prompt="FILE:~/start.txt", max_tokens=2).out == "ab\nhijkl\n"
+    (tmp_path / "start.txt").write_bytes(b"ab\r\nhij")
+    with pytest.raises(ValueError, match=r"lacks '\\r', character 2"):
+        say(prompt="FILE:~/start.txt", max_tokens=2)
+
+
+def test_paths_may_begin_with_a_tilde(say, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    options = {"prompt": "abc", "output": "~/long.txt"}
+    for place in (
+        {"checkpoint": "~/out/abc/best.pt"},
+        {"checkpoint": "", "out_dir": "~/out/abc"},
+        {"checkpoint": "", "init_from": "~/out/abc"},
+    ):
+        say(**options, **{"out_dir": "", "init_from": ""} | place)
+        assert (tmp_path / "long.txt").read_text(encoding="utf-8") == "abcdefgh\n"
+        (tmp_path / "long.txt").unlink()
+
+
+def test_a_hugging_face_id_is_left_to_hub(say, tmp_path, monkeypatch):
+    """hub.py is loaded only then; the context is cut to block_size, since a cache is as long."""
+    asked = []
+
+    def load_pretrained(name):
+        asked.append(name)
+        model, tokenizer, _ = gpt.load_checkpoint(tmp_path / "out" / "abc" / "best.pt")
+        return model, tokenizer, {"base": name}
+
+    monkeypatch.setitem(sys.modules, "hub", None)
+    say(checkpoint=str(tmp_path / "out" / "abc"))
+    monkeypatch.setitem(sys.modules, "hub", SimpleNamespace(load_pretrained=load_pretrained))
+    out, err = say(checkpoint="", init_from="someone/abc", prompt="abc", block_size=8)
+    assert (out, asked) == ("abcdefgh\n", ["someone/abc"])
+    assert "someone/abc: 0.02M parameters; cpu" in err
+    assert "note" not in err
+    err = say(checkpoint="", init_from="someone/abc", prompt="abc", block_size=7).err
+    assert "note: the model sees 7 tokens at most" in err
+
+
 def test_an_empty_prompt_is_a_newline(say):
     """The model needs one token at least."""
     assert say(prompt="", max_tokens=3).out == "\n ab\n"
@@ -199,12 +251,12 @@ def test_stop_strings_end_a_sample_and_do_not_appear(say, stop, expected):
 
 @pytest.fixture
 def chatty(tmp_path):
-    """The path of an alphabet model that says <|endoftext|> after z, <|user|> then, and begins anew."""
+    """The path of an alphabet model that says <|endoftext|> after z, then <|user|>, then a line."""
     return save_alphabet(tmp_path / "out" / "chatty" / "best.pt", special="<|endoftext|> <|user|>")
 
 
 def test_a_sample_ends_at_the_end_of_the_text(say, chatty):
-    """The token <|endoftext|> ends it unless --stop says otherwise, and is then shown by its name."""
+    """The token <|endoftext|> ends it; if --stop says otherwise, it is shown by its name."""
     options = {"checkpoint": chatty, "prompt": "wx", "max_tokens": 7}
     assert say(**options).out == "wxyz\n"
     assert say(**options, num_samples=2).out == f"wxyz\n{'-' * 80}\nwxyz\n"
@@ -353,7 +405,7 @@ def test_without_a_run_the_model_that_comes_along_is_taken(say, monkeypatch, tmp
 
 
 def test_the_newest_run_is_taken(say, monkeypatch, tmp_path):
-    """Of several folders under out/, the one whose checkpoint is newest; other files do not count."""
+    """Of the folders under out/ it is the one with the newest checkpoint."""
     for name, shift, age in (("old", 2, 300), ("new", 3, 100), ("older", 4, 900)):
         save_alphabet(tmp_path / "here" / "out" / name / "ckpt.pt", shift)
         os.utime(tmp_path / "here" / "out" / name / "ckpt.pt", (1e9 - age, 1e9 - age))
@@ -366,7 +418,7 @@ def test_the_newest_run_is_taken(say, monkeypatch, tmp_path):
 
 
 def test_best_is_preferred_over_a_newer_ckpt_of_the_same_run(say, monkeypatch, tmp_path):
-    """The newest file chooses the run, best.pt of that run is used; another run's best.pt is not."""
+    """The newest file chooses the run, and of that run best.pt is used."""
     for path, shift, age in (("a/best.pt", 2, 300), ("b/best.pt", 3, 200), ("b/ckpt.pt", 4, 100)):
         save_alphabet(tmp_path / "here" / "out" / path, shift)
         os.utime(tmp_path / "here" / "out" / path, (1e9 - age, 1e9 - age))
@@ -408,7 +460,7 @@ def test_an_empty_prompt_file_is_refused(say, tmp_path):
 
 
 def test_a_prompt_longer_than_the_context_is_said(say):
-    """Of 20 tokens in a context of 16 the last 12 are seen; one that fits may not leave room for more."""
+    """Of 20 tokens in a context of 16 the last 12 are seen; a shorter prompt may leave no room."""
     out, err = say(prompt="abcdefghijklmnopqrst", max_tokens=3)
     assert out == "abcdefghijklmnopqrstuvw\n"
     assert "prompt has 20 tokens" in err
@@ -475,7 +527,7 @@ def test_dtype(say):
 
 @pytest.fixture
 def chat(say, monkeypatch):
-    """Return a function that types lines into interactive mode and gives (stdout, stderr); then comes EOF."""
+    """Return a function that types lines, then the end of input, and gives (stdout, stderr)."""
 
     def run(*lines, **values):
         left = list(lines)
@@ -527,10 +579,12 @@ def test_interactive_goes_on_after_ctrl_c(chat):
 
 def test_interactive_settings_change(chat):
     """A slash changes a setting for what follows, with a space or an equals sign."""
-    out, _ = chat("/temperature 0", "/top_k=5", "/max_tokens 2", "abc", "/max_tokens=3", "abc")
-    assert out.splitlines()[1:3] == ["abcde", "abcdef"]
-    assert (sample.temperature, sample.top_k, sample.max_tokens) == (0.0, 5, 3)
-    assert (type(sample.temperature), type(sample.top_k)) == (float, int)
+    out, _ = chat("/temperature 0", "/top_k=5", "/max_tokens 2", "abc", "/max_tokens=3", "abc", "/")
+    first, second, listed = out.splitlines()[1:4]
+    assert (first, second) == ("abcde", "abcdef")
+    for shown in ("/temperature 0.0;", "/top_k 5;", "/top_p 0.9;", "/max_tokens 3 "):
+        assert shown in listed
+    assert (sample.temperature, sample.top_k) == (0.8, 200), "the script's own settings stay"
 
 
 @pytest.mark.parametrize(
@@ -557,6 +611,43 @@ def test_interactive_refuses_by_a_sentence_and_goes_on(chat, line, fragments):
     assert lines[2] == "abcdefgh"
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")
+def test_lines_that_are_pasted_are_one_prompt(tmp_path):
+    """At a terminal all lines that wait are one text; a line that is typed alone is one, too."""
+    path = save_alphabet(tmp_path / "best.pt")
+    arguments = ("--interactive", "--device=cpu", "--max_tokens=2", f"--checkpoint={path}")
+    terminal = Terminal(sample.__file__, *arguments)
+    terminal.read()
+    terminal.type("abc\nxy\nhij\n")
+    shown = terminal.read().replace("> ", "").splitlines()
+    assert shown[-3:] == ["abc", "xy", "hijkl"], shown
+    assert not [line for line in shown[:-3] if line not in ("abc", "xy", "hij")], shown
+    assert terminal.say("a") == "abc\n"
+    terminal.type("/max_tokens 3\n/top_k 5\n")  # two lines are a text, even with a slash
+    assert "lacks '/', character 0" in terminal.read()
+    terminal.type("ab\nhi")  # the last line is not finished yet
+    time.sleep(0.5)
+    terminal.type("j\n")
+    assert terminal.read().removesuffix("> ").endswith("ab\nhijkl\n")
+    assert terminal.close() == 0
+
+
+def test_lines_of_a_pipe_are_prompts_of_their_own(run_script, tmp_path):
+    save_alphabet(tmp_path / "best.pt")
+    options = ("--interactive", "--device=cpu", "--max_tokens=2", "--checkpoint=best.pt")
+    done = run_script("sample.py", *options, cwd=tmp_path, stdin="abc\nxy\n")
+    assert "> abcde\n> xyz\n" in done.stdout
+
+
+def test_a_run_without_an_output_ends_well(tmp_path):
+    """`python sample.py >&-` has nothing to write to, which is no mistake."""
+    path = save_alphabet(tmp_path / "best.pt")
+    command = f"exec {sys.executable} {sample.__file__} --device=cpu --checkpoint={path} >&-"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_interactive_names_an_unknown_character_and_goes_on(chat):
     """The line is refused by a sentence, the next one answered."""
     lines = chat("a~c", "abc").out.splitlines()
@@ -576,7 +667,27 @@ def test_compiling_that_fails_is_said_and_does_no_harm(say, monkeypatch):
     assert "torch.compile failed (RuntimeError)" in found.err
 
 
-# ---- int8 ----------------------------------------------------------------------------------------------------
+# ---- Rows ----
+@pytest.mark.parametrize("tied", [True, False])
+def test_speeding_up_rows_keeps_weights_and_names(tied):
+    """Each linear layer is replaced by one that shares its weight; logits and state stay."""
+    model, idx = random_model(tie_weights=tied, bias=True), torch.randint(100, (2, 20))
+    weights, expected = model.state_dict(), model(idx)[0]
+    linear = {name for name, m in model.named_modules() if type(m) is torch.nn.Linear}
+    assert sample.speed_up_rows(model) is model
+    assert {n for n, m in model.named_modules() if type(m) is sample.RowLinear} == linear
+    assert torch.equal(model(idx)[0], expected)
+    found = model.state_dict()
+    assert list(found) == list(weights)
+    assert all(found[name].data_ptr() == weights[name].data_ptr() for name in weights)
+    assert (model.lm_head.weight is model.wte.weight) == tied
+    ids = [int(token) for token in model.generate([[5, 17]], 40, temperature=0.0)]
+    plain = random_model(tie_weights=tied, bias=True)
+    plain.load_state_dict(weights)
+    assert ids == [int(token) for token in plain.generate([[5, 17]], 40, temperature=0.0)]
+
+
+# ---- int8 ----
 
 
 def random_model(dtype=torch.float32, **changes):
@@ -597,7 +708,7 @@ def random_model(dtype=torch.float32, **changes):
 
 
 def rounded(weight):
-    """Return a matrix as int8 per row represents it: multiples of the row's largest weight / 127."""
+    """Return a matrix as int8 represents it: multiples of each row's largest weight / 127."""
     scale = weight.abs().amax(1, keepdim=True) / 127
     return torch.where(scale > 0, (weight.float() / scale.float()).round() * scale, 0.0).to(
         weight.dtype
@@ -607,7 +718,7 @@ def rounded(weight):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 1), (1, 7), (2, 3)])
 def test_int8_is_off_by_half_a_scale_per_weight_at_most(shape, dtype):
-    """So a product is off by half the row's scale times the sum of |x|; 127 stands for the largest weight."""
+    """So a product is off by half the row's scale times the sum of |x|."""
     weight, bias = (
         (torch.randn(50, 96) * torch.logspace(-6, 2, 50)[:, None]).to(dtype),
         torch.randn(50).to(dtype),
@@ -633,7 +744,7 @@ def test_int8_is_off_by_half_a_scale_per_weight_at_most(shape, dtype):
 )
 @pytest.mark.parametrize("tied", [True, False])
 def test_an_int8_model_computes_with_the_rounded_weights(tied, changes):
-    """Its logits are those of the same model in float32 whose matrices were rounded, one by one, beforehand."""
+    """Its logits are those of a float32 model whose matrices were rounded beforehand."""
     model, idx = random_model(tie_weights=tied, **changes), torch.randint(100, (2, 20))
     reference, before = random_model(tie_weights=tied, **changes), model(idx)[0]
     state = {
@@ -644,7 +755,7 @@ def test_an_int8_model_computes_with_the_rounded_weights(tied, changes):
     sample.quantize_weights(model)
     torch.testing.assert_close(model(idx)[0], reference(idx)[0], rtol=1e-4, atol=1e-4)
     assert 1e-4 < (model(idx)[0] - before).std() / before.std() < 0.03
-    assert float(model(idx, idx)[1]) == pytest.approx(
+    assert float(model(idx, idx)[1].detach()) == pytest.approx(
         float(reference(idx, idx)[1].detach()), abs=1e-4
     )
     assert not [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
@@ -665,7 +776,7 @@ def test_int8_compiled_is_int8():
 
 
 def test_int8_weights_take_half_of_bfloat16s():
-    """A byte a weight, and two for each row's scale and each norm's weight; the tied matrix counts once."""
+    """A weight takes a byte, a row's scale and a norm's weight two; a tied matrix counts once."""
     sizes = {
         "n_layer": 4,
         "n_head": 4,
@@ -695,7 +806,7 @@ def test_an_int8_model_generates_the_same_with_and_without_cache():
 
 
 def test_quantize(say):
-    """The text stays, stderr tells the size; bfloat16 is what auto takes, for which a CPU has a fast kernel."""
+    """The text stays, and stderr tells the size; auto is bfloat16, which has a kernel on CPUs."""
     for dtype, shown in (("float32", "float32"), ("auto", "bfloat16"), ("bfloat16", "bfloat16")):
         out, err = say(prompt="abc", quantize="int8", dtype=dtype)
         assert out == "abcdefgh\n"

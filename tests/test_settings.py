@@ -3,6 +3,7 @@
 import ast
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,7 +11,9 @@ import pytest
 import torch
 
 import configurator
+import evaluate
 import gpt
+import hub
 import prepare
 import sample
 
@@ -37,6 +40,14 @@ late = 3  # assigned below the first def
 '''
 
 
+SETTINGS = gpt.read_settings(TOY)
+
+
+def test_a_setting_that_a_formatter_has_wrapped_is_not_lost():
+    with pytest.raises(ValueError, match="write a setting in one line"):
+        gpt.read_settings('name = (\n    "a"  # of the run\n)\n')
+
+
 @pytest.fixture
 def toy(tmp_path):
     """Return a function that gives the globals of a toy script after configure(argv)."""
@@ -45,7 +56,7 @@ def toy(tmp_path):
 
     def run(*argv, **options):
         script = runpy.run_path(str(path))
-        configurator.configure(script, list(argv), **options)
+        configurator.configure(script, list(argv), SETTINGS, gpt.check_setting, **options)
         return script
 
     return run
@@ -65,14 +76,14 @@ def config(tmp_path):
 
 @pytest.fixture
 def launch(tmp_path, monkeypatch):
-    """Return a function that runs configurator.run_script on the toy script as a command line would."""
+    """Return a function that runs configurator.run_script on the toy script by a command line."""
     path = tmp_path / "toy.py"
     path.write_text(TOY, encoding="utf-8")
 
     def run(main, *argv):
         script = runpy.run_path(str(path))
         monkeypatch.setattr(sys, "argv", ["toy.py", *argv])
-        configurator.run_script(script, lambda: main(script))
+        configurator.run_script(script, lambda: main(script), SETTINGS, gpt.check_setting)
         return script
 
     return run
@@ -80,7 +91,8 @@ def launch(tmp_path, monkeypatch):
 
 def test_read_settings_finds_names_types_and_help():
     """Only commented lower-case assignments above the first def are settings."""
-    assert configurator.read_settings(TOY) == {
+    found = {name: (s.type, s.optional, s.help) for name, s in SETTINGS.items()}
+    assert found == {
         "n_layer": (int, False, "blocks"),
         "learning_rate": (float, False, "step size; 1e-3 = small"),
         "bias": (bool, False, "biases in linear layers"),
@@ -97,25 +109,26 @@ def plain_globals(module):
     return [k for k, v in vars(module).items() if k[0].islower() and isinstance(v, plain)]
 
 
-@pytest.mark.parametrize("module", [gpt, sample, prepare], ids=lambda module: module.__name__)
+SCRIPTS = pytest.mark.parametrize(
+    "module", [gpt, prepare, sample, evaluate], ids=lambda module: module.__name__
+)
+
+
+@SCRIPTS
 def test_every_plain_global_of_a_script_is_a_setting_with_a_help_text(module):
     """No setting escapes the flags, and each has the type of its default."""
-    settings = configurator.read_settings(Path(module.__file__).read_text(encoding="utf-8"))
-    assert list(settings) == plain_globals(module)
-    assert len(settings) >= 5
-    for name, setting in settings.items():
+    assert list(module.SETTINGS) == plain_globals(module)
+    assert len(module.SETTINGS) >= 5
+    for name, setting in module.SETTINGS.items():
         value = getattr(module, name)
         assert len(setting.help) > 3, name
         assert type(value) is setting.type or (value is None and setting.optional), name
 
 
-def test_the_settings_of_gpt_are_those_it_saves():
-    """gpt.SETTINGS, which checkpoints hold, and the flags are the same list in the same order."""
-    settings = configurator.read_settings((ROOT / "gpt.py").read_text(encoding="utf-8"))
-    assert list(settings) == gpt.SETTINGS
-    assert {"dataset", "n_kv_head", "muon_lr", "compile"} <= set(settings)
-    assert settings["compile"][:2] == (bool, True)
-    assert [name for name, setting in settings.items() if setting.optional] == ["compile"]
+def test_the_optional_settings_of_gpt():
+    assert {"dataset", "n_kv_head", "muon_lr", "compile"} <= set(gpt.SETTINGS)
+    assert gpt.SETTINGS["compile"].type is bool
+    assert [name for name, setting in gpt.SETTINGS.items() if setting.optional] == ["compile"]
 
 
 VALID = [
@@ -187,8 +200,8 @@ INVALID_FLAGS = [
     ("--bias=2", "bias is 2: expected True or False"),
     ("--bias=yes", "bias is 'yes': expected True or False"),
     ("--bias=None", "bias is None: expected True or False"),
-    ("--compile=maybe", "compile is 'maybe': expected True, False or None"),
-    ("--limit=1.5", "limit is '1.5': expected an integer or None"),
+    ("--compile=maybe", "compile is 'maybe': expected True or False, or None"),
+    ("--limit=1.5", "limit is '1.5': expected an integer, or None"),
 ]
 INVALID_LINES = [
     ("n_layer = 2.5", "n_layer is 2.5: expected an integer"),
@@ -204,7 +217,7 @@ INVALID_LINES = [
     ("bias = None", "bias is None: expected True or False"),
     ("name = 3", "name is 3: expected text"),
     ("name = None", "name is None: expected text"),
-    ("compile = 'yes'", "compile is 'yes': expected True, False or None"),
+    ("compile = 'yes'", "compile is 'yes': expected True or False, or None"),
 ]
 
 
@@ -249,6 +262,40 @@ def test_an_unknown_name_without_a_neighbour_points_to_help(toy, config):
             toy(f"--{name}=3")
     with pytest.raises(ValueError, match=r"config\.py: unknown setting 'n_head'"):
         toy(config("n_head = 4\n"))
+
+
+FOREIGN = {
+    "start": "--prompt",
+    "max_new_tokens": "--max_tokens",
+    "decay_lr": "--lr_schedule=constant",
+    "backend": "leave it out",
+    "always_save_checkpoint": "leave it out",
+    "wandb_project": "WANDB_PROJECT",
+    "wandb_run_name": "WANDB_NAME",
+    "eval_text": "python evaluate.py --text=FILE",
+    "eval_stride": "python evaluate.py --stride=",
+    "keep_checkpoints": "leave it out",
+    "export": "python hub.py export RUN FOLDER",
+}
+
+
+@pytest.mark.parametrize(("name", "answer"), FOREIGN.items(), ids=list(FOREIGN))
+def test_other_programs_and_former_names_are_answered_with_ours(toy, config, name, answer):
+    """They come in flags and in config files, such as nanoGPT's; no script has such a setting."""
+    for argv in ([f"--{name}=x"], [f"--{name}", "x"], [config(f"{name} = 1\n")]):
+        with pytest.raises(ValueError, match=f"unknown setting '{name}': ") as e:
+            toy(*argv)
+        assert answer in str(e.value)
+    for module in (gpt, prepare, sample, evaluate):
+        assert name not in module.SETTINGS
+
+
+def test_a_script_may_have_a_setting_of_a_renamed_name(tmp_path):
+    """The table is for names that are unknown."""
+    settings = gpt.read_settings("start = 1  # of the toy script\n")
+    script = {"start": 1}
+    configurator.configure(script, ["--start=2"], settings, gpt.check_setting)
+    assert script == {"start": 2}
 
 
 def test_a_flag_that_lacks_its_value_says_so(toy):
@@ -299,7 +346,7 @@ def test_files_may_read_what_derive_returns_but_not_set_it(toy, config, tmp_path
     for argv, expected in (([path], 1), ([path, "--bias"], 2)):
         script.clear()
         script.update(runpy.run_path(str(tmp_path / "toy.py")))
-        configurator.configure(script, argv, derive=derive)
+        configurator.configure(script, argv, SETTINGS, gpt.check_setting, derive=derive)
         assert script["n_layer"] == expected
         assert "device_type" not in script
     with pytest.raises(ValueError, match="unknown setting 'device_type'"):
@@ -362,6 +409,38 @@ def test_errors_inside_a_config_file_name_file_and_place(toy, config):
             toy(path)
 
 
+def test_a_byte_order_mark_is_no_part_of_a_config_file(toy, tmp_path):
+    """Editors on Windows write one."""
+    path = tmp_path / "bom.py"
+    path.write_bytes(b"\xef\xbb\xbfname = 'caf\xc3\xa9'\r\nn_layer = 5\r\n")
+    script = toy(str(path))
+    assert (script["name"], script["n_layer"]) == ("caf\N{LATIN SMALL LETTER E WITH ACUTE}", 5)
+
+
+def test_a_tilde_in_a_config_files_path_is_the_home_folder(toy, config, tmp_path, monkeypatch):
+    """A shell expands it only where it begins a word."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    config("n_layer = 31\n", "home.py")
+    assert toy("~/home.py")["n_layer"] == 31
+    with pytest.raises(FileNotFoundError, match="~/none.py does not exist"):
+        toy("~/none.py")
+
+
+def test_a_config_file_that_imports_another_is_told_how_they_combine(toy, config, monkeypatch):
+    """An import runs the other file without the names that config files may read."""
+    monkeypatch.syspath_prepend(Path(config("")).parent)
+    config("n_layer = 6 if device_type == 'cpu' else 12\n", "other_config.py")
+    path = config("from other_config import *\nbias = True\n", "mine.py")
+    with pytest.raises(ValueError, match="imports does not know device_type: .* command line") as e:
+        toy(path, derive=lambda: {"device_type": "cpu"})
+    assert str(e.value).startswith(f"{path}: ") and "\n" not in str(e.value)
+    other = str(Path(path).with_name("other_config.py"))
+    config("bias = True\n", "mine.py")
+    script = toy(other, path, derive=lambda: {"device_type": "cpu"})
+    assert (script["n_layer"], script["bias"]) == (6, True)
+
+
 def test_a_config_file_in_another_encoding_is_named(toy, tmp_path):
     """Bytes that are not UTF-8 end in a sentence with the file's name."""
     path = tmp_path / "latin.py"
@@ -371,11 +450,11 @@ def test_a_config_file_in_another_encoding_is_named(toy, tmp_path):
 
 
 def test_word_setting_takes_the_first_word_and_only_one(toy):
-    """With word_setting, a word is that setting's value instead of a config file."""
-    assert toy("pydoc", "--n_layer=2", word_setting="name")["name"] == "pydoc"
-    assert toy("--n_layer=2", word_setting="name")["name"] == "a"
+    """With word_settings, a word is that setting's value instead of a config file."""
+    assert toy("pydoc", "--n_layer=2", word_settings=("name",))["name"] == "pydoc"
+    assert toy("--n_layer=2", word_settings=("name",))["name"] == "a"
     with pytest.raises(ValueError, match="'more' is one word too many"):
-        toy("pydoc", "more", word_setting="name")
+        toy("pydoc", "more", word_settings=("name",))
 
 
 def test_run_script_runs_main_with_the_settings(launch, capsys):
@@ -442,13 +521,84 @@ def test_run_script_passes_on_other_exits(launch):
         launch(fail(KeyError("a bug")))
 
 
+TORCHRUN = {
+    "RANK": "1",
+    "WORLD_SIZE": "2",
+    "LOCAL_RANK": "1",
+    "MASTER_ADDR": "localhost",
+    "MASTER_PORT": "29500",
+}
+
+
 def test_only_the_first_process_prints_the_mistake(launch, capsys, monkeypatch):
     """Of the processes that torchrun starts, all exit with 2 and one speaks."""
-    monkeypatch.setenv("RANK", "1")
+    for rank, said in (
+        ("1", ""),
+        ("0", "error: unknown setting 'n_layr': did you mean n_layer?\n"),
+    ):
+        for name, value in (TORCHRUN | {"RANK": rank}).items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(SystemExit) as e:
+            launch(lambda script: None, "--n_layr=9")
+        assert e.value.code == 2
+        assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize("missing", TORCHRUN)
+@pytest.mark.parametrize("empty", [False, True])
+def test_a_stray_rank_mutes_no_mistake(launch, capsys, monkeypatch, missing, empty):
+    """A variable of torchrun that lacks the others, or is empty, means nothing."""
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    if empty:
+        monkeypatch.setenv(missing, "")
+    else:
+        monkeypatch.delenv(missing)
     with pytest.raises(SystemExit) as e:
         launch(lambda script: None, "--n_layr=9")
     assert e.value.code == 2
-    assert capsys.readouterr().err == ""
+    assert "did you mean n_layer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("closed", ["stdin", "stdout", "stderr"])
+def test_a_stream_that_the_caller_closed_ends_no_run(launch, monkeypatch, closed):
+    """Python has None in its place, as after `python gpt.py >&-`; what is written there is lost."""
+    monkeypatch.setattr(sys, closed, None)
+    seen = []
+
+    def main(script):
+        sys.stdout.write("a text\n")
+        sys.stderr.write("a note\n")
+        seen.append(sys.stdin.read() if closed == "stdin" else "")
+
+    launch(main)
+    assert seen == [""]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX shell")
+def test_a_closed_output_is_no_traceback(tmp_path):
+    """By a real shell: a run without stdout, or without stderr, ends as it would with them."""
+    path = tmp_path / "quiet.py"
+    path.write_text(
+        f"""import sys
+sys.path.insert(0, {str(ROOT)!r})
+from configurator import run_script
+
+def main():
+    print("a text", flush=True)
+    open("done", "a").write("x")
+
+run_script(globals(), main, {{}}, None)
+""",
+        encoding="utf-8",
+    )
+    for closed in (">&-", "2>&-", "<&-", ">&- 2>&- <&-"):
+        command = f"exec {sys.executable} {path} {closed}"
+        done = subprocess.run(
+            command, check=False, shell=True, cwd=tmp_path, capture_output=True, text=True
+        )
+        assert (done.returncode, done.stderr) == (0, ""), closed
+    assert (tmp_path / "done").read_text() == "xxxx"
 
 
 def test_traceback_in_the_environment_shows_where(launch, monkeypatch):
@@ -477,13 +627,13 @@ def test_help_lists_every_setting_and_runs_nothing(launch, capsys, flag):
     ]
 
 
-@pytest.mark.parametrize("name", ["gpt.py", "sample.py", "prepare.py"])
+@pytest.mark.parametrize("name", ["gpt.py", "sample.py", "prepare.py", "evaluate.py"])
 def test_help_of_the_scripts_shows_defaults_and_comments(name, monkeypatch, capsys):
-    """Every commented assignment at the top of the source stands in --help, in at most 110 columns."""
+    """Every commented assignment at the top of the source is in --help, 100 columns wide."""
     monkeypatch.setattr(sys, "argv", [name, "--help"])
     runpy.run_path(str(ROOT / name), run_name="__main__")
     out = capsys.readouterr().out
-    assert max(map(len, out.splitlines())) <= 110
+    assert max(map(len, out.splitlines())) <= 100
     flat = " ".join(out.split())
     above = re.split(
         r"^(?:def|class|@)", (ROOT / name).read_text(encoding="utf-8"), flags=re.MULTILINE
@@ -505,16 +655,21 @@ def test_there_are_config_files():
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_file_gives_valid_settings(path, device_type, monkeypatch):
-    """The file runs for both kinds of device, changes something, and gpt.py accepts what it sets."""
-    script = vars(gpt) | {"__file__": str(ROOT / "gpt.py")}
-    before = {name: script[name] for name in gpt.SETTINGS}
+    """The file runs for both kinds of device and sets something that gpt.py accepts."""
+    monkeypatch.setattr(hub, "get", lambda name: Path("models") / name / "best.pt")
+    before = {name: getattr(gpt, name) for name in gpt.SETTINGS}
+    script = before | {"__file__": gpt.__file__}
     derived = {"device_type": device_type, "native_bfloat16": device_type == "cuda"}
-    configurator.configure(script, [f"config/{path.name}"], derive=lambda: derived)
+    configurator.configure(
+        script,
+        [f"config/{path.name}"],
+        gpt.SETTINGS,
+        gpt.check_setting,
+        derive=lambda: derived,
+    )
     after = {name: script[name] for name in gpt.SETTINGS}
     assert after != before
-    for name, value in after.items():
-        monkeypatch.setattr(gpt, name, value)
-    gpt.check_settings()
+    gpt.checked_settings(**after)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

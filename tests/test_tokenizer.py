@@ -23,7 +23,7 @@ def own_bpe(special=SPECIAL):
 
 @pytest.fixture
 def tiny_bpe(monkeypatch):
-    """Let tiktoken know one encoding, `tiny`: 256 bytes, the merges th and the, and a special token."""
+    """Let tiktoken know one encoding, `tiny`: bytes, the merges th and the, and a special token."""
     ranks = {bytes([i]): i for i in range(256)} | {b"th": 256, b"the": 257}
 
     def get_encoding(name):
@@ -108,7 +108,7 @@ def test_no_text_gives_a_special_token():
 
 
 def test_bpe_merges_and_counts(tiny_bpe):
-    """Ids are those that the merges give by hand: th is 256, the is 257, other bytes are themselves."""
+    """Ids are those that the merges give by hand: th is 256, the is 257, bytes are themselves."""
     tokenizer = gpt.Tokenizer("tiny")
     assert tokenizer.vocab_size == 259
     assert tokenizer.special == {"<|endoftext|>": 258}
@@ -134,7 +134,7 @@ def test_bpe_round_trip_and_parts_of_characters(tiny_bpe):
 
 
 def test_an_encoding_that_is_not_to_be_had_names_the_way_out(tiny_bpe):
-    """Whatever tiktoken raises becomes a ValueError that names the encoding and TIKTOKEN_CACHE_DIR."""
+    """What tiktoken raises becomes a ValueError that names the encoding and TIKTOKEN_CACHE_DIR."""
     with pytest.raises(ValueError, match="'gpt2'.*OSError.*TIKTOKEN_CACHE_DIR"):
         gpt.Tokenizer("gpt2")
 
@@ -160,7 +160,7 @@ def test_an_own_bpe_merges_by_rank():
 
 
 def test_an_own_bpe_is_tiktokens():
-    """Any text has the ids that a tiktoken.Encoding of the same vocabulary gives, and comes back."""
+    """Any text has the ids that a tiktoken.Encoding of the same tokens gives, and comes back."""
     tokenizer, ranks = own_bpe(), {token: i for i, token in enumerate(BYTES + MERGES)}
     other = tiktoken.Encoding("other", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
     for text in ("the thing, then: nothing.\n\n", "naïve 日本 😀", "<|endoftext|>", " ", ""):
@@ -191,6 +191,29 @@ def test_state_rebuilds_the_tokenizer(tiny_bpe, name):
     assert rebuilt.vocab_size == tokenizer.vocab_size
     assert rebuilt.special == tokenizer.special
     assert rebuilt.state == tokenizer.state
+
+
+def test_special_ids_leave_the_other_tokens_the_free_ones():
+    """Special tokens may stand anywhere; the others take the ids that are left, in their order."""
+    tokenizer = gpt.Tokenizer("char", "abc", special="<s> </s>", special_ids="0 2")
+    assert tokenizer.special == {"<s>": 0, "</s>": 2}
+    assert tokenizer.encode("abc") == [1, 3, 4]
+    assert tokenizer.decode([0, 4, 2]) == "<s>c</s>"
+    assert tokenizer.vocab_size == 5
+
+
+def test_begin_and_end_are_ids_of_special_tokens_or_none():
+    tokenizer = gpt.Tokenizer("char", "abc", special="<s> </s>", begin="<s>", end="</s>")
+    assert (tokenizer.begin, tokenizer.end) == (3, 4)
+    plain = gpt.Tokenizer("char", "abc")
+    assert (plain.begin, plain.end) == (None, None)
+    assert gpt.Tokenizer("char", "abc", special=SPECIAL).end == 3  # <|endoftext|>
+
+
+def test_a_chat_template_is_split_at_its_bars():
+    """Into what stands around a system text, a question and an answer."""
+    assert gpt.Tokenizer("char", "a").chat == ["%s", "<|user|>%s<|assistant|>", "%s"]
+    assert gpt.Tokenizer("char", "a", chat="[%s]||Q%s||A%s.").chat == ["[%s]", "Q%s", "A%s."]
 
 
 def test_the_state_of_older_data_sets_is_enough():

@@ -1,4 +1,4 @@
-"""Hugging Face's tokenizer.json in and out, against the tokenizers library, transformers and tiktoken."""
+"""Hugging Face's tokenizer.json in and out, against tokenizers, transformers and tiktoken."""
 
 import base64
 import copy
@@ -29,18 +29,23 @@ from tokenizers import (
 from transformers import AutoTokenizer
 
 import gpt
-import prepare
-import resume
-from tokenizer_json import LibraryEncoding, read_tokenizer, write_tokenizer
+from extras.bpe import count_words, train_bpe
+from extras.hf_tokenizer import GPT2_PATTERN, LibraryEncoding
+from hub import read_tokenizer, write_tokenizer
 
+SPECIALS = "<|endoftext|> <|user|> <|assistant|> <|pad|>"  # of prepare.py
 TOPICS = "\n\n".join(map(topics.get, sorted(topics)))
 LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-CHATML = "<|im_start|>system\n%s<|im_end|>\n||<|im_start|>user\n%s<|im_end|>\n<|im_start|>assistant\n||%s<|im_end|>\n"
+CHATML = (
+    "<|im_start|>system\n%s<|im_end|>\n||<|im_start|>user\n%s<|im_end|>\n"
+    "<|im_start|>assistant\n||%s<|im_end|>\n"
+)
 LLAMA3_CHAT = (
-    "<|start_header_id|>system<|end_header_id|>\n\n%s<|eot_id|>||<|start_header_id|>user<|end_header_id|>\n\n%s"
+    "<|start_header_id|>system<|end_header_id|>\n\n%s<|eot_id|>"
+    "||<|start_header_id|>user<|end_header_id|>\n\n%s"
     "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n||%s<|eot_id|>"
 )
 BYTE_LEVEL = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
@@ -75,13 +80,14 @@ def real_text(n_bytes=10**6):
 
 @cache
 def kinds_of_characters():
-    """Return ASCII, digits, white space of all kinds, emoji and joiners, words, controls and marks, any script."""
+    """Return characters by kinds: ASCII, digits, white space, emoji, marks, any script."""
     known = unicodedata.ucd_3_2_0  # what any version of Unicode has
     assigned = [c for c in map(chr, range(0x30000)) if known.category(c) not in ("Cn", "Cs")]
     return [
         "abcdefghijklmnopqrstuvwxyzABCST",
         "0123456789\u0663\u0967\u2167\u00b2\u00bd\u3007",
-        " \t\n\r   \n  \x0b\x0c\x1c\x1d\x1e\x1f\x85\xa0\u1680\u180e\u2003\u200b\u2028\u2029\u202f\u205f\u3000\ufeff",
+        " \t\n\r   \n  \x0b\x0c\x1c\x1d\x1e\x1f\x85\xa0\u1680\u180e\u2003\u200b\u2028\u2029",
+        "\u202f\u205f\u3000\ufeff",
         ".,;:!?'\"()[]{}<>|/\\@#$%^&*-_=+~`",
         ["'s", "'LL", "'re", "'\u017f", " the", "return ", "  ", "\n\n", "<|endoftext|>"],
         "\u0301\u0308\u20e3\ufe0f\u200d\U0001f600\U0001f468\U0001f469\U0001f1e6\U0001f3fd",
@@ -116,7 +122,7 @@ def trained(pre_tokenizer, special=(), n_tokens=1200, text=TOPICS[:200_000]):
 
 
 def sentencepiece(metaspace):
-    """Return the tokenizer.json of a tokenizer as Llama 2's, with Metaspace or, as there, normalizers."""
+    """Return the tokenizer.json of one as Llama 2's, with Metaspace or, as there, normalizers."""
     return copy.deepcopy(trained_sentencepiece(metaspace))
 
 
@@ -148,7 +154,7 @@ def trained_sentencepiece(metaspace):
 
 
 MODELS = {
-    "gpt2": (BYTE_LEVEL, (), False, prepare.GPT2_PATTERN),
+    "gpt2": (BYTE_LEVEL, (), False, GPT2_PATTERN),
     "llama3": (LLAMA3_SPLIT, (), False, LLAMA3_PATTERN),
     "llama3-ignore_merges": (LLAMA3_SPLIT, (), True, LLAMA3_PATTERN),
     "smollm2": (DIGITS, SMOLLM2_SPECIAL, False, None),
@@ -157,7 +163,7 @@ MODELS = {
 
 @pytest.fixture(scope="module")
 def library_tokenizers():
-    """The library's tokenizers of MODELS, as dicts of their tokenizer.json; the specials of two come last."""
+    """The library's tokenizers of MODELS, as dicts; the special tokens of two come last."""
     made = {}
     for name, (pre_tokenizer, special, ignore_merges, _) in MODELS.items():
         theirs = trained(pre_tokenizer, special)
@@ -171,7 +177,7 @@ def library_tokenizers():
 
 @pytest.fixture
 def folder(tmp_path):
-    """Return a function that writes a tokenizer.json and more files into a folder and returns that."""
+    """Return a function that writes tokenizer.json and other files, and returns their folder."""
 
     def write(data, **files):
         path = tmp_path / "model"
@@ -190,7 +196,7 @@ def ids_of(theirs, text):
 
 
 def assert_like(tokenizer, theirs, texts):
-    """Assert that tokenizer gives texts the ids that the library's Tokenizer gives, and gets them back."""
+    """Assert that tokenizer gives texts the library's ids, and decodes them again."""
     theirs.encode_special_tokens = True
     texts = list(texts)
     expected = [
@@ -201,19 +207,19 @@ def assert_like(tokenizer, theirs, texts):
         assert tokenizer.decode(ids) == text
 
 
-def own_bpe(tokens, pattern=prepare.GPT2_PATTERN, **more):
+def own_bpe(tokens, pattern=GPT2_PATTERN, **more):
     ranks = " ".join(base64.b64encode(token).decode() for token in tokens)
     return gpt.Tokenizer("bpe", ranks=ranks, pattern=pattern, **more)
 
 
 @cache
 def own_tokens():
-    return prepare.train_bpe(prepare.count_words([TOPICS[:50_000]]), 600)
+    return train_bpe(count_words([TOPICS[:50_000]], GPT2_PATTERN), 600)
 
 
 ALL_BYTES = [bytes([i]) for i in range(256)]
 
-# ---- Reading -----------------------------------------------------------------------------------------------
+# ---- Reading ----
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -236,7 +242,7 @@ def test_a_byte_level_tokenizer_becomes_tiktokens(library_tokenizers, folder, na
 
 
 def test_both_spellings_of_merges_are_read(library_tokenizers, folder):
-    """As pairs, and as older files have them, with a space between; and those without a type or use_regex."""
+    """Pairs, or older files' texts with a space; the type and use_regex may be missing."""
     data = copy.deepcopy(library_tokenizers["gpt2"])
     expected = read_tokenizer(folder(data)).state
     data["model"]["merges"] = [" ".join(pair) for pair in data["model"]["merges"]]
@@ -246,7 +252,7 @@ def test_both_spellings_of_merges_are_read(library_tokenizers, folder):
 
 
 def test_more_merges_than_tokens_change_nothing(library_tokenizers, folder):
-    """Llama 3's file lists all pairs that make a token; only one of them ever comes to be neighbours."""
+    """Llama 3's file lists all pairs that make a token, of which only one ever meets."""
     data = copy.deepcopy(library_tokenizers["llama3-ignore_merges"])
     vocab, state = data["model"]["vocab"], read_tokenizer(folder(data)).state
     pairs = [
@@ -379,7 +385,7 @@ UNCHANGED = {r"\s?\S+|\s+": split(), "an added special token": added()}
 def test_what_tiktoken_would_merge_otherwise_is_left_to_the_library(
     library_tokenizers, folder, case
 ):
-    """Each difference alone makes kind "tokenizers", whose ids are the library's; harmless ones do not."""
+    """Each difference makes kind "tokenizers", with the library's ids; harmless ones do not."""
     data = copy.deepcopy(library_tokenizers["gpt2"])
     (FOR_THE_LIBRARY | UNCHANGED)[case](data)
     tokenizer = read_tokenizer(folder(data))
@@ -434,7 +440,7 @@ def test_names_in_texts_are_no_special_tokens(library_tokenizers, folder):
             assert tokenizer.decode([i]) == name
 
 
-# ---- BOS, EOS, chat ----------------------------------------------------------------------------------------
+# ---- BOS, EOS, chat ----
 
 
 def template(name, i):
@@ -451,7 +457,7 @@ def roles(folder, data, **files):
 
 
 def test_begin_is_what_is_really_put_before_a_text(library_tokenizers, folder):
-    """By the template, also inside a Sequence, or add_bos_token; a bos_token alone is only a name."""
+    """The template, also in a Sequence, or add_bos_token; a bos_token alone is only a name."""
     data = dict(library_tokenizers["llama3"])
     bos, config = "<|begin_of_text|>", {"bos_token": {"content": "<|begin_of_text|>"}}
     post = template(bos, 1200)
@@ -490,12 +496,13 @@ def test_end_comes_from_the_first_file_that_names_it(library_tokenizers, folder)
     assert roles(folder, data, tokenizer_config={"eos_token": end})[1] == end
     assert read_tokenizer(folder(data)).end == 1201
     first = {"eos_token_id": 0}  # the token that is 0 is one as any other
-    assert roles(folder, library_tokenizers["smollm2"], config=first, tokenizer_config={}, special_tokens_map={},
-                 generation_config={})[1] == "<|endoftext|>"  # fmt: skip
+    files = {"config": first, "tokenizer_config": {}, "special_tokens_map": {}}
+    found = roles(folder, library_tokenizers["smollm2"], generation_config={}, **files)
+    assert found[1] == "<|endoftext|>"
 
 
 def test_known_chat_templates_are_recognized(library_tokenizers, folder):
-    """ChatML's and Llama 3's, from the settings or their own file; the token that ends an answer is `end`."""
+    """ChatML's and Llama 3's, from the settings or a file; what ends an answer is `end`."""
     data, config = library_tokenizers["smollm2"], {"eos_token": "<|endoftext|>"}
     known = {"chat_template": "{{ '<|im_start|>' + message['role'] }}"}
     assert roles(folder, data, tokenizer_config=config) == ("", "<|endoftext|>", gpt.CHAT)
@@ -526,14 +533,14 @@ MESSAGES = [
 @pytest.mark.parametrize(
     ("chat", "special", "end", "begin"),
     [
-        (gpt.CHAT, prepare.SPECIALS, "<|endoftext|>", ""),
+        (gpt.CHAT, SPECIALS, "<|endoftext|>", ""),
         (CHATML, " ".join(SMOLLM2_SPECIAL), "<|im_end|>", ""),
         (LLAMA3_CHAT, " ".join(LLAMA3_SPECIAL), "<|eot_id|>", "<|begin_of_text|>"),
         ('\n{{"%s"}}\n||\tQ\\: %s é😀\nA: ||%s\n', "<|endoftext|>", "<|endoftext|>", ""),
     ],
 )
 def test_apply_chat_template_renders_our_text(tmp_path, chat, special, end, begin):
-    """Character by character, escapes, line ends and all; an answer that is the last message has its end."""
+    """Character by character, escapes and all; an answer that is the last message has its end."""
     tokenizer = own_bpe(ALL_BYTES, special=special, end=end, begin=begin, chat=chat)
     write_tokenizer(tokenizer, tmp_path, 64)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
@@ -558,11 +565,11 @@ def test_no_chat_template_of_tokens_that_are_not_there(tmp_path):
     assert not config.keys() & {"bos_token", "pad_token", "add_bos_token"}
 
 
-# ---- Writing -----------------------------------------------------------------------------------------------
+# ---- Writing ----
 
 
 def assert_comes_back(tokenizer, path):
-    """Assert that reading what was written gives an equal state, and writing that the same bytes."""
+    """Assert that reading what was written gives an equal state, and writing it the same bytes."""
     write_tokenizer(tokenizer, path, 256)
     again = read_tokenizer(path)
     assert again.state == tokenizer.state
@@ -574,7 +581,7 @@ def assert_comes_back(tokenizer, path):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_what_was_read_is_written_for_transformers(library_tokenizers, folder, tmp_path, name):
-    """AutoTokenizer gives equal ids, whichever model lies beside, BOS first where it belongs, and the text."""
+    """AutoTokenizer gives equal ids, BOS first where it belongs, whichever model lies beside."""
     data, config = dict(library_tokenizers[name]), {"eos_token": "<|endoftext|>"}
     if name == "llama3":
         config = {"eos_token": "<|end_of_text|>", "chat_template": "<|start_header_id|>"}
@@ -617,7 +624,7 @@ def test_pre_tokenizers_are_written_as_the_models_have_them(library_tokenizers, 
 
 def test_our_own_bpe_is_written(tmp_path):
     """As prepare.py trains it, with its four special tokens."""
-    tokenizer = own_bpe(own_tokens(), special=prepare.SPECIALS)
+    tokenizer = own_bpe(own_tokens(), special=SPECIALS)
     assert_comes_back(tokenizer, tmp_path)
     assert_like(
         tokenizer,
@@ -634,9 +641,9 @@ def test_our_own_bpe_is_written(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("special", ["", prepare.SPECIALS])
+@pytest.mark.parametrize("special", ["", SPECIALS])
 def test_characters_are_written(tmp_path, special):
-    """Any of them is a word, also white space and a character of four bytes; an unknown one is dropped."""
+    """Any of them is a token, also white space and one of four bytes; an unknown one is dropped."""
     chars = '\n !aeé▁Ġ日😀\t\x00\u2028"\\'
     tokenizer = gpt.Tokenizer("char", chars, special=special)
     assert_comes_back(tokenizer, tmp_path)
@@ -651,7 +658,7 @@ def test_characters_are_written(tmp_path, special):
 
 
 def test_characters_of_others_are_read(folder):
-    """A model of single characters, special tokens before them; with merges or an unknown token it is none."""
+    """Single characters behind special tokens; merges or an unknown token need the library."""
     model = {"type": "BPE", "vocab": {"<s>": 0, "b": 1, "é": 2}, "merges": [], "unk_token": None}
     data = {"added_tokens": [{"id": 0, "content": "<s>", "special": True}], "model": model}
     data["added_tokens"][0] |= dict.fromkeys(
@@ -670,7 +677,7 @@ def test_characters_of_others_are_read(folder):
 
 @pytest.mark.parametrize("name", tiktoken_ext.openai_public.ENCODING_CONSTRUCTORS)
 def test_tiktokens_patterns_and_special_tokens_are_written(monkeypatch, tmp_path, name):
-    """Of all its encodings, with a small vocabulary in place of theirs: gaps between ids, possessive words."""
+    """Of all its encodings, with a small vocabulary: gaps between ids, possessive words."""
     ranks = {token: i for i, token in enumerate(own_tokens())}
     for loader in ("load_tiktoken_bpe", "data_gym_to_mergeable_bpe_ranks"):
         monkeypatch.setattr(tiktoken_ext.openai_public, loader, lambda *_, **__: ranks)
@@ -694,12 +701,13 @@ def test_tiktokens_patterns_and_special_tokens_are_written(monkeypatch, tmp_path
         assert data["pre_tokenizer"]["type"] == "ByteLevel"
     if len(special) < 10:  # else the gap is filled
         assert again.state["kind"] == "bpe"
-        assert resume.same_ids(tokenizer, again)
+        for i in [*ranks.values(), *special.values()]:
+            assert again.decode_bytes([i]) == tokenizer.decode_bytes([i])
     assert_like(again, theirs, random_strings(500, seed=3))
 
 
 def random_vocabulary(rng):
-    """Return tokens over a, b and c, at times in any order: some no merging makes, some are made in odd ways."""
+    """Return tokens over a, b and c: some no merging makes, some are made in odd ways."""
     words, grown = (
         ["".join(w) for n in (2, 3, 4, 5) for w in itertools.product("abc", repeat=n)],
         ["a", "b", "c"],
@@ -717,7 +725,7 @@ def random_vocabulary(rng):
 
 
 def test_any_ranks_become_merges_that_do_the_same(tmp_path):
-    """100 vocabularies drawn by lot: the ids of merging by rank are those of the merges that are written."""
+    """For 100 random vocabularies, merging by rank gives the ids of the merges that are written."""
     rng, n_ignored, texts = random.Random(0), 0, []
     for i in range(100):
         tokenizer = own_bpe(random_vocabulary(rng))
@@ -732,19 +740,19 @@ def test_any_ranks_become_merges_that_do_the_same(tmp_path):
 
 
 def test_a_pattern_without_a_like_is_refused(tmp_path):
-    """\\w holds other characters there: the message names it and the way out, and nothing is written."""
+    """\\w holds other characters there: the message says what to do, and nothing is written."""
     tokenizer = own_bpe(ALL_BYTES, pattern=r" ?\w+|\s+|[^\w\s]+")
     with pytest.raises(ValueError, match=r"(?s)^'.*w.*pattern.*classes, as GPT-2's$"):
         write_tokenizer(tokenizer, tmp_path / "new", 8)
     assert not (tmp_path / "new").exists()
 
 
-# ---- The library -------------------------------------------------------------------------------------------
+# ---- The library ----
 
 
 @pytest.mark.parametrize("metaspace", [True, False])
 def test_sentencepiece_is_left_to_the_library(folder, tmp_path, metaspace):
-    """Equal ids; what is decoded, also id by id, is the text after its space; it is written as it was."""
+    """Equal ids; what is decoded, also id by id, is the text after its space."""
     data = sentencepiece(metaspace)
     theirs = tokenizers.Tokenizer.from_str(json.dumps(data))
     data["post_processor"] = template("<s>", 1)
@@ -788,9 +796,10 @@ def test_a_begin_by_add_bos_token_is_kept(library_tokenizers, folder, tmp_path):
 
 
 def test_a_byte_level_tokenizer_of_the_library_streams_bytes(library_tokenizers):
-    """Its spelling is undone; added tokens, which are not spelled so, are themselves; ids may have gaps."""
+    """Its spelling is undone, but for added tokens, which are not spelled so; ids may have gaps."""
     theirs = tokenizers.Tokenizer.from_str(json.dumps(library_tokenizers["gpt2"]))
-    theirs.add_tokens([AddedToken("né  x", normalized=False), AddedToken("<é>", normalized=False)])
+    added = [AddedToken(name, normalized=False) for name in ("né  x", "<é>")]
+    theirs.add_tokens(added)
     theirs.enable_truncation(5)
     theirs.enable_padding(length=50)
     encoding = LibraryEncoding(theirs.to_str())
@@ -821,7 +830,7 @@ def test_a_lone_surrogate_is_no_error(library_tokenizers):
     assert encoding.decode_bytes(encoding.encode_ordinary("a\udcffb")) == b"a?b"
 
 
-# ---- Which tokenizers give the same ids --------------------------------------------------------------------
+# ---- Which tokenizers give the same ids ----
 
 
 def test_without_the_library(library_tokenizers, folder, monkeypatch, tmp_path):

@@ -1,0 +1,204 @@
+"""evaluate.py: how well a model predicts a text, or a data set's validation split.
+
+    python evaluate.py --text=FILE --out_dir=out/shakespeare         the run's best.pt on any text
+    python evaluate.py --text=FILE --init_from=gpt2 --stride=512     in overlapping windows
+    python evaluate.py --dataset=NAME --checkpoint=FILE              the whole validation split
+
+A text is read in windows of block_size tokens. Each token counts once. The first tokens of a window
+are predicted from little context, so windows that overlap give lower, and fairer, figures.
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from gpt import (
+    Data,
+    as_path,
+    check_setting,
+    check_tokenizer,
+    load_checkpoint,
+    native_bfloat16,
+    pick_device,
+    read_settings,
+    read_text,
+)
+
+# ---- Settings: each comment is the help text (python evaluate.py --help) ----
+text = ""  # text file to evaluate on
+dataset = ""  # instead: a data set, whose validation split is taken
+data_dir = ""  # folder of all data sets; empty: data/ beside evaluate.py
+out_dir = ""  # folder of the run whose best.pt is evaluated; empty: out/<dataset>
+checkpoint = ""  # instead: a checkpoint file
+init_from = ""  # instead: a Hugging Face folder or id, such as gpt2, or a checkpoint
+stride = 0  # tokens from the start of a window to the next one's; 0: block_size, no overlap
+block_size = 2048  # longest window in tokens; a model whose context is shorter takes that
+batch_size = 8  # windows that are computed together
+device = "auto"  # auto: cuda, else mps, else cpu | any torch device
+dtype = "auto"  # of matrix products; auto: bfloat16 where the hardware has it | float32 | bfloat16
+
+SETTINGS = read_settings(Path(__file__).read_text(encoding="utf-8-sig"))
+HERE = Path(__file__).resolve().parent
+
+
+# ---- Windows ----
+def window_batches(tokens, block_size, stride, batch_size):
+    """Yield the batches of all windows: inputs, targets (rows, block_size) and their weights.
+
+    A target has weight 1 in the first window that holds it, and 0 in those after it. Past the end
+    of the tokens weights are 0, too.
+
+    tokens: the ids, in an array or in what can be indexed by one.
+    stride: how many tokens after the window before a window begins; 0: block_size.
+    """
+    n = len(tokens)
+    block_size = min(block_size, n - 1)
+    stride = min(stride or block_size, block_size)
+    n_seen = block_size - stride  # targets that the window before had
+    starts = np.arange(0, n - 1 - n_seen, stride)
+    for i in range(0, len(starts), batch_size):
+        rows = starts[i : i + batch_size]
+        positions = rows[:, None] + np.arange(block_size + 1)
+        inside = positions < n
+        ids = tokens[np.minimum(positions, n - 1)].astype(np.int64)
+        weights = inside[:, 1:].astype(np.float32)
+        weights[rows > 0, :n_seen] = 0
+        yield tuple(map(torch.from_numpy, (ids[:, :-1], ids[:, 1:], weights)))
+
+
+def example_batches(data, batch_size):
+    """Yield the batches of a validation split whose rows are examples, which cannot overlap."""
+    for first_row in range(0, len(data.starts["val"]), batch_size):
+        yield data.get_batch("val", first_row, batch_size)
+
+
+# ---- Figures ----
+@torch.no_grad()
+def mean_loss(model, batches, dtype=torch.float32):
+    """Return the mean loss in nats of all targets, by their weights."""
+    device = model.ln_f.weight.device
+    nats = 0.0
+    total = 0.0
+    model.eval()
+    for batch in batches:
+        x, y, w = (tensor.to(device) for tensor in batch)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            _, loss = model(x, y, weights=w)
+        weight = float(w.sum())
+        nats += float(loss) * weight
+        total += weight
+    return nats / total
+
+
+def figures_of(loss, n_tokens, n_bytes=None):
+    """Return loss, perplexity, bits per byte and number of tokens as a dict.
+
+    n_bytes: the length of the text; None: there is no text whose bytes all count.
+    """
+    figures = {"loss": loss, "perplexity": math.exp(min(loss, 700))}
+    if n_bytes is not None:
+        figures["bits_per_byte"] = loss / math.log(2) * n_tokens / n_bytes
+    figures["tokens"] = n_tokens
+    return figures
+
+
+def evaluate_text(
+    model, tokenizer, text, block_size=None, stride=0, batch_size=8, dtype=torch.float32
+):
+    """Return the figures of a model on a text: loss, perplexity, bits_per_byte, tokens.
+
+    A tokenizer's begin token is seen first but is no target. Without one the text's first token,
+    which nothing precedes, is none.
+
+    block_size: the length of a window in tokens; None: the model's own.
+    stride: tokens from the start of a window to the next one's; 0: block_size.
+    dtype: of matrix products.
+    Raises ValueError for a text without a token to predict, or with an unknown character.
+    """
+    ids = tokenizer.encode(text)
+    begin = [] if tokenizer.begin is None else [tokenizer.begin]
+    tokens = np.array([*begin, *ids], dtype=np.int64)
+    if len(tokens) < 2:
+        raise ValueError("the text has fewer than 2 tokens, so that none can be predicted")
+    block_size = block_size or model.config.block_size
+    batches = window_batches(tokens, block_size, stride, batch_size)
+    return figures_of(mean_loss(model, batches, dtype), len(ids), len(text.encode()))
+
+
+def evaluate_dataset(
+    model, tokenizer, folder, block_size=None, stride=0, batch_size=8, dtype=torch.float32
+):
+    """Return the figures of a model on a data set's whole validation split, as evaluate_text does.
+
+    Where targets have weights, as those of prompts and responses, there are no bits_per_byte.
+    Raises ValueError if the data set has other tokens, or examples that a stride would cut.
+    """
+    data = Data(folder, block_size or model.config.block_size, splits=("val",))
+    check_tokenizer(data, tokenizer)
+    n_tokens = data.meta["val_tokens"]
+    if not data.weighted:
+        tokens = data.tokens["val"]
+        batches = window_batches(tokens, data.block_size, stride, batch_size)
+        return figures_of(mean_loss(model, batches, dtype), n_tokens, data.meta["val_bytes"])
+    if stride:
+        raise ValueError(f"stride is {stride}: {folder} holds examples, which need stride 0")
+    return figures_of(mean_loss(model, example_batches(data, batch_size), dtype), n_tokens)
+
+
+# ---- Main ----
+def read_model(source):
+    """Return (model, tokenizer, checkpoint) of a checkpoint or of a Hugging Face folder or id."""
+    path = as_path(source)
+    if path.is_file() or path.suffix == ".pt" or (path / "best.pt").is_file():
+        return load_checkpoint(path)
+    from hub import load_pretrained
+
+    return load_pretrained(source)
+
+
+def pick_dtype(name, device):
+    """Return the torch.dtype of matrix products that the setting `dtype` names."""
+    if name == "bfloat16" or (name == "auto" and native_bfloat16(device)):
+        return torch.bfloat16
+    return torch.float32
+
+
+def check_settings():
+    """Raise ValueError for the first setting that has no meaning."""
+    if bool(text) == bool(dataset):
+        raise ValueError("name what to evaluate on, by either --text=FILE or --dataset=NAME")
+    if text and not (checkpoint or init_from or out_dir):
+        raise ValueError("name a model, by --out_dir=RUN, --checkpoint=FILE or --init_from=ID")
+    if dtype not in ("auto", "float32", "bfloat16"):
+        raise ValueError(f"dtype is {dtype!r}: it must be auto, float32 or bfloat16")
+    if stride < 0:
+        raise ValueError(f"stride is {stride}: it must be at least 0")
+    for name, value in (("block_size", block_size), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}: it must be at least 1")
+
+
+def main():
+    check_settings()
+    chosen = pick_device(device)
+    source = checkpoint or init_from or as_path(out_dir or HERE / "out" / dataset) / "best.pt"
+    model, tokenizer, _ = read_model(source)
+    model.to(chosen)
+    length = min(block_size, model.config.block_size)
+    windows = (length, stride, batch_size, pick_dtype(dtype, chosen))
+    if text:
+        figures = evaluate_text(model, tokenizer, read_text(text), *windows)
+    else:
+        folder = as_path(data_dir or HERE / "data") / dataset
+        figures = evaluate_dataset(model, tokenizer, folder, *windows)
+    n_tokens = figures.pop("tokens")
+    words = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
+    print(f"{source}, {text or dataset}, {n_tokens:,} tokens: {words.replace('_', ' ')}")
+
+
+if __name__ == "__main__":
+    from configurator import run_script
+
+    run_script(globals(), main, SETTINGS, check_setting)

@@ -1,0 +1,943 @@
+"""hub.py: models in Hugging Face's format become checkpoints of gpt.py, and the other way round.
+
+    python hub.py get gpt2                  download a model, or read a folder: models/gpt2/best.pt
+    python hub.py export out/mine FOLDER    write a run for transformers, vLLM and others
+    python hub.py merge CHECKPOINT          make a LoRA checkpoint of a version before 2.0.0 whole
+
+It knows the families of GPT-2 and Llama (with Mistral, Qwen2 and Qwen3), which gpt.py's GPT equals
+but for the names of the weights. From Python:
+
+    path = hub.get("gpt2")                        the checkpoint's path, for gpt.load_checkpoint
+    model = hub.load_model("gpt2", dropout=0.1)   a GPT at once
+
+It needs safetensors and, for the hub's ids: pip install safetensors huggingface_hub
+"""
+
+import importlib.util
+import json
+import math
+import re
+import shlex
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from extras import hf_tokenizer
+from gpt import (
+    CHAT,
+    GPT,
+    HERE,
+    GPTConfig,
+    Tokenizer,
+    __version__,
+    as_path,
+    check_setting,
+    load_checkpoint,
+    read_checkpoint,
+    read_settings,
+    read_text,
+    save_checkpoint,
+)
+
+# ---- Settings: each comment is the help text (python hub.py --help) ----
+verb = ""  # the first word: get | export | merge
+source = ""  # the second word: an id or folder to get, a run to export, a checkpoint to merge
+target = ""  # the third word: the new folder that export writes
+name = ""  # get: the model's folder in models/; empty: named like the model
+out = ""  # get and merge: the folder for best.pt; empty: in models/, or beside the run
+dtype = "float32"  # get and export: dtype of the weights that are written, float32 | bfloat16
+base = ""  # merge: the model that LoRA began from, where it has moved; empty: where it was
+
+SETTINGS = read_settings(Path(__file__).read_text(encoding="utf-8-sig"))
+USAGE = {"get": "get ID_OR_FOLDER", "export": "export RUN FOLDER", "merge": "merge CHECKPOINT"}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+# ---- Names: what our parameters are called in Hugging Face's files ----
+LLAMA_OUTSIDE = {"wte": "model.embed_tokens", "ln_f": "model.norm", "lm_head": "lm_head"}
+LLAMA_INSIDE = {  # of the blocks; a fused matrix of ours has several parts there
+    "ln_1": ["input_layernorm"],
+    "attn.c_attn": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    "attn.c_proj": ["self_attn.o_proj"],
+    "ln_2": ["post_attention_layernorm"],
+    "mlp.c_fc": ["mlp.gate_proj", "mlp.up_proj"],
+    "mlp.c_proj": ["mlp.down_proj"],
+}
+CONSTANTS = re.compile(r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias|.*rotary_emb\.inv_freq")
+QK_NORMS = re.compile(r"model\.layers\.\d+\.self_attn\.[qk]_norm\.weight")
+
+
+def hf_tensors(model):
+    """Return {name in Hugging Face's files: tensor} for all weights of a GPT, a tied one once.
+
+    The tensors are views, so that reading may copy into them and writing may copy from them.
+    """
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        if model.config.use_rope:
+            tensors |= llama_tensors(model, name, parameter.data)
+        else:
+            tensors |= gpt2_tensor(name, parameter.data)
+    return tensors
+
+
+def gpt2_tensor(name, tensor):
+    """Return {GPT-2's name: view} of one parameter; it holds projections transposed."""
+    if name == "lm_head.weight":
+        return {name: tensor}
+    is_projection = re.fullmatch(r"h\.\d+\.(attn|mlp)\.c_\w+\.weight", name)
+    return {f"transformer.{name}": tensor.T if is_projection else tensor}
+
+
+def llama_tensors(model, name, tensor):
+    """Return {Llama's name: view} of one parameter, or of the parts of a fused one."""
+    module, _, kind = name.rpartition(".")  # kind: weight or bias
+    if module in LLAMA_OUTSIDE:
+        return {f"{LLAMA_OUTSIDE[module]}.{kind}": tensor}
+    _, layer, part = module.split(".", 2)  # "h.0.attn.c_attn"
+    rows = [len(tensor)]
+    if part in ("attn.c_attn", "mlp.c_fc"):
+        rows = model.get_submodule(module.rpartition(".")[0]).parts
+    names = [f"model.layers.{layer}.{there}.{kind}" for there in LLAMA_INSIDE[part]]
+    return dict(zip(names, tensor.split(rows), strict=True))
+
+
+# ---- Config: GPTConfig <-> config.json ----
+REQUIRED = object()
+
+
+class Key(NamedTuple):
+    """The key of config.json that holds what one field of GPTConfig holds."""
+
+    name: str
+    type: type
+    default: object = REQUIRED  # transformers' value if config.json has none; None: GPTConfig's
+
+
+GPT2_KEYS = {
+    "block_size": Key("n_positions", int),
+    "vocab_size": Key("vocab_size", int),
+    "n_layer": Key("n_layer", int),
+    "n_head": Key("n_head", int),
+    "n_embd": Key("n_embd", int),
+    "mlp_hidden": Key("n_inner", int, None),
+    "norm_eps": Key("layer_norm_epsilon", float, 1e-5),
+    "tie_weights": Key("tie_word_embeddings", bool, True),
+}
+LLAMA_KEYS = {
+    "block_size": Key("max_position_embeddings", int, 2048),
+    "vocab_size": Key("vocab_size", int),
+    "n_layer": Key("num_hidden_layers", int),
+    "n_head": Key("num_attention_heads", int),
+    "n_kv_head": Key("num_key_value_heads", int, None),
+    "n_embd": Key("hidden_size", int),
+    "head_dim": Key("head_dim", int, None),
+    "mlp_hidden": Key("intermediate_size", int),
+    "norm_eps": Key("rms_norm_eps", float, 1e-6),
+    "tie_weights": Key("tie_word_embeddings", bool, False),
+}
+ROPE_KEYS = {"rope_theta": Key("rope_theta", float, 10000.0)}
+LLAMA3_ROPE_KEYS = {
+    "factor": Key("factor", float),
+    "low_freq_factor": Key("low_freq_factor", float),
+    "high_freq_factor": Key("high_freq_factor", float),
+    "original_max_position_embeddings": Key("original_max_position_embeddings", int),
+}
+OTHER_ROPE_KEYS = {"rope_type", "type", "partial_rotary_factor"}
+KINDS = {bool: "True or False", int: "a whole number above 0", float: "a number above 0"}
+
+# The parts that each family always has
+GPT2_PARTS = {"use_rope": False, "use_rms_norm": False, "use_swiglu": False, "qk_norm": False}
+LLAMA_PARTS = {"use_rope": True, "use_rms_norm": True, "use_swiglu": True}
+
+
+def read_json(path):
+    """Return the dict that a JSON file holds, empty if there is no file. Raises ValueError."""
+    if not path.exists():
+        return {}
+    try:
+        return {**json.loads(read_text(path))}
+    except (ValueError, TypeError) as e:
+        raise ValueError(f"{path} is damaged ({e}): fetch it again") from e
+
+
+def read_fields(values, keys):
+    """Return {field: value} for each field of `keys`, read from config.json. Raises ValueError."""
+    found = {}
+    for field, key in keys.items():
+        value = values.get(key.name)
+        if value is None and key.default is REQUIRED:
+            raise ValueError(f"config.json has no {key.name}: fetch it again")
+        if value is None:
+            found[field] = key.default
+            continue
+        if key.type is float and type(value) is int:
+            value = float(value)
+        if type(value) is not key.type or (key.type is not bool and not 0 < value < math.inf):
+            raise ValueError(f"config.json's {key.name} is {value!r}: expected {KINDS[key.type]}")
+        found[field] = value
+    return found
+
+
+def require(values, **allowed):
+    """Raise ValueError for the first key of config.json whose value a GPT cannot represent.
+
+    allowed: by key, the values that it may have, of which the first is meant where it is missing.
+    """
+    for key, known in allowed.items():
+        value = values.get(key, known[0])
+        if value not in known:
+            choices = " or ".join(repr(choice) for choice in known)
+            raise ValueError(f"config.json's {key} is {value!r}: gpt.py's GPT has only {choices}")
+
+
+def read_gpt2(values):
+    """Return (GPTConfig, names of the modules that have a bias) of a GPT-2's config.json."""
+    require(
+        values,
+        activation_function=["gelu_new", "gelu_pytorch_tanh"],
+        scale_attn_weights=[True],
+        scale_attn_by_inverse_layer_idx=[False],
+        add_cross_attention=[False],
+    )
+    shape = read_fields(values, GPT2_KEYS)
+    config = GPTConfig(**shape, **GPT2_PARTS, n_kv_head=shape["n_head"], bias=True, dropout=0.0)
+    return config, {"c_attn", "c_proj", "c_fc", "ln_1", "ln_2", "ln_f"}
+
+
+def read_llama(values):
+    """Return (GPTConfig, names of the modules that have a bias) of a Llama's or its like's."""
+    family = values["architectures"][0].removesuffix("ForCausalLM")
+    shape = read_fields(values, LLAMA_KEYS)
+    shape["n_kv_head"] = shape["n_kv_head"] or shape["n_head"]
+    check_window(values, family, shape["block_size"])
+    all_full = ["full_attention"] * shape["n_layer"]
+    require(values, hidden_act=["silu"], layer_types=[None, all_full])
+
+    attention = values.get("attention_bias", family == "Qwen2")
+    biased = set()
+    if attention:
+        biased |= {"q_proj", "k_proj", "v_proj"}
+    if attention and family != "Qwen2":
+        biased |= {"o_proj"}
+    if values.get("mlp_bias", False):
+        biased |= {"gate_proj", "up_proj", "down_proj"}
+    config = GPTConfig(
+        **shape,
+        **LLAMA_PARTS,
+        **read_rope(values, shape["block_size"]),
+        qk_norm=family == "Qwen3",
+        bias=bool(biased),
+        dropout=0.0,
+    )
+    return config, biased
+
+
+def check_window(values, family, block_size):
+    """Raise ValueError if attention looks back less far than the whole context."""
+    if not values.get("use_sliding_window", family == "Mistral"):
+        return
+    window = values.get("sliding_window", 4096)  # Mistral's, where the file does not name it
+    if window and window < block_size:
+        raise ValueError(
+            f"config.json's sliding_window is {window}: gpt.py's GPT looks back over the whole "
+            f"context, which is {block_size}"
+        )
+
+
+def read_rope(values, block_size):
+    """Return rope_theta and rope_scaling of GPTConfig, from any form that config.json has had."""
+    rope = {
+        "rope_theta": values.get("rope_theta"),
+        "partial_rotary_factor": values.get("partial_rotary_factor"),
+        "original_max_position_embeddings": block_size,
+        **(values.get("rope_parameters") or {}),
+        **(values.get("rope_scaling") or {}),
+    }
+    rope_type = rope.get("rope_type") or rope.get("type") or "default"
+    require({"rope_type": rope_type}, rope_type=["default", "llama3"])
+    unknown = rope.keys() - ROPE_KEYS.keys() - LLAMA3_ROPE_KEYS.keys() - OTHER_ROPE_KEYS
+    if unknown:
+        raise ValueError(
+            f"config.json's rope_parameters have {min(unknown)}, unknown to gpt.py's GPT"
+        )
+    require(rope, partial_rotary_factor=[None, 1.0])
+    found = read_fields(rope, ROPE_KEYS)
+    if rope_type == "llama3":
+        found["rope_scaling"] = read_fields(rope, LLAMA3_ROPE_KEYS)
+    return found
+
+
+FAMILIES = {
+    "GPT2LMHeadModel": read_gpt2,
+    "LlamaForCausalLM": read_llama,
+    "MistralForCausalLM": read_llama,
+    "Qwen2ForCausalLM": read_llama,
+    "Qwen3ForCausalLM": read_llama,
+}
+
+
+def read_config(folder):
+    """Return (GPTConfig, names of the modules that have a bias) of a Hugging Face folder.
+
+    Raises FileNotFoundError, and ValueError with config.json's key for what a GPT cannot be.
+    """
+    values = read_json(folder / "config.json")
+    if not values:
+        raise FileNotFoundError(
+            f"{folder} has no config.json: it is no Hugging Face model's folder"
+        )
+    architectures = values.get("architectures")
+    kind = f"not named, its model_type {values.get('model_type')!r}"
+    if isinstance(architectures, list) and architectures:
+        kind = str(architectures[0])
+    if kind not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise ValueError(f"{folder}'s architecture is {kind}: gpt.py's GPT can be {known}")
+
+    try:
+        require(values, quantization_config=[None])
+        config, biased = FAMILIES[kind](values)
+    except ValueError as e:
+        raise ValueError(f"{folder}: {e}") from e
+    except (AttributeError, TypeError) as e:  # a list, say, where a dict should be
+        raise ValueError(f"{folder}'s config.json is damaged ({e}): fetch it again") from e
+    return config, biased
+
+
+def check_exportable(config, translated, implied):
+    """Raise ValueError for the first field of a GPTConfig that transformers' family would not keep.
+
+    translated: fields that config.json holds, and those that act in training alone. implied: the
+    values that the family gives to other fields. A field that is in neither is not known here, and
+    must be off: False, 0 or None.
+    """
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.name in translated:
+            continue
+        if field.name not in implied and value:
+            raise ValueError(
+                f"{field.name} is {value!r}: hub.py does not know this field of GPTConfig, so "
+                "write its translation for transformers first"
+            )
+        if field.name in implied and value != implied[field.name]:
+            raise ValueError(
+                f"{field.name} is {value!r}: with use_rope {config.use_rope}, transformers knows "
+                f"only models where it is {implied[field.name]!r}"
+            )
+
+
+def write_keys(config, keys):
+    """Return {key of config.json: value} for the fields of a GPTConfig."""
+    return {key.name: getattr(config, field) for field, key in keys.items()}
+
+
+# Fields that change nothing once a model is trained, and mlp_ratio, which mlp_hidden replaces
+NOT_EXPORTED = {"dropout", "train_temperature", "gradient_checkpointing", "mlp_ratio"}
+
+
+def write_gpt2(config):
+    """Return config.json's content for a GPT-2. Raises ValueError for a field it does not have."""
+    implied = GPT2_PARTS | {
+        "bias": True,
+        "n_kv_head": config.n_head,
+        "head_dim": config.n_embd // config.n_head,
+    }
+    without_meaning = {"rope_theta", "rope_scaling"}  # as there are no rotary positions
+    check_exportable(config, GPT2_KEYS.keys() | NOT_EXPORTED | without_meaning, implied)
+    return write_keys(config, GPT2_KEYS) | {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "activation_function": "gelu_new",
+        "attn_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "resid_pdrop": 0.0,
+    }
+
+
+def write_llama(config):
+    """Return config.json's content for a Llama or, with qk_norm, a Qwen3. Raises ValueError."""
+    translated = LLAMA_KEYS.keys() | {"bias", "qk_norm", "rope_theta", "rope_scaling"}
+    check_exportable(config, translated | NOT_EXPORTED, LLAMA_PARTS)
+    if config.qk_norm and config.bias:
+        raise ValueError("qk_norm and bias are True: transformers knows no model that has both")
+    family = "Qwen3" if config.qk_norm else "Llama"
+    scaling = None
+    if config.rope_scaling:
+        scaling = config.rope_scaling | {"rope_type": "llama3"}
+    return write_keys(config, LLAMA_KEYS) | {
+        "architectures": [f"{family}ForCausalLM"],
+        "model_type": family.lower(),
+        "hidden_act": "silu",
+        "rope_theta": config.rope_theta,
+        "rope_scaling": scaling,
+        "attention_bias": config.bias,
+        "mlp_bias": config.bias,
+        "attention_dropout": 0.0,
+    }
+
+
+def write_config(config, tokenizer, dtype):
+    """Return config.json's content for a model. Raises ValueError for what no family has."""
+    family = write_llama(config) if config.use_rope else write_gpt2(config)
+    return family | {
+        "initializer_range": 0.02,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "bos_token_id": tokenizer.begin,
+        "eos_token_id": tokenizer.end,
+        "use_cache": True,
+    }
+
+
+# ---- Tokenizer: tokenizer.json and the settings beside it ----
+# What tokenizers treat in different ways: contractions, digits, line ends, spaces and scripts
+PROBE = (
+    "The fox's 3 dogs don't; WE'LL, I've, 'tis 12345 6,789.01\n"
+    "def f(x):\n\tif x != 'y':\r\n        2e-3\n\n\n   \t \n x\xa0 \u3000y \u2028 7"
+    "na\xefve e\u0301 'S'\u017f \u0394\u03ba \u041c\u043e \u05e9 \u0628\u0627 "
+    "\u0938\u094d\u0924\u0947 \u0e44\u0e17 \u65e5\u672c\u3002\uac00 \u0663\u2167\xb2 "
+    "\U0001f468\u200d\U0001f469\U0001f600 "
+    "\u201cq\u201d\x00\x1c\x85\u180e\u200b\ufeff <|end|> ~~   42  "
+)
+
+
+def gives_same_ids(state, library_state):
+    """Tell whether tiktoken, by `state`, encodes PROBE as the tokenizers library does.
+
+    Without the library, tell whether it at least gives PROBE back.
+    """
+    try:
+        tokenizer = Tokenizer(**state)
+    except ValueError:  # tiktoken cannot compile the pattern
+        return False
+    ids = tokenizer.encode(PROBE)
+    if tokenizer.decode(ids) != PROBE:
+        return False
+    if importlib.util.find_spec("tokenizers") is None:
+        return True
+    library = Tokenizer(**library_state)
+    return ids == library.encode(PROBE) and tokenizer.special == library.special
+
+
+def settings_beside(folder):
+    """Return what the files beside tokenizer.json say of it; a later one overrides those before."""
+    settings = {}
+    for stem in ("config", "generation_config", "special_tokens_map", "tokenizer_config"):
+        values = read_json(folder / f"{stem}.json")
+        settings |= {key: value for key, value in values.items() if value is not None}
+    template = folder / "chat_template.jinja"
+    if template.exists():
+        settings["chat_template"] = read_text(template)
+    return settings
+
+
+def read_tokenizer(folder):
+    """Return the Tokenizer of a folder's tokenizer.json, and of the settings beside it.
+
+    Raises FileNotFoundError; ValueError for a damaged file, or if the library is needed and not
+    installed.
+    """
+    folder = as_path(folder)
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        there = ", ".join(sorted(file.name for file in folder.glob("*"))) or "nothing"
+        raise FileNotFoundError(
+            f"{folder} lacks tokenizer.json, it holds {there}: fetch that, too, or let "
+            "transformers make it: AutoTokenizer.from_pretrained(it).save_pretrained(it)"
+        )
+    data = read_json(path)
+    settings = settings_beside(folder)
+    try:
+        state = hf_tokenizer.read_state(data)
+        roles = hf_tokenizer.read_roles(data, settings, CHAT)
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
+        raise ValueError(
+            f"{path} holds no tokenizer ({type(e).__name__}: {e}): fetch it again"
+        ) from e
+    library_state = hf_tokenizer.library_state(data)
+    if state["kind"] == "bpe" and not gives_same_ids(state, library_state):
+        state = library_state
+    return Tokenizer(**state, **roles)
+
+
+def tokenizer_files(tokenizer, block_size):
+    """Return {file name: text} of tokenizer.json and of its settings. Raises ValueError."""
+    state = tokenizer.state
+    if state["kind"] == "tokenizers":
+        data = json.loads(state["json"])
+    else:
+        # tiktoken has no public names for its ranks and its pattern.
+        ranks = tokenizer.encoding._mergeable_ranks
+        pattern = tokenizer.encoding._pat_str
+        data = hf_tokenizer.write_data(state, tokenizer.special, ranks, pattern)
+    settings = hf_tokenizer.write_settings(state, tokenizer.special, data, block_size)
+    return {
+        "tokenizer.json": json.dumps(data, ensure_ascii=False) + "\n",
+        "tokenizer_config.json": json.dumps(settings, ensure_ascii=False, indent=1) + "\n",
+    }
+
+
+def write_texts(folder, texts):
+    for file_name, text in texts.items():
+        (folder / file_name).write_text(text, encoding="utf-8")
+
+
+def write_tokenizer(tokenizer, folder, block_size):
+    """Write tokenizer.json and tokenizer_config.json, for transformers' AutoTokenizer and others.
+
+    Raises ValueError for a pattern that tokenizer.json cannot hold.
+    """
+    texts = tokenizer_files(tokenizer, block_size)
+    folder = as_path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_texts(folder, texts)
+
+
+# ---- Reading a model ----
+SHORT_NAMES = {
+    "gpt2": "openai-community/gpt2",
+    "gpt2-medium": "openai-community/gpt2-medium",
+    "gpt2-large": "openai-community/gpt2-large",
+    "gpt2-xl": "openai-community/gpt2-xl",
+}
+WANTED_FILES = [  # no pickles
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors*",
+    "*token*.json",
+    "*.jinja",
+]
+
+
+def missing_library(library):
+    return ValueError(f"this needs {library}, which is not installed: pip install {library}")
+
+
+def full_name(name):
+    """Return the absolute path of a file or folder that is here, or else the hub's whole id."""
+    path = as_path(name)
+    if path.exists():
+        return str(path.resolve())
+    return SHORT_NAMES.get(str(name), str(name))
+
+
+def find_folder(name):
+    """Return the folder of a Hugging Face model: as given, or downloaded by its id, once.
+
+    Raises FileNotFoundError, and ValueError if huggingface_hub is needed and not installed.
+    """
+    path = as_path(name)
+    if path.is_file():
+        raise FileNotFoundError(f"{path} is a file: name the folder that holds config.json")
+    if (path / "best.pt").exists() and not (path / "config.json").exists():
+        raise FileNotFoundError(f"{path} is a run of gpt.py already: use it as it is")
+    if str(name) and path.is_dir():
+        return path
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name)):
+        raise FileNotFoundError(f"{name} is no folder here, and no id of the Hugging Face hub")
+
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as e:
+        raise missing_library("huggingface_hub") from e
+    try:
+        return Path(snapshot_download(full_name(name), allow_patterns=WANTED_FILES))
+    except Exception as e:  # those of the library and of its network layer have no common type
+        raise FileNotFoundError(
+            f"{name} is no folder here, and the Hugging Face hub did not give it "
+            f"({type(e).__name__}): check the name and the network"
+        ) from e
+
+
+def weight_files(folder):
+    """Return the paths of a folder's safetensors files.
+
+    Raises FileNotFoundError if one is missing. A pickle is never read, since it can run any code.
+    """
+    names = ["model.safetensors"]
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ValueError(f"{index} is damaged (no weight_map): fetch it again")
+        names = sorted({str(name) for name in weight_map.values()})
+    for name in names:
+        if not (folder / name).is_file() or Path(name).name != name:
+            pickles = [
+                path for suffix in ("bin", "pt", "pth") for path in folder.glob(f"*.{suffix}")
+            ]
+            why = ""
+            if pickles:
+                why = (
+                    f": {min(pickles).name} is a pickle, which could run any code, and is not read"
+                )
+            raise FileNotFoundError(
+                f"{folder} has no {name}{why}; have the weights saved as safetensors"
+            )
+    return [folder / name for name in names]
+
+
+def read_shard(path, targets, config):
+    """Copy the tensors of one safetensors file into `targets`, {name there: tensor}.
+
+    What is filled is removed from targets. Raises ValueError for a tensor that has no target.
+    """
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError as e:
+        raise missing_library("safetensors") from e
+    try:
+        with safe_open(path, "pt") as shard:
+            for key in shard.keys():  # noqa: SIM118  # it is no dict
+                prefixed = f"transformer.{key}"  # which older files of GPT-2 leave out
+                name = prefixed if prefixed in targets else key
+                if name in targets:
+                    fill(targets.pop(name), shard.get_tensor(key), f"{path}'s tensor {key}")
+                elif not is_redundant(key, shard, config):
+                    raise ValueError(f"{path}'s tensor {key} has no place in gpt.py's GPT")
+    except (SafetensorError, OSError) as e:
+        raise ValueError(f"{path} is damaged ({e}): fetch it again") from e
+
+
+def fill(target, tensor, described):
+    if tensor.shape != target.shape:
+        raise ValueError(
+            f"{described} is {tuple(tensor.shape)}, by config.json {tuple(target.shape)}: they do "
+            "not belong together"
+        )
+    target.copy_(tensor)
+
+
+def is_redundant(key, shard, config):
+    """Tell whether a GPT has no need of a tensor: a constant, the tied head, or a norm of ones."""
+    if config.qk_norm and QK_NORMS.fullmatch(key):
+        return bool((shard.get_tensor(key) == 1).all())
+    is_tied_head = key == "lm_head.weight" and config.tie_weights
+    return is_tied_head or CONSTANTS.fullmatch(key) is not None
+
+
+class UnsetWeights(TorchFunctionMode):
+    """A context in which torch.nn.init draws no weights, for modules whose weights are then read.
+
+    Without it, GPT-2's 124M weights take two seconds to be drawn for nothing.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", "") == "torch.nn.init":
+            return kwargs["tensor"]
+        return function(*args, **kwargs)
+
+
+@torch.no_grad()
+def load_model(name, dtype=torch.float32, **changes):
+    """Return the GPT of a Hugging Face folder or hub id, on the CPU, in evaluation mode.
+
+    dtype: of the weights. changes: fields of GPTConfig that shape no weight. The files are read one
+    by one, so that memory holds at most one of them beside the model. Raises FileNotFoundError, and
+    ValueError for what gpt.py's GPT cannot be.
+    """
+    folder = find_folder(name)
+    config, biased = read_config(folder)
+    with UnsetWeights():
+        model = GPT(replace(config, **changes))
+    model = model.to(dtype).eval()
+
+    targets = hf_tensors(model)
+    for tensor_name in list(targets):
+        module, kind = tensor_name.split(".")[-2:]
+        if kind == "bias" and module not in biased:  # a GPT has them in all projections or in none
+            targets.pop(tensor_name).zero_()
+    for file in weight_files(folder):
+        read_shard(file, targets, config)
+    if targets:
+        raise ValueError(
+            f"{folder} lacks the tensor {min(targets)}, which its config.json asks for"
+        )
+    return model
+
+
+def load_pretrained(name, dtype=torch.float32, **changes):
+    """Return (model, tokenizer, state) of a Hugging Face folder or hub id.
+
+    state: what a checkpoint of the model would hold beside the weights. The rest as load_model.
+    """
+    folder = find_folder(name)
+    tokenizer = read_tokenizer(folder)
+    config, _ = read_config(folder)
+    if tokenizer.vocab_size != config.vocab_size:
+        raise ValueError(
+            f"{folder}'s tokenizer has {tokenizer.vocab_size} tokens, its weights "
+            f"{config.vocab_size}: they do not belong together"
+        )
+    model = load_model(folder, dtype, **changes)
+    state = {
+        "version": __version__,
+        "model_args": asdict(model.config),
+        "tokenizer": tokenizer.state,
+        "base": full_name(name),
+        "lora_rank": 0,
+    }
+    return model, tokenizer, state
+
+
+# ---- get ----
+def get(name, out=None, dtype=torch.float32):
+    """Return the path of the checkpoint that holds a Hugging Face model, and make it if need be.
+
+    name: a folder or hub id. out: the folder for best.pt; None: models/<name>. dtype: of the stored
+    weights. A checkpoint appears whole or not at all, so several processes may ask for one at once.
+    Raises FileNotFoundError, and ValueError for what gpt.py's GPT cannot be.
+    """
+    folder = as_path(out) if out else HERE / "models" / as_path(name).resolve().name
+    path = folder / "best.pt"
+    if path.exists():
+        check_same_model(path, name)
+        return path
+    model, _, state = load_pretrained(name, dtype)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_checkpoint(path, state | {"model": model.state_dict()})
+    return path
+
+
+def check_same_model(path, name):
+    """Raise ValueError if a checkpoint is damaged or does not hold the model of this name."""
+    try:
+        held = read_checkpoint(path)
+    except ValueError as e:
+        raise ValueError(f"{path} is damaged: delete it, and hub.py makes it anew") from e
+    if "step" in held or held["base"] != full_name(name):  # only a run's has a step
+        raise ValueError(
+            f"{path} does not hold {name}, but a run or {held['base'] or 'another model'}: choose "
+            "another folder, by --name or --out"
+        )
+
+
+# ---- export ----
+def card_figures(model, state):
+    """Return {name: figure} of a model and its run, for the model card."""
+    config = state.get("config", {})
+    figures = {"parameters": f"{model.n_params():,}"}
+    for key in ("dataset", "optimizer", "learning_rate", "batch_size"):
+        figures[key] = config.get(key)
+    base = Path(state["base"])
+    figures["finetuned from"] = base.parent.name if base.suffix == ".pt" else base.name
+    figures["LoRA rank"] = config.get("lora_rank") or None
+    figures["steps"] = state.get("step")
+    loss = state.get("best_val_loss", math.inf)
+    if loss < math.inf:
+        figures["best evaluation's loss"] = f"{loss:.4f}"
+        figures["perplexity"] = f"{math.exp(min(loss, 700)):.2f}"  # exp(710) overflows
+    figures |= asdict(model.config)
+    return {key: value for key, value in figures.items() if value not in (None, "")}
+
+
+def model_card(model, state, title):
+    """Return README.md's text: what the model is, and the figures of its run."""
+    figures = card_figures(model, state)
+    rows = "\n".join(f"| {key} | {value} |" for key, value in figures.items())
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+---
+# {title}
+
+A language model made with gpt.py.
+
+| | |
+|---|---|
+{rows}
+
+    from transformers import pipeline
+    print(pipeline("text-generation", "{title}")("Once upon a time")[0]["generated_text"])
+"""
+
+
+def export_tensors(model, dtype):
+    """Return {name in Hugging Face's files: tensor} of a model, each in one piece of memory."""
+    tensors = {}
+    for tensor_name, tensor in hf_tensors(model).items():
+        tensors[tensor_name] = tensor.to(dtype).contiguous()
+    if model.config.qk_norm:  # Qwen3's have weights, ours have none
+        for layer in range(model.config.n_layer):
+            for part in ("q_norm", "k_norm"):
+                ones = torch.ones(model.config.head_dim, dtype=dtype)
+                tensors[f"model.layers.{layer}.self_attn.{part}.weight"] = ones
+    return tensors
+
+
+def export(checkpoint, folder, dtype=torch.float32):
+    """Write a checkpoint as a Hugging Face folder.
+
+    checkpoint: the path of a .pt file or of a run's folder. folder: a new or an empty one. dtype:
+    of the weights. Raises ValueError, before anything is written, for a model that no family of
+    transformers equals; FileNotFoundError and OSError.
+    """
+    try:
+        from safetensors.torch import save_file
+    except ImportError as e:
+        raise missing_library("safetensors") from e
+    folder = as_path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and is not empty: name a new folder")
+    model, tokenizer, state = load_checkpoint(checkpoint)
+    sampling = {
+        "bos_token_id": tokenizer.begin,
+        "eos_token_id": tokenizer.end,
+        "do_sample": True,
+        "temperature": 0.8,
+    }
+    texts = {
+        "config.json": json.dumps(write_config(model.config, tokenizer, dtype), indent=1) + "\n",
+        "generation_config.json": json.dumps(sampling, indent=1) + "\n",
+        "README.md": model_card(model, state, folder.resolve().name),
+    }
+    texts |= tokenizer_files(tokenizer, model.config.block_size)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "model.safetensors"
+    save_file(export_tensors(model, dtype), path, {"format": "pt"})
+    path.chmod(0o644)  # the library lets only the file's owner read it
+    write_texts(folder, texts)
+
+
+# ---- merge ----
+# What a checkpoint for use holds beside its weights
+FOR_USE = ["model_args", "tokenizer", "config", "optimizer"]
+FOR_USE += ["step", "best_val_loss", "dataset_sha256"]
+
+
+def merge(checkpoint, base="", out=None):
+    """Return the path of a whole checkpoint, made of a LoRA checkpoint that holds no other weights.
+
+    checkpoint: a file or run of a version before 2.0.0. base: where the model that LoRA began from
+    is now; "": where it was. out: the folder for best.pt; None: the run's, with -merged behind its
+    name. Raises FileNotFoundError, and ValueError if the base holds other weights than it did.
+    """
+    path = checkpoint_file(checkpoint)
+    run = path.resolve().parent
+    folder = as_path(out) if out else run.with_name(f"{run.name}-merged")
+    merged = folder / "best.pt"
+    if merged.exists():
+        raise ValueError(f"{merged} exists: choose another folder, by --out")
+    state = read_tensors(path)
+    if not holds_adapters_alone(state):
+        raise ValueError(f"{path} holds whole weights already: use it as it is")
+    state = merged_state(state, base)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_checkpoint(merged, state)
+    return merged
+
+
+def checkpoint_file(path):
+    """Return the path of the checkpoint that is meant by a file or by the folder of a run."""
+    path = as_path(path)
+    return path / "best.pt" if (path / "best.pt").exists() else path
+
+
+def read_tensors(path):
+    """Return what a checkpoint file holds, unchecked. Raises FileNotFoundError and ValueError."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: name a checkpoint")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # torch raises half a dozen types
+        raise ValueError(f"{path} is damaged or no checkpoint ({type(e).__name__})") from e
+
+
+def holds_adapters_alone(state):
+    """Tell whether a checkpoint is one of LoRA's before version 2.0.0."""
+    weights = state.get("model", {})
+    return "wte.weight" not in weights and any(key.endswith(".lora.A") for key in weights)
+
+
+@torch.no_grad()
+def merged_state(state, base=""):
+    """Return the state of a LoRA checkpoint whose matrices are added to the base's weights."""
+    base = full_name(base or state["base"])
+    weights = base_weights(base)
+    for key, A in state["model"].items():  # A: (rank, columns)
+        module, is_A, _ = key.partition(".lora.A")
+        if not is_A:
+            continue
+        weight = weights.get(f"{module}.weight")
+        norm = state["model"][f"{module}.lora.base"]  # the weight's, when LoRA began
+        if weight is None or not torch.isclose(weight.float().norm(), norm, rtol=1e-5):
+            raise ValueError(
+                f"{base} holds other weights than when LoRA began from it: name the model it was "
+                "by --base"
+            )
+        B = state["model"][f"{module}.lora.B"]  # (rows, rank)
+        weight += 2 * B @ A  # alpha is twice the rank (arXiv:2106.09685)
+    kept = {key: state[key] for key in FOR_USE if key in state}
+    return kept | {"version": __version__, "model": weights, "base": base, "lora_rank": 0}
+
+
+def base_weights(base):
+    """Return the state_dict of the model that LoRA began from: a checkpoint, folder or hub id."""
+    path = checkpoint_file(base)
+    try:
+        if path.suffix != ".pt":
+            return load_model(base).state_dict()
+        state = read_tensors(path)
+    except FileNotFoundError as e:
+        raise FileNotFoundError(
+            f"{base}, from which LoRA began, is not to be had: name its new place by --base ({e})"
+        ) from e
+    if holds_adapters_alone(state):
+        return merged_state(state)["model"]
+    return load_checkpoint(path)[0].state_dict()
+
+
+# ---- Main ----
+def check_words():
+    """Raise ValueError unless the words and the dtype are what the verb needs."""
+    if verb not in USAGE:
+        raise ValueError(f"the first word is {verb!r}: it must be one of {', '.join(USAGE)}")
+    given = [word for word in (verb, source, target) if word]
+    if len(given) != len(USAGE[verb].split()):
+        raise ValueError(
+            f"{' '.join(given)!r} has too few or too many words: write python hub.py {USAGE[verb]}"
+        )
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}: it must be one of {', '.join(DTYPES)}")
+
+
+def next_commands(path):
+    """Return the commands that use a checkpoint, as a text."""
+    folder = path.parent.resolve()
+    if folder.is_relative_to(Path.cwd()):
+        folder = folder.relative_to(Path.cwd())
+    folder = shlex.quote(str(folder))
+    return (
+        f"sample:    python sample.py --checkpoint={folder}\n"
+        f"prepare:   python prepare.py --input=FILE --name=mine --tokenizer={folder}\n"
+        f"finetune:  python gpt.py --init_from={folder} --dataset=mine"
+    )
+
+
+def main():
+    check_words()
+    if verb == "export":
+        export(source, target, DTYPES[dtype])
+        print(f"wrote {target}, in Hugging Face's format")
+        return
+    if verb == "merge":
+        path = merge(source, base, out)
+        print(f"wrote {path}")
+    else:
+        folder = out or (name and HERE / "models" / name)
+        path = get(source, folder, DTYPES[dtype])
+        print(f"{path} holds {source}")
+    print(next_commands(path))
+
+
+if __name__ == "__main__":
+    from configurator import run_script
+
+    words = ("verb", "source", "target")
+    run_script(globals(), main, SETTINGS, check_setting, word_settings=words)
