@@ -14,7 +14,7 @@ import textwrap
 import types
 from pathlib import Path
 
-# Names that other programs, or earlier versions of this one, use for what is done otherwise here.
+# Settings of other programs and of earlier versions of this one, and what replaces them here.
 RENAMED = {
     # nanoGPT's train.py and sample.py
     "start": "the text to continue is --prompt of sample.py",
@@ -24,7 +24,7 @@ RENAMED = {
     "always_save_checkpoint": "leave it out, since ckpt.pt is saved before every evaluation",
     "wandb_project": "set the environment variable WANDB_PROJECT instead",
     "wandb_run_name": "set the environment variable WANDB_NAME instead",
-    # our own former ones
+    # earlier versions of this program
     "eval_text": "evaluate a text with python evaluate.py --text=FILE",
     "eval_stride": "evaluate in overlapping windows with python evaluate.py --stride=TOKENS",
     "keep_checkpoints": "leave it out, since a run keeps its last checkpoint and its best one",
@@ -40,7 +40,7 @@ HELP_INDENT = 37
 
 # ---- Values ----
 def checked(name, value, settings, check):
-    """Return value as the setting `name` takes it. Raises ValueError with the remedy."""
+    """Return the value as the setting `name` stores it. Raises ValueError, naming the remedy."""
     if name not in settings and name in RENAMED:
         raise ValueError(f"unknown setting {name!r}: {RENAMED[name]}")
     return check(name, value, settings)
@@ -49,7 +49,7 @@ def checked(name, value, settings, check):
 def value_of(text, kind):
     """Return what a flag's text means for a setting of type `kind`.
 
-    A text that means nothing there stays a text, which the check then names as a wrong type.
+    A text that has no such meaning is returned as it is, and the check then rejects its type.
     """
     if kind is str:
         return text
@@ -75,7 +75,7 @@ def text_of_bare_flag(name, setting, rest):
     if rest and not rest[0].startswith("--"):
         return rest.pop(0)
     if setting.type is str and setting.optional:
-        return ""  # what else than None a bare flag can mean
+        return ""  # the only value other than None that a bare flag can mean
     raise ValueError(f"--{name} needs a value, as in --{name}=VALUE")
 
 
@@ -115,7 +115,7 @@ def find_config(word, folder):
 
 
 def run_config(path, names):
-    """Run a config file among names, and return all names as it leaves them. Raises ValueError."""
+    """Run a config file with `names` defined; return all names after it. Raises ValueError."""
     after = names | {"__file__": str(path), "__name__": "config"}
     try:
         source = path.read_text(encoding="utf-8-sig")
@@ -157,8 +157,8 @@ def configure(script, argv, settings, check, derive=dict, word_settings=()):
     settings: {name: Setting} of the script.
     check: a function of (name, value, settings) that returns the value or raises ValueError.
     derive: returns what config files may read besides the settings; called when flags are set.
-    word_settings: the settings to which words that are no flags belong, in their order; without
-        them words are config files.
+    word_settings: the settings that take the words which are not flags, in this order; if there
+        are none, words are config files.
     Raises ValueError and FileNotFoundError.
     """
     words, flags = read_flags(argv, settings, check)
@@ -201,14 +201,14 @@ def process_rank():
 
 
 def explains_itself(error):
-    """Return whether an error is a mistake or a lack of something, so that its message says all."""
-    if isinstance(error, RuntimeError):  # others are faults of the program
+    """Return whether an error's message says enough: a user's mistake, or something is lacking."""
+    if isinstance(error, RuntimeError):  # any other one is a bug
         return "out of memory" in str(error) or LOST_PROCESS in str(error)
     return True
 
 
 def report(error):
-    """Print an error as one sentence; of several processes, only those that know more speak."""
+    """Print an error as one sentence, but not one that the first process prints anyway."""
     message = " ".join(str(error).split())
     if LOST_PROCESS in message:
         message = "another process has ended"
@@ -219,16 +219,16 @@ def report(error):
     distributed = sys.modules.get("torch.distributed")
     if rank == 0:
         print("error:", message, file=sys.stderr)
-    elif distributed and distributed.is_initialized():  # before, the first process says the same
+    elif distributed and distributed.is_initialized():  # before that, all have the same error
         print(f"error in process {rank}:", message, file=sys.stderr)
 
 
 def run_script(script, main, settings, check, derive=dict, word_settings=()):
-    """Configure a script by its command line, and run main().
+    """Configure a script from its command line, and run main().
 
     A mistake is reported in one sentence, with exit code 2. Ctrl-C gives exit code 130, a closed
     output 141, and a signal that main returns as {"stopped_by": signal} 128 + signal. With
-    TRACEBACK=1 in the environment, a mistake shows where it was found.
+    TRACEBACK=1 in the environment, a mistake is shown with its traceback.
 
     script: the globals of the script; the other arguments are those of configure.
     """
@@ -247,8 +247,8 @@ def run_script(script, main, settings, check, derive=dict, word_settings=()):
             sys.exit(128 + figures["stopped_by"])
     except BrokenPipeError:  # the output goes to `head`, say, which reads no further
         null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, sys.stdout.fileno())  # or Python would meet the error again as it exits
-        sys.exit(141)  # 128 + SIGPIPE, as of other programs
+        os.dup2(null, sys.stdout.fileno())  # or Python would raise the error again at its exit
+        sys.exit(141)  # 128 + SIGPIPE, as in other programs
     except (ValueError, OSError, RuntimeError) as e:
         if os.environ.get("TRACEBACK") or not explains_itself(e):
             raise

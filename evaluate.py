@@ -28,13 +28,13 @@ from gpt import (
 
 # ---- Settings: each comment is the help text (python evaluate.py --help) ----
 text = ""  # text file to evaluate on
-dataset = ""  # instead: a data set, whose validation split is taken
+dataset = ""  # instead: a data set, whose validation split is used
 data_dir = ""  # folder of all data sets; empty: data/ beside evaluate.py
 out_dir = ""  # folder of the run whose best.pt is evaluated; empty: out/<dataset>
 checkpoint = ""  # instead: a checkpoint file
 init_from = ""  # instead: a Hugging Face folder or id, such as gpt2, or a checkpoint
-stride = 0  # tokens from the start of a window to the next one's; 0: block_size, no overlap
-block_size = 2048  # longest window in tokens; a model whose context is shorter takes that
+stride = 0  # tokens from the start of one window to that of the next; 0: block_size, no overlap
+block_size = 2048  # longest window in tokens; a model with a shorter context uses that instead
 batch_size = 8  # windows that are computed together
 device = "auto"  # auto: cuda, else mps, else cpu | any torch device
 dtype = "auto"  # of matrix products; auto: bfloat16 where the hardware has it | float32 | bfloat16
@@ -47,16 +47,16 @@ HERE = Path(__file__).resolve().parent
 def window_batches(tokens, block_size, stride, batch_size):
     """Yield the batches of all windows: inputs, targets (rows, block_size) and their weights.
 
-    A target has weight 1 in the first window that holds it, and 0 in those after it. Past the end
-    of the tokens weights are 0, too.
+    A target has weight 1 in the first window that holds it, and 0 in later ones. Past the end of
+    the tokens, the weights are also 0.
 
-    tokens: the ids, in an array or in what can be indexed by one.
-    stride: how many tokens after the window before a window begins; 0: block_size.
+    tokens: the ids, in an array or in something that can be indexed with one.
+    stride: tokens from the start of one window to that of the next; 0: block_size.
     """
     n = len(tokens)
     block_size = min(block_size, n - 1)
     stride = min(stride or block_size, block_size)
-    n_seen = block_size - stride  # targets that the window before had
+    n_seen = block_size - stride  # targets that the previous window had already
     starts = np.arange(0, n - 1 - n_seen, stride)
     for i in range(0, len(starts), batch_size):
         rows = starts[i : i + batch_size]
@@ -77,7 +77,7 @@ def example_batches(data, batch_size):
 # ---- Figures ----
 @torch.no_grad()
 def mean_loss(model, batches, dtype=torch.float32):
-    """Return the mean loss in nats of all targets, by their weights."""
+    """Return the weighted mean of all targets' losses, in nats."""
     device = model.ln_f.weight.device
     nats = 0.0
     total = 0.0
@@ -109,11 +109,11 @@ def evaluate_text(
 ):
     """Return the figures of a model on a text: loss, perplexity, bits_per_byte, tokens.
 
-    A tokenizer's begin token is seen first but is no target. Without one the text's first token,
-    which nothing precedes, is none.
+    A tokenizer's begin token is the first input but not a target. Without one, the text's first
+    token is not a target, since nothing precedes it.
 
     block_size: the length of a window in tokens; None: the model's own.
-    stride: tokens from the start of a window to the next one's; 0: block_size.
+    stride: tokens from the start of one window to that of the next; 0: block_size.
     dtype: of matrix products.
     Raises ValueError for a text without a token to predict, or with an unknown character.
     """
@@ -121,7 +121,7 @@ def evaluate_text(
     begin = [] if tokenizer.begin is None else [tokenizer.begin]
     tokens = np.array([*begin, *ids], dtype=np.int64)
     if len(tokens) < 2:
-        raise ValueError("the text has fewer than 2 tokens, so that none can be predicted")
+        raise ValueError("the text has fewer than 2 tokens, so none can be predicted")
     block_size = block_size or model.config.block_size
     batches = window_batches(tokens, block_size, stride, batch_size)
     return figures_of(mean_loss(model, batches, dtype), len(ids), len(text.encode()))
@@ -132,8 +132,8 @@ def evaluate_dataset(
 ):
     """Return the figures of a model on a data set's whole validation split, as evaluate_text does.
 
-    Where targets have weights, as those of prompts and responses, there are no bits_per_byte.
-    Raises ValueError if the data set has other tokens, or examples that a stride would cut.
+    If the targets have weights, as with prompts and responses, there is no bits_per_byte.
+    Raises ValueError if the data set has another tokenizer, or examples that a stride would cut.
     """
     data = Data(folder, block_size or model.config.block_size, splits=("val",))
     check_tokenizer(data, tokenizer)
@@ -168,9 +168,9 @@ def pick_dtype(name, device):
 def check_settings():
     """Raise ValueError for the first setting that has no meaning."""
     if bool(text) == bool(dataset):
-        raise ValueError("name what to evaluate on, by either --text=FILE or --dataset=NAME")
+        raise ValueError("name what to evaluate on, with either --text=FILE or --dataset=NAME")
     if text and not (checkpoint or init_from or out_dir):
-        raise ValueError("name a model, by --out_dir=RUN, --checkpoint=FILE or --init_from=ID")
+        raise ValueError("name a model, with --out_dir=RUN, --checkpoint=FILE or --init_from=ID")
     if dtype not in ("auto", "float32", "bfloat16"):
         raise ValueError(f"dtype is {dtype!r}: it must be auto, float32 or bfloat16")
     if stride < 0:

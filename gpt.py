@@ -10,12 +10,12 @@
     python sample.py --prompt "ROMEO:"                  let the newest run continue a text
 
 You can also paste this file into a notebook cell and run it. It reads from top to bottom: settings,
-tokenizer, model, generation, optimizers, data, checkpoints, machine, evaluation, training.
+tokenizer, model, loss, generation, optimizers, data, checkpoints, machine, evaluation, training.
 """
 
 import time
 
-STARTED = time.monotonic()  # before torch, whose import takes seconds of max_minutes
+STARTED = time.monotonic()  # before the import of torch, whose seconds count in max_minutes
 
 import ast
 import base64
@@ -59,14 +59,14 @@ init_from = "scratch"  # scratch | resume | auto: resume if there is a run | che
 seed = 1337  # seed of weights, batches, dropout and samples
 eval_only = False  # only evaluate init_from, or else out_dir/best.pt, on the whole validation split
 eval_interval = 250  # steps between evaluations, each of which begins by saving a checkpoint
-early_stop = 0  # end after this many evaluations in a row without a new best; 0: never
+early_stop = 0  # end after this many evaluations in a row without a new best loss; 0: never
 eval_iters = 20  # batches per evaluation; the run ends with one over the whole validation split
 log_interval = 50  # steps between progress lines
 tensorboard = False  # also log to TensorBoard, in out_dir/tensorboard
 wandb_log = False  # also log to Weights & Biases, which reads WANDB_PROJECT, WANDB_MODE and so on
 sample_at_eval = False  # print a sample at each evaluation, not only at the end
 sample_tokens = 300  # length of these samples in tokens; 0: none
-max_bad_steps = 10  # how many steps in a row may have no finite gradient; one more ends the run
+max_bad_steps = 10  # how many steps in a row may have non-finite gradients; one more ends the run
 dry_run = False  # only print the plan of the run, with three measured steps, and write nothing
 # model
 block_size = 256  # context length in tokens
@@ -74,9 +74,9 @@ n_layer = 4  # number of blocks
 n_head = 4  # query heads per block
 n_kv_head = 1  # key/value heads per block, each shared by a group of query heads (GQA)
 n_embd = 128  # width of the residual stream
-mlp_ratio = 4.0  # width of the MLP over n_embd; SwiGLU, with a third matrix, takes 2/3 of it
-dropout = 0.0  # share of channels dropped in training, of the embedding and of each block's output
-train_temperature = 1.0  # training divides the logits by it; below 1 curbs overconfidence
+mlp_ratio = 4.0  # MLP width divided by n_embd; SwiGLU, which has a third matrix, uses 2/3 of it
+dropout = 0.0  # dropout rate of whole channels, after the embedding, each attention and each MLP
+train_temperature = 1.0  # training divides the logits by it; a value below 1 curbs overconfidence
 bias = False  # biases in the linear layers and in LayerNorm
 use_rope = True  # rotary positions; False: learned positions
 use_rms_norm = True  # RMSNorm; False: LayerNorm
@@ -97,17 +97,17 @@ beta1 = 0.9  # decay of AdamW's running mean of the gradient
 beta2 = 0.95  # decay of AdamW's running mean of the squared gradient
 grad_clip = 1.0  # largest norm of the gradient; 0: no clipping
 # schedule
-max_iters = 2000  # number of steps, each one update
+max_iters = 2000  # number of optimizer steps
 max_minutes = 0.0  # above 0: minutes that the whole process may take, instead of max_iters
 warmup_iters = 20  # steps of linear warm-up
-lr_schedule = "linear"  # then cosine | linear | wsd: constant, linear in the last fifth | constant
+lr_schedule = "linear"  # after warm-up: cosine | linear | constant | wsd (linear in the last fifth)
 lr_decay_iters = 0  # step at which min_lr is reached; 0: the last one
-min_lr = 0.0  # final learning rate of AdamW; muon_lr falls in proportion
+min_lr = 0.0  # final learning rate of AdamW; Muon's falls in the same proportion
 # machine
 device = "auto"  # auto: cuda, else mps, else cpu | any torch device, such as cuda:1
 dtype = "auto"  # auto: by hardware | float32 | bfloat16 | float16 with loss scaling, on CUDA only
 fsdp = False  # under torchrun: shard weights, gradients and optimizer state over the GPUs (FSDP2)
-cuda_graphs = True  # record a step on one GPU and replay it, so that no kernel waits for Python
+cuda_graphs = True  # on one GPU, record a step and replay it, so that no kernel waits for Python
 compile: bool | None = None  # use torch.compile; None: if the run is long enough for it to pay
 
 # ---- Reading and checking settings --------------------------------------------------------------
@@ -136,7 +136,7 @@ def read_settings(source):
         line = lines[node.lineno - 1]
         found = re.match(pattern, line)
         if re.match(r"[a-z]\w* = \($", line):  # a formatter has wrapped it
-            raise ValueError(f"{line!r}: write a setting in one line, name = value  # help")
+            raise ValueError(f"{line!r}: write a setting on one line: name = value  # help")
         if found and isinstance(node, ast.Assign | ast.AnnAssign):
             name, annotation, optional, help_text = found.groups()
             default = ast.literal_eval(node.value)
@@ -155,10 +155,10 @@ SETTINGS = read_settings(own_source())
 
 
 def check_setting(name, value, settings):
-    """Return value as the setting `name` holds it; flags, configs and Python callers pass here.
+    """Return the value as the setting `name` stores it; flags, configs and keywords come here.
 
-    Numbers of numpy, paths, devices and dtypes become plain numbers and texts, so that a checkpoint
-    can hold them. Raises ValueError for an unknown name and for a value of another type.
+    NumPy numbers, paths, devices and dtypes become plain numbers and strings, so that a checkpoint
+    can hold them. Raises ValueError for an unknown name and for a value of the wrong type.
     """
     if name not in settings:
         close = difflib.get_close_matches(name, settings, 1)
@@ -176,7 +176,7 @@ def check_setting(name, value, settings):
 
 
 def as_plain(value, expected):
-    """Return a value as the plain type that is expected, where it stands for the same."""
+    """Convert a value to the expected plain type if nothing is lost, or else return it as it is."""
     if isinstance(value, np.generic):
         value = value.item()
     if expected is str and isinstance(value, Path | torch.device | torch.dtype):
@@ -202,10 +202,10 @@ NAMES_OF_THIS_FILE = set()  # filled at the end of the file
 def checked_settings(**changes):
     """Return a namespace of the settings at the top of this file, overridden by `changes`.
 
-    Raises ValueError for the first one that is unknown, has another type or no meaning.
+    Raises ValueError for the first one that is unknown, of the wrong type or out of range.
     """
     values = {name: globals()[name] for name in SETTINGS} | changes
-    if __name__ == "gpt":  # imported: a number or text that was added is a mistyped setting
+    if __name__ == "gpt":  # imported: a number or text added from outside is a misspelled setting
         for name in set(globals()) - NAMES_OF_THIS_FILE:
             if isinstance(globals()[name], bool | int | float | str | np.generic | Path):
                 values[name] = globals()[name]
@@ -213,7 +213,7 @@ def checked_settings(**changes):
         values[name] = check_setting(name, values[name], SETTINGS)
         check_meaning(name, values[name])
     settings = SimpleNamespace(**values)
-    model_config(settings, vocab_size=1)  # raises ValueError for sizes that do not fit each other
+    model_config(settings, vocab_size=1)  # raises ValueError for sizes that do not fit together
     return settings
 
 
@@ -222,7 +222,7 @@ def check_meaning(name, value):
     if name in CHOICES and value not in CHOICES[name]:
         raise ValueError(f"{name} is {value!r}: it must be one of {', '.join(CHOICES[name])}")
     if name in POSITIVE and not (isinstance(value, int | float) and 0 < value < 2**31):
-        raise ValueError(f"{name} is {value!r}: it must be a number above 0, below 2**31")
+        raise ValueError(f"{name} is {value!r}: it must be a number above 0 and below 2**31")
     if type(value) in (int, float) and not 0 <= value < 2**31:
         raise ValueError(f"{name} is {value}: it must be at least 0 and below 2**31")
     if name in BELOW_ONE and value >= 1:
@@ -230,12 +230,12 @@ def check_meaning(name, value):
 
 
 def as_path(text):
-    """Return text as a Path with a leading ~ expanded; every path that a user gives passes here."""
+    """Return text as a Path with a leading ~ expanded; all paths from users come through here."""
     return Path(text).expanduser()
 
 
 def read_text(path):
-    """Return the text of a UTF-8 file without a byte order mark; line ends stay as they are.
+    """Return the text of a UTF-8 file without a byte order mark; line endings stay as they are.
 
     Raises ValueError if the file is not UTF-8, and OSError if it cannot be read.
     """
@@ -246,20 +246,20 @@ def read_text(path):
 
 
 # ---- Tokenizer ----------------------------------------------------------------------------------
-# What stands around a system text, a question and an answer, parted by ||.
+# The templates for a system text, a question and an answer, separated by ||.
 CHAT = "%s||<|user|>%s<|assistant|>||%s"
 
 
 class Tokenizer:
-    """Text to ids and back, by a tiktoken.Encoding.
+    """Converts text to ids and back, with a tiktoken.Encoding.
 
-    `state` is all that rebuilds the tokenizer, in strings; data sets and checkpoints hold it.
+    `state` holds the strings that rebuild the tokenizer; data sets and checkpoints store it.
 
     kind: "char" gives each character of `chars` one id; "bpe" merges bytes by `ranks`, the tokens'
-        bytes in base64, within the words that `pattern` cuts; "tokenizers" leaves a tokenizer.json,
-        given as `json`, to Hugging Face's library; any other kind names an encoding of tiktoken.
-    special: names of special tokens, which no text can spell. Their ids follow the other tokens' or
-        are given as `special_ids`. `begin` begins a text; `end` ends a document and an answer.
+        bytes in base64, within the words that `pattern` matches; "tokenizers" passes `json`, the
+        text of a tokenizer.json, to Hugging Face's library; any other kind is tiktoken's.
+    special: names of special tokens, which encode never returns. Their ids follow the other tokens'
+        or are given as `special_ids`. `begin` begins a text; `end` ends a document and an answer.
     """
 
     def __init__(
@@ -275,10 +275,11 @@ class Tokenizer:
         end="<|endoftext|>",
         chat=CHAT,
     ):
+        # locals() holds just the arguments as long as this is the first statement.
         self.state = {name: value for name, value in locals().items() if name != "self"}
         for name, value in self.state.items():
             if type(value) is not str:
-                raise ValueError(f"{name} of the tokenizer is {value!r}: it must be text")
+                raise ValueError(f"the tokenizer's {name} is {value!r}: it must be text")
         if chars:
             tokens = [c.encode() for c in chars]
             self.encoding = make_encoding(kind, tokens, pattern, special, special_ids)
@@ -314,11 +315,11 @@ class Tokenizer:
         return self.encoding.encode_ordinary(text)
 
     def decode_bytes(self, ids):
-        """Return the bytes of ids; the last token of a BPE may end within a character."""
+        """Return the bytes of ids; with BPE the last token may end in the middle of a character."""
         return self.encoding.decode_bytes(ids)
 
     def decode(self, ids):
-        """Return the text of ids, with U+FFFD for bytes that are no UTF-8."""
+        """Return the text of ids, with U+FFFD for bytes that are not UTF-8."""
         return self.decode_bytes(ids).decode(errors="replace")
 
 
@@ -336,20 +337,20 @@ def make_encoding(kind, tokens, pattern, special, special_ids):
 
 
 def load_encoding(name):
-    """Return tiktoken's own encoding of this name, such as gpt2. Raises ValueError."""
+    """Return tiktoken's encoding of this name, such as gpt2. Raises ValueError if that fails."""
     try:
         return tiktoken.get_encoding(name)
     except Exception as e:  # tiktoken documents no exceptions
         raise ValueError(
             f"tiktoken could not load {name!r} ({type(e).__name__}): connect to the network, set "
-            "TIKTOKEN_CACHE_DIR to a folder that holds it, or prepare the text by --tokenizer=bpe"
+            "TIKTOKEN_CACHE_DIR to a folder that holds it, or prepare the text with --tokenizer=bpe"
         ) from e
 
 
 # ---- Model --------------------------------------------------------------------------------------
 @dataclass
 class GPTConfig:
-    """What rebuilds a model. GPT-2 is bias=True, n_kv_head=n_head and all use_ parts False."""
+    """The shape of a model. GPT-2 has bias=True, n_kv_head=n_head and every use_ field False."""
 
     block_size: int = 256
     vocab_size: int = 8192
@@ -368,20 +369,20 @@ class GPTConfig:
     tie_weights: bool = True
     gradient_checkpointing: bool = False
     rope_theta: float = 10000.0
-    rope_scaling: dict | None = None  # the keywords of slow_down, for Llama 3.1 and later
+    rope_scaling: dict | None = None  # keyword arguments of slow_down, for Llama 3.1 and later
     norm_eps: float = 1e-5
     head_dim: int | None = None  # None: n_embd / n_head
-    mlp_hidden: int | None = None  # None: by mlp_ratio, which for SwiGLU is rounded to 32
+    mlp_hidden: int | None = None  # None: from mlp_ratio; for SwiGLU, a multiple of 32
 
     def __post_init__(self):
         for name, declared in self.__dataclass_fields__.items():
             kinds = (int, float) if declared.type is float else declared.type
             if not isinstance(getattr(self, name), kinds):
-                raise ValueError(f"{name} is {getattr(self, name)!r}, which is of another type")
+                raise ValueError(f"{name} is {getattr(self, name)!r}, which has the wrong type")
         for name in ("n_layer", "n_head", "n_kv_head", "n_embd", "block_size", "vocab_size"):
             value = getattr(self, name)
             if type(value) is not int or not 1 <= value < 2**31:
-                raise ValueError(f"{name} is {value!r}: it must be an integer above 0, below 2**31")
+                raise ValueError(f"{name} is {value!r}: it must be an integer from 1 to 2**31 - 1")
         if self.n_head % self.n_kv_head:
             n_head, n_kv_head = self.n_head, self.n_kv_head
             raise ValueError(f"n_head ({n_head}) must be a multiple of n_kv_head ({n_kv_head})")
@@ -393,12 +394,12 @@ class GPTConfig:
         if self.mlp_hidden is None:
             width = self.mlp_ratio * self.n_embd
             self.mlp_hidden = 32 * round(width * 2 / 3 / 32) if self.use_swiglu else round(width)
-        self.check_shares()
+        self.check_ranges()
 
-    def check_shares(self):
+    def check_ranges(self):
         if self.head_dim < 1 or (self.use_rope and self.head_dim % 2):
             raise ValueError(
-                f"head_dim, n_embd / n_head, is {self.head_dim}: it must be above 0 and, for "
+                f"head_dim (n_embd / n_head) is {self.head_dim}: it must be above 0 and, for "
                 "rotary positions, even"
             )
         if not 1 <= self.mlp_hidden < 2**31:
@@ -450,8 +451,8 @@ def rotary_table(config):
 def slow_down(speeds, factor, low_freq_factor, high_freq_factor, original_max_position_embeddings):
     """Return the rotary speeds that suit a context longer than the original (arXiv:2407.21783).
 
-    Speeds that turn seldom within the original context are divided by `factor`; those that turn
-    often are kept; those between are interpolated.
+    Components that turn rarely within the original context are slowed down by `factor`, those that
+    turn often keep their speed, and those in between are interpolated.
     """
     turns = original_max_position_embeddings * speeds / (2 * math.pi)
     kept = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor)
@@ -468,8 +469,8 @@ def rotate(x, rotary):
 def attend(q, k, v, mask=None):
     """Return softmax(q @ k.mT / sqrt(d) + mask) @ v, by the fastest kernel for the hardware.
 
-    q: (B, n_head, T, d). k, v: (B, n_kv_head, S, d); each head serves n_head / n_kv_head
-        neighbouring queries' heads (arXiv:2305.13245).
+    q: (B, n_head, T, d). k, v: (B, n_kv_head, S, d), of which each head serves n_head / n_kv_head
+        neighbouring query heads (arXiv:2305.13245).
     mask: (B or 1, n_head or 1, T or 1, S); bool, True where a query may look, or float, added to
         the scores. None means causal, with S = T.
     Returns (B, n_head, T, d).
@@ -489,16 +490,17 @@ def attend(q, k, v, mask=None):
         v = v.repeat_interleave(groups, dim=1)
     elif groups > 1:  # the heads of a group become rows, so that keys and values need no copy
         q = q.reshape(B, n_kv_head, groups * T, d)
-        heads = max(groups, mask.size(1))  # of one mask for all heads only a group's rows are made
+        heads = max(groups, mask.size(1))  # a mask for all heads is repeated for only one group
         mask = mask.expand(-1, heads, T, -1).reshape(len(mask), -1, groups * T, k.size(2))
     y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
     return y.reshape(B, n_head, T, d)
 
 
 def kernels_know_groups(q, mask):
-    """Tell whether a fast CUDA kernel lets a group of queries' heads share a key/value head.
+    """Tell whether a fast CUDA kernel lets a group of query heads share a key/value head.
 
-    Without a mask flash attention does from Ampere on; for one query, cuDNN of CUDA 13 on Hopper.
+    Without a mask, flash attention does so from Ampere on. With a mask and a single query, cuDNN
+    does so on Hopper from CUDA 13 on.
     """
     if not q.is_cuda or q.dtype == torch.float32:
         return False
@@ -511,8 +513,8 @@ def kernels_know_groups(q, mask):
 def attend_by_chunks(q, k, v, size=128):
     """Return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).
 
-    In bfloat16 torch's kernel is slower than this on a CPU, and on MPS it looks ahead (pytorch
-    issue 195910). Each chunk of `size` queries meets only the keys up to its last one.
+    In bfloat16, torch's kernel is slower than this on a CPU, and on MPS it attends to later tokens
+    (pytorch issue 195910). Each chunk of `size` queries uses only the keys up to its last query.
     """
     B, n_head, T, d = q.shape
     groups = n_head // k.size(1)
@@ -532,7 +534,7 @@ class KVCache:
     """The keys and values of every layer, allocated once.
 
     pos (B,) counts the tokens in each row. GPT.forward appends T tokens to every row and advances
-    pos; lowering pos[b] forgets the last ones of row b.
+    pos; lowering pos[b] forgets the last tokens of row b.
     """
 
     def __init__(self, config, batch_size, device="cpu", dtype=torch.float32):
@@ -542,7 +544,7 @@ class KVCache:
         self.pos = torch.zeros(batch_size, device=device, dtype=torch.long)
 
     def update(self, layer, k, v, positions):
-        """Store k, v (B, n_kv_head, T, head_dim) at positions (B, T); return the whole layer's."""
+        """Store k, v (B, n_kv_head, T, head_dim) at positions (B, T); return all of this layer."""
         rows = torch.arange(len(positions), device=k.device)[:, None]
         self.k[layer][rows, :, positions] = k.transpose(1, 2).to(self.k[layer].dtype)
         self.v[layer][rows, :, positions] = v.transpose(1, 2).to(self.v[layer].dtype)
@@ -557,7 +559,7 @@ class CausalSelfAttention(nn.Module):
         self.n_kv_head = config.n_kv_head
         self.head_dim = config.head_dim
         heads = (config.n_head, config.n_kv_head, config.n_kv_head)
-        self.parts = [n * config.head_dim for n in heads]  # the rows of q, k, v in c_attn
+        self.parts = [n * config.head_dim for n in heads]  # numbers of c_attn's rows for q, k, v
         self.c_attn = nn.Linear(config.n_embd, sum(self.parts), bias=config.bias)
         self.c_proj = nn.Linear(config.n_head * config.head_dim, config.n_embd, bias=config.bias)
         self.qk_norm = nn.Identity()
@@ -588,7 +590,7 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.use_swiglu = config.use_swiglu
-        self.parts = [config.mlp_hidden]  # the rows of c_fc: those of gate and up, or one matrix's
+        self.parts = [config.mlp_hidden]  # numbers of c_fc's rows: for gate and up, or one matrix
         if config.use_swiglu:
             self.parts = [config.mlp_hidden, config.mlp_hidden]
         self.c_fc = nn.Linear(config.n_embd, sum(self.parts), bias=config.bias)
@@ -639,9 +641,9 @@ class GPT(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """Draw the weights from normal distributions with these standard deviations, and no bias:
+        """Draw the weights from normal distributions with these deviations, and set biases to 0:
 
-                                  untied head                  tied head, as GPT-2
+                                  untied head                  tied head, as in GPT-2
         linear layers             1 / sqrt(columns)            0.02
         attn.c_proj, mlp.c_proj   0                            0.02 / sqrt(2 n_layer)
         embeddings                0.3                          0.01
@@ -665,14 +667,14 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, cache=None, weights=None, at=None):
         """Return (logits, loss): logits (B, T, vocab_size), and the mean loss in nats or None.
 
-        idx: (B, T) int64 ids. targets: (B, T) int64, the ids that follow; -1 does not count.
+        idx: (B, T) int64 ids. targets: (B, T) int64, the next ids; -1 is ignored.
         cache: a KVCache that holds the tokens before idx; idx is appended to it.
         weights: (B, T) float, how much each target counts. With them, as in training, the logits
             are None, because they never exist all at once; see weighted_loss.
         at: (B,) positions in idx; only their logits are computed, (B, 1, vocab_size).
         """
         T, block_size = idx.size(1), self.config.block_size
-        assert T <= block_size, f"{T} tokens do not fit block_size {block_size}"
+        assert T <= block_size, f"{T} tokens do not fit in block_size {block_size}"
         positions = torch.arange(T, device=idx.device)[None]
         if cache is not None:
             positions = positions + cache.pos[:, None]  # (B, T)
@@ -680,7 +682,7 @@ class GPT(nn.Module):
         if self.wpe is not None:
             x = x + self.wpe(positions)
         dtype = matmul_dtype(x)
-        if dtype == torch.bfloat16:  # the stream, too, for speed; float16 would overflow
+        if dtype == torch.bfloat16:  # the residual stream too, for speed; float16 would overflow
             x = x.to(dtype)
         x = self.drop(x)
         rotary = None
@@ -713,7 +715,7 @@ class GPT(nn.Module):
     def attention_mask(self, positions, cache):
         """Return what each query may look at, as attend's mask; None for plain causal attention.
 
-        With a cache a query sees what came before it, and not the unused rest of the cache.
+        With a cache, a query sees itself and what came before it, but not the unused rest.
         """
         if cache is None:
             return None
@@ -721,13 +723,13 @@ class GPT(nn.Module):
         return keys <= positions[:, None, :, None]  # (B, 1, T, block_size)
 
     def n_params(self):
-        """Return the number of parameters, in which a tied matrix counts once."""
+        """Return the number of parameters, counting a tied matrix once."""
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self):
-        """Return the operations of a training step per token (arXiv:2204.02311, appendix B).
+        """Return the FLOPs of a training step per token (arXiv:2204.02311, appendix B).
 
-        Each weight that multiplies takes 6, and attention 12 per layer, channel and position.
+        Each weight of a matrix product takes 6; attention takes 12 per layer, channel and position.
         """
         c = self.config
         lookups = 0 if c.tie_weights else c.vocab_size * c.n_embd
@@ -742,10 +744,10 @@ class GPT(nn.Module):
 
         prompts: (B, T) int64 ids, or a list of B lists of ids of any lengths.
         pick: a function of logits (B, vocab_size) and of `sampling` that replaces sample_next.
-        forward: a compiled forward, used for the steps that take one id of each row.
+        forward: a compiled forward, used in the steps that take one id per row.
         cuda_graphs: whether these steps are recorded on a GPU; see Replay.
         sampling: the keywords of sample_next.
-        Raises ValueError for an empty prompt. A long text is forgotten as context_length says.
+        Raises ValueError for an empty prompt. For texts longer than a block, see context_length.
         """
         if not all(len(prompt) for prompt in prompts):
             raise ValueError("a prompt is empty: give at least one token")
@@ -756,7 +758,7 @@ class GPT(nn.Module):
         texts = [torch.as_tensor(prompt, dtype=torch.long, device=device) for prompt in prompts]
         drawn = []  # the ids of each step, (B,)
 
-        def choose(logits):  # a pick of the caller's runs outside of the recording
+        def choose(logits):  # a pick function from the caller runs outside the recording
             return logits if pick else sample_next(logits, **sampling)
 
         def decode_one_token(last):
@@ -767,18 +769,20 @@ class GPT(nn.Module):
         for step in range(max_tokens):
             kept = [context_length(len(text) + step, block_size) for text in texts]
             before = [context_length(len(text) + step - 1, block_size) for text in texts]
+            # At first, and when a text has just lost its older half, the cache is filled.
             if step == 0 or any(now <= then for now, then in zip(kept, before)):
                 tails = last_tokens(texts, drawn[-block_size:], kept)
                 chosen = choose(self.prefill(tails, cache))
             else:
                 chosen = decode(drawn[-1])
+            # A recorded step overwrites its result in the next call.
             drawn.append(pick(chosen, **sampling) if pick else chosen.clone())
             yield drawn[-1]
 
     def prefill(self, texts, cache):
-        """Empty the cache and fill it with B texts; return the logits that follow them.
+        """Empty the cache and fill it with B texts; return the logits of their next tokens.
 
-        The texts are padded on the right, where causality hides the padding from them.
+        The texts are padded on the right, where causal attention hides the padding from them.
         """
         lengths = torch.tensor([len(text) for text in texts], device=cache.pos.device)
         padded = nn.utils.rnn.pad_sequence(texts, batch_first=True)
@@ -796,13 +800,13 @@ def matmul_dtype(x):
 
 
 # ---- Loss ---------------------------------------------------------------------------------------
-LOGITS_AT_ONCE = {"cpu": 2**25, "cuda": 2**27, "mps": 2**25}
+LOGITS_AT_ONCE = {"cpu": 2**25, "cuda": 2**27}
 
 
 def token_losses(logits, targets, config, training):
-    """Return the loss in nats of each target, (N,) float32, by its logits (N, vocab_size).
+    """Return the loss in nats of each target, (N,) float32, from its logits (N, vocab_size).
 
-    Whatever makes up the loss stands here: weighted_loss and evaluation both come here.
+    This is the only definition of the loss; training and evaluation both use it.
     """
     logits = logits.float()
     if training and config.train_temperature != 1:
@@ -811,14 +815,14 @@ def token_losses(logits, targets, config, training):
 
 
 def weighted_loss(x, head, targets, weights, losses_of):
-    """Return the sum of weights times the loss of each target.
+    """Return the weighted sum of the targets' losses.
 
     x: (N, n_embd), the normalized residual stream. head: (vocab_size, n_embd). targets: (N,) int64,
     which may be -1 where the weight is 0. weights: (N,). losses_of: token_losses, as a function of
-    logits and targets. Equals summed_loss; where the logits are many, they are made by parts, so
-    that their memory stays small.
+    logits and targets. The result equals summed_loss's, but many logits are computed in parts, to
+    save memory.
     """
-    most = LOGITS_AT_ONCE.get(x.device.type, 2**25)
+    most = LOGITS_AT_ONCE.get(x.device.type, LOGITS_AT_ONCE["cpu"])
     n_parts = math.ceil(len(x) * len(head) / most)
     if n_parts > 1 and torch.is_grad_enabled():
         return LossByParts.apply(x, head, targets, weights, losses_of, n_parts)
@@ -827,7 +831,7 @@ def weighted_loss(x, head, targets, weights, losses_of):
 
 
 def summed_loss(x, head, targets, weights, losses_of):
-    """Return the sum of weights times the loss of each target, by logits that exist all at once."""
+    """Return the weighted sum of the targets' losses, computing all logits at once."""
     vocab_size = len(head)
     head = head.to(x.dtype)
     if x.is_cuda:  # tensor cores are fast for multiples of 64
@@ -837,9 +841,9 @@ def summed_loss(x, head, targets, weights, losses_of):
 
 
 class LossByParts(torch.autograd.Function):
-    """summed_loss, part by part, each with its gradients at once.
+    """summed_loss in parts, whose gradients are computed in the forward pass, too.
 
-    The backward pass then only scales the gradients, so no part's logits must be kept for it.
+    The backward pass then only scales the gradients, so it needs no logits to be kept.
     """
 
     @staticmethod
@@ -870,27 +874,27 @@ class LossByParts(torch.autograd.Function):
 def sample_next(logits, temperature=0.8, top_k=200, top_p=0.9, min_p=0.0, generator=None):
     """Draw one id for each row of logits (B, vocab_size); return (B,) int64.
 
-    top_k: draw among the k likeliest; 0: all. top_p: draw among the fewest that reach this
-    probability together (arXiv:1904.09751). min_p: drop those below this share of the likeliest's
-    probability (arXiv:2407.01082). temperature 0 takes the likeliest.
+    top_k: draw from the k likeliest; 0: all. top_p: draw from the fewest that reach this
+    probability together (arXiv:1904.09751). min_p: drop those below this share of the highest
+    probability (arXiv:2407.01082). temperature: at 0, the likeliest is taken.
     """
     if temperature < 1e-6:
         return logits.argmax(-1)
     k = min(top_k or logits.size(-1), logits.size(-1))
-    logits, ids = logits.topk(k)  # in falling order
+    logits, ids = logits.topk(k)  # in descending order
     probs = (logits.float() / temperature).softmax(-1)
     before = probs.cumsum(-1) - probs
     probs = probs * (before < top_p) * (probs >= min_p * probs[:, :1])
-    # The largest of probs / noise is a draw by probs; unlike multinomial, it never waits for a GPU.
+    # The argmax of probs / noise is a draw from probs. Unlike multinomial, it never awaits a GPU.
     noise = torch.empty_like(probs).exponential_(generator=generator)
     return ids.gather(-1, (probs / noise).argmax(-1, keepdim=True))[:, 0]
 
 
 def context_length(n, block_size):
-    """Return how many of the last of n tokens the model sees: all that fit, or half a block.
+    """Return how many of n tokens the model sees: all that fit, or the last half block or more.
 
-    When the block is full, its older half is forgotten at once, so that the cache must be filled
-    anew only every half block.
+    When the block is full, its older half is forgotten at once, so that the cache is refilled only
+    once every half block.
     """
     if n <= block_size:
         return n
@@ -898,7 +902,7 @@ def context_length(n, block_size):
 
 
 def last_tokens(texts, drawn, kept):
-    """Return the last kept[b] tokens of each text b, to which the steps in `drawn` have added."""
+    """Return the last kept[b] tokens of each text b, continued by the ids in `drawn`."""
     tails = []
     for b, (text, n) in enumerate(zip(texts, kept)):
         new = [step[b : b + 1] for step in drawn]
@@ -910,7 +914,7 @@ class Replay:
     """A function of tensors that a GPU records as a CUDA graph in its third call, and then replays.
 
     A replay launches all kernels at once, so that none waits for Python. A call with other shapes
-    begins anew. The result holds until the next call. Elsewhere this is the plain function.
+    starts over. The result is valid until the next call. Without a GPU the function is just called.
     """
 
     def __init__(self, function, device, enabled=True, generator=None):
@@ -936,7 +940,7 @@ class Replay:
         if self.calls == 3:
             if self.generator is not None:
                 self.graph.register_generator_state(self.generator)
-            # .item() and print of a tensor would break the recording
+            # Calling .item() or printing a tensor in the function would break the recording.
             with torch.cuda.graph(self.graph, stream=torch.cuda.Stream(self.device)):
                 self.result = self.function(*self.inputs)
         self.graph.replay()
@@ -944,7 +948,7 @@ class Replay:
 
 
 def to_device(tensor, device):
-    """Return the tensor on a device; its memory is pinned, so that Python need not wait."""
+    """Return the tensor on a device, copied from pinned memory so that Python need not wait."""
     if device.type == "cuda" and tensor.is_cpu:
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
@@ -954,11 +958,11 @@ def to_device(tensor, device):
 def orthogonalize(G, dtype=torch.float32):
     """Return, for each matrix of a batch, the nearest one whose singular values are all about 1.
 
-    Five Newton-Schulz steps of a quintic whose coefficients were chosen to converge fast, not
-    exactly (kellerjordan.github.io/posts/muon): the values end between 0.7 and 1.2, which is all
-    that training needs.
+    It takes five Newton-Schulz steps with a quintic whose coefficients favour speed over accuracy
+    (kellerjordan.github.io/posts/muon): the singular values end between 0.7 and 1.2, which is
+    enough for training.
 
-    G: (n, rows, cols). dtype: of the steps. Returns the same shape.
+    G: (n, rows, cols). dtype: that of the steps. Returns the same shape.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     X = G.mT if G.size(1) > G.size(2) else G  # the products below are cheaper for wide matrices
@@ -976,7 +980,7 @@ class Muon(torch.optim.Optimizer):
 
     A gradient matrix is dominated by a few strong directions. Muon replaces it by the nearest
     matrix that treats all directions alike, so that weak but useful ones learn as fast. Do not use
-    it for the embedding and the head, whose rows belong to single tokens, nor for norms and biases.
+    it for the embedding or the head, whose rows belong to single tokens, or for norms and biases.
     Source: kellerjordan.github.io/posts/muon.
 
     param_groups: dicts with "params", matrices of one shape, which are orthogonalized as one batch,
@@ -1027,14 +1031,14 @@ def is_sharded(tensor):
 
 
 def whole(tensor):
-    """Return a tensor that FSDP has sharded as a whole one, and any other as it is."""
+    """Return the whole of a tensor that FSDP has sharded, and any other tensor as it is."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def make_optimizers(model, settings, machine):
     """Return the optimizers, which together hold every trainable parameter once.
 
-    Each of their groups has its peak learning rate as "initial_lr"; see set_learning_rates.
+    Each of their groups holds its peak learning rate as "initial_lr"; see set_learning_rates.
     """
     groups = muon_groups(model, settings.muon_lr) if settings.optimizer == "muon" else []
     taken = {id(p) for group in groups for p in group["params"]}
@@ -1058,7 +1062,7 @@ def make_optimizers(model, settings, machine):
 
 
 def muon_groups(model, lr):
-    """Return Muon's groups: the matrices of one kind, of all blocks, make one."""
+    """Return Muon's groups, each of which holds one kind of matrix from all blocks."""
     attn, mlp = model.h[0].attn, model.h[0].mlp
     n_embd = model.config.n_embd
     parts_of = {
@@ -1075,7 +1079,7 @@ def muon_groups(model, lr):
 
 
 def as_rate(lr, machine):
-    """Return a learning rate; on a GPU as a tensor, which a recorded step reads at each replay."""
+    """Return lr itself or, on a GPU, a tensor of it, which a recorded step reads at each replay."""
     return torch.tensor(lr, device=machine.device) if machine.device.type == "cuda" else lr
 
 
@@ -1091,7 +1095,7 @@ def set_learning_rates(optimizers, scale):
 
 
 def lr_scale(step, progress, settings):
-    """Return the factor on the peak learning rates of the update that follows `step` others.
+    """Return the factor for the peak learning rates in the update that follows `step` others.
 
     progress: the share of the schedule that is done, from 0 to 1.
     """
@@ -1116,7 +1120,7 @@ SHAKESPEARE_URLS = [
 
 def load_corpus(name):
     """Return (text, source) of shakespeare or pydoc. Raises ConnectionError without a network."""
-    if name == "pydoc":  # English documentation, half a megabyte, which every CPython ships
+    if name == "pydoc":  # half a megabyte of English documentation that comes with CPython
         from pydoc_data.topics import topics
 
         paragraphs = [topics[key].strip() for key in sorted(topics)]
@@ -1131,16 +1135,16 @@ def load_corpus(name):
             return content.decode(), "tiny Shakespeare"
         problem = "its sha256 is wrong"
     raise ConnectionError(
-        f"{url} could not be downloaded ({problem}): python prepare.py shakespeare "
-        "--input=FILE takes a copy of your own"
+        f"{url} could not be downloaded ({problem}): to use a copy of your own, run python "
+        "prepare.py shakespeare --input=FILE"
     )
 
 
 def write_dataset(folder, text, tokenizer, source, val_fraction=0.1):
-    """Write a text as a data set, its last val_fraction for validation; return the meta, a dict.
+    """Write a text as a data set, with its last val_fraction for validation; return meta, a dict.
 
-    folder: receives train.bin and val.bin, little-endian ids, and meta.json. source: says where the
-    text is from.
+    folder: receives train.bin and val.bin, which hold little-endian ids, and meta.json. source:
+    says where the text comes from.
     """
     folder = as_path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -1164,9 +1168,9 @@ def write_dataset(folder, text, tokenizer, source, val_fraction=0.1):
 
 
 def prepare_if_missing(name, root):
-    """Return the data set's folder, prepared first if it is missing and its text is known here.
+    """Return the data set's folder; shakespeare and pydoc are prepared first if they are missing.
 
-    Without a network pydoc takes the place of shakespeare, which is said.
+    Without a network, pydoc takes the place of shakespeare, and a message says so.
     """
     folder = root / name
     if name not in ("shakespeare", "pydoc") or (folder / "meta.json").exists():
@@ -1181,11 +1185,11 @@ def prepare_if_missing(name, root):
 
 
 class TokenFile:
-    """The numbers in a file, indexed like an array, of which only what is read takes memory."""
+    """The numbers in a file, indexed like an array; only those that are read take up memory."""
 
     def __init__(self, path, dtype):
         try:
-            self.file = open(path, "rb")  # kept open, it outlives a data set prepared anew
+            self.file = open(path, "rb")  # stays readable if the data set is prepared again
         except FileNotFoundError as e:
             raise ValueError(f"{path} is missing: prepare the data set again") from e
         self.dtype = np.dtype(dtype).newbyteorder("<")
@@ -1196,7 +1200,7 @@ class TokenFile:
 
     def __getitem__(self, where):
         """Return the numbers at positions or in a slice. Raises OSError if the file has shrunk."""
-        try:  # mapped anew each time, because the pages that a mapping has read would add up
+        try:  # mapped again each time, because the pages that a mapping has read would add up
             return np.array(np.memmap(self.file, self.dtype, "r")[where])
         except (IndexError, ValueError) as e:
             raise OSError(f"{self.file.name} has become shorter: prepare the data set again") from e
@@ -1208,7 +1212,7 @@ def read_meta(folder):
     if not path.exists():
         raise FileNotFoundError(
             f"{folder} holds no data set: python prepare.py --input=FILE "
-            f"--name={folder.name} makes one of your text"
+            f"--name={folder.name} makes one from your text"
         )
     try:
         meta = json.loads(path.read_bytes())
@@ -1228,9 +1232,9 @@ def read_meta(folder):
 
 
 class Data:
-    """A data set, whose batches depend on the seed and on how many rows came before, alone.
+    """A data set whose batches depend only on the seed and on how many rows came before.
 
-    A row is block_size tokens and the one after. Without weights, rows follow each other through
+    A row is block_size tokens and the next one. Without weights, rows follow each other through
     the text. With weights, as prompts and responses have them, each row holds one example or a part
     of it, and rows that hold no target are left out.
 
@@ -1272,19 +1276,21 @@ class Data:
             starts = self.example_rows(split)
         elif split == "val":
             starts = range(0, n - 1, self.block_size)
-        else:  # the last rows' room lets each epoch begin at another offset
+        else:  # the room left at the end lets each epoch begin at another offset
             starts = range(0, max(n > self.block_size, n - 2 * self.block_size), self.block_size)
         if not starts:
-            raise ValueError(f"{self.folder} holds {n} tokens for {split}, {self.lack(split)}")
+            raise ValueError(
+                f"{self.folder} holds {n} tokens for {split}, {self.why_no_row(split)}"
+            )
         self.starts[split] = starts
 
-    def lack(self, split):
+    def why_no_row(self, split):
         """Return why a split has no row, and the remedy."""
         if self.weighted:
             return "but no example whose answer counts: prepare it from other examples"
         if split == "val":
-            return "too few for a loss: prepare it with a larger --val_fraction, or of more text"
-        return f"too few for block_size {self.block_size}: add text, or lower it"
+            return "too few for a loss: prepare it with a larger --val_fraction or from more text"
+        return f"too few for block_size {self.block_size}: add text or lower block_size"
 
     def example_rows(self, split):
         """Return the starts of the rows that hold a target; count the others in n_empty."""
@@ -1294,7 +1300,7 @@ class Data:
         begin = 0
         for end in np.flatnonzero(self.tokens[split][:] == self.tokenizer.end) + 1:
             for start in range(begin, end - 1, self.block_size):
-                last = min(start + self.block_size, end - 1)  # of the row's targets
+                last = min(start + self.block_size, end - 1)  # position of the row's last target
                 if sums[last + 1] > sums[start + 1]:
                     starts.append(start)
                 else:
@@ -1303,7 +1309,7 @@ class Data:
         return starts
 
     def row_start(self, split, row):
-        """Return where a row begins: of "val" in order, of "train" each once an epoch, shuffled."""
+        """Return where a row begins; "val" is read in order, "train" shuffled in each epoch."""
         starts = self.starts[split]
         n_tokens = len(self.tokens[split])
         if split == "val":
@@ -1315,7 +1321,7 @@ class Data:
     def get_batch(self, split, first_row, n_rows):
         """Return inputs and targets (n_rows, block_size) int64, and the targets' weights, float32.
 
-        What lies past the end, or past the end of an example, has weight 0.
+        Targets past the end of the split or of an example have weight 0.
         """
         tokens = self.tokens[split]
         starts = [self.row_start(split, row) for row in range(first_row, first_row + n_rows)]
@@ -1325,8 +1331,8 @@ class Data:
         ids = np.where(inside, tokens[positions], np.int64(-1))
         if ids.max() >= self.meta["vocab_size"]:
             raise ValueError(
-                f"{self.folder} holds id {ids.max()}, its vocabulary {self.meta['vocab_size']}: "
-                "prepare it again"
+                f"{self.folder} holds id {ids.max()}, but its vocabulary has only "
+                f"{self.meta['vocab_size']} ids: prepare it again"
             )
         x = ids[:, :-1].clip(min=0)
         y = ids[:, 1:].copy()
@@ -1337,7 +1343,7 @@ class Data:
         return torch.from_numpy(x), torch.from_numpy(y), torch.from_numpy(w)
 
     def n_rows(self, split):
-        """Return how many rows a split has; for "train", in an epoch."""
+        """Return how many rows a split has; for "train", per epoch."""
         return len(self.starts[split])
 
     def n_val_batches(self, batch_size):
@@ -1354,7 +1360,7 @@ def epoch_order(n_rows, n_offsets, seed, epoch):
 
 # ---- Checkpoints: ckpt.pt resumes a run, best.pt is for use -------------------------------------
 def save_checkpoint(path, state):
-    """Write a dict to path, whole or not at all. Raises OSError; the file before then stays."""
+    """Write a dict to path, whole or not at all. Raises OSError, leaving the old file as it was."""
     path = as_path(path)
     part = path.with_suffix(f".{os.getpid()}.tmp")
     try:
@@ -1362,7 +1368,7 @@ def save_checkpoint(path, state):
         with open(part, "rb+") as file:
             os.fsync(file.fileno())
         part.replace(path)
-    except (OSError, RuntimeError) as e:  # torch makes a RuntimeError of a failed write
+    except (OSError, RuntimeError) as e:  # torch turns a failed write into a RuntimeError
         part.unlink(missing_ok=True)
         raise OSError(f"{path} could not be saved ({e}); the one before it is untouched") from e
 
@@ -1370,7 +1376,7 @@ def save_checkpoint(path, state):
 def read_checkpoint(path):
     """Return the dict that save_checkpoint wrote. path: the file, or a folder that holds best.pt.
 
-    Raises FileNotFoundError, and ValueError for a file that is damaged or something else.
+    Raises FileNotFoundError, and ValueError for a file that is damaged or not a checkpoint.
     """
     path = as_path(path)
     if path.is_dir():
@@ -1378,26 +1384,26 @@ def read_checkpoint(path):
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: name a checkpoint, or train one first")
     try:
-        broken = zipfile.ZipFile(path).testzip()  # torch itself compares no checksums
+        broken = zipfile.ZipFile(path).testzip()  # torch itself does not verify the checksums
         if broken:
             raise zipfile.BadZipFile(f"checksum of {broken}")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
-    except Exception as e:  # torch raises half a dozen types
+    except Exception as e:  # torch raises half a dozen types of error
         raise ValueError(
-            f"{path} is damaged or no checkpoint ({type(e).__name__}): use another, such as "
+            f"{path} is damaged or not a checkpoint ({type(e).__name__}): use another, such as "
             "best.pt or ckpt.pt beside it"
         ) from e
     for key in ("model", "model_args", "tokenizer"):
         if not isinstance(state, dict) or not isinstance(state.get(key), dict):
-            raise ValueError(f"{path} is no checkpoint of gpt.py (it has no {key}): name another")
+            raise ValueError(f"{path} is not a checkpoint of gpt.py (no {key}): name another one")
     state = {"base": "", "lora_rank": 0} | state
     if type(state["base"]) is not str or type(state["lora_rank"]) is not int:
         raise ValueError(f"{path} is damaged (base or lora_rank): use another")
     if state["lora_rank"] and "wte.weight" not in state["model"]:
         raise ValueError(
-            f"{path} holds LoRA matrices alone, as versions before 2.0.0 wrote them: "
+            f"{path} holds only LoRA matrices, as versions before 2.0.0 wrote them: "
             f"python hub.py merge {path} makes it whole"
         )
     return state
@@ -1406,7 +1412,7 @@ def read_checkpoint(path):
 def load_checkpoint(path, device="cpu", **changes):
     """Return (model, tokenizer, checkpoint); the model is in evaluation mode, on the device.
 
-    changes: fields of GPTConfig that shape no weight, such as dropout. LoRA's matrices are merged.
+    changes: fields of GPTConfig that affect no weight's shape, such as dropout. LoRA is merged.
     Raises as read_checkpoint does, and ValueError if the checkpoint does not fit this GPT.
     """
     state = read_checkpoint(path)
@@ -1417,8 +1423,8 @@ def load_checkpoint(path, device="cpu", **changes):
     except (AttributeError, KeyError, RuntimeError, TypeError) as e:
         made_by = state.get("version", "before 2.0.0")
         raise ValueError(
-            f"{path} does not fit this GPT ({one_line(e)}): it was made by version {made_by} of "
-            f"gpt.py, this is {__version__}"
+            f"{path} does not fit this GPT ({one_line(e)}): it was made by gpt.py {made_by}, and "
+            f"this is gpt.py {__version__}"
         ) from e
     if state["lora_rank"]:
         from extras.lora import merge_lora
@@ -1428,7 +1434,7 @@ def load_checkpoint(path, device="cpu", **changes):
 
 
 def load_weights(model, state):
-    """Copy a checkpoint's weights into a model, with LoRA's matrices beside them if it has some."""
+    """Copy a checkpoint's weights, and LoRA's matrices if it has any, into a model."""
     if state["lora_rank"]:
         from extras.lora import add_lora
 
@@ -1441,8 +1447,8 @@ def one_line(error):
 
 
 # ---- Machine: what depends on the hardware or on the number of processes ------------------------
-# Dense bfloat16 or float16 teraflops by the makers' data sheets. The first name found in the GPU's
-# counts, so the longer ones of a family come first.
+# Peak dense bfloat16 or float16 teraflops, from the makers' data sheets. The first name that occurs
+# in the GPU's own name counts, so the longer names of a family come first.
 PEAK_TFLOPS = {
     "B200": 2250,
     "H200": 989,
@@ -1469,7 +1475,7 @@ class Machine:
     dtype: torch.dtype  # of matrix products; the weights stay float32
     rank: int = 0
     world_size: int = 1
-    fsdp: bool = False  # whether the processes shard the model, instead of DDP's copies
+    fsdp: bool = False  # whether the processes shard the model instead of each holding a copy
     stop_signals: list = field(default_factory=list)  # that have asked the run to save and end
     files: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)  # open during the run
 
@@ -1486,7 +1492,7 @@ class Machine:
         try:
             print(text, flush=True)
         except OSError as e:
-            if e.errno != errno.EIO:  # a terminal that has been closed: SIGHUP will end the run
+            if e.errno != errno.EIO:  # EIO: the terminal was closed, and SIGHUP will end the run
                 raise
 
     def autocast(self):
@@ -1494,7 +1500,7 @@ class Machine:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def mfu(self, flops_per_second):
-        """Return which share of the GPUs' peak this is, or None where the peak is not known."""
+        """Return the model FLOPs utilization, a share of the GPUs' peak; None if it is unknown."""
         for gpu, tflops in PEAK_TFLOPS.items():
             if gpu in self.name() and self.dtype != torch.float32:
                 return flops_per_second / (tflops * 1e12 * self.world_size)
@@ -1514,7 +1520,7 @@ class Machine:
         return self.combine([value], "sum")[0] / self.world_size
 
     def from_first(self, function, *arguments):
-        """Call a function in the first process; return its result in all."""
+        """Call a function in the first process; return its result in all of them."""
         if self.world_size == 1:
             return function(*arguments)
         result = [function(*arguments) if self.rank == 0 else None]
@@ -1526,7 +1532,7 @@ class Machine:
         return self.combine([bool(self.stop_signals)], "max")[0] > 0
 
     def leave(self):
-        """Leave the other processes, at the end."""
+        """Leave the process group at the end of the run."""
         if self.world_size > 1:
             import gc
 
@@ -1535,7 +1541,7 @@ class Machine:
 
 
 def pick_device(name):
-    """Return the torch.device that the setting `device` names. Raises ValueError without it."""
+    """Return the torch.device named by the setting `device`. Raises ValueError if there is none."""
     if name == "auto":
         found = torch.accelerator.is_available()
         name = torch.accelerator.current_accelerator().type if found else "cpu"
@@ -1543,12 +1549,12 @@ def pick_device(name):
         name = f"cuda:{os.environ['LOCAL_RANK']}"  # one GPU for each process
     try:
         return torch.zeros(1, device=name).device
-    except Exception as e:  # torch raises half a dozen types
+    except Exception as e:  # torch raises half a dozen types of error
         raise ValueError(f"device {name!r} is not available: use --device=auto or cpu") from e
 
 
 def native_bfloat16(device):
-    """Tell whether the hardware itself multiplies bfloat16; a T4, for one, emulates it."""
+    """Tell whether the hardware itself multiplies bfloat16; a T4, for example, emulates it."""
     if device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512":
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
@@ -1597,7 +1603,7 @@ def set_up_machine(settings):
 
 
 def keep_freed_memory():
-    """Let glibc keep freed memory, or else each step must ask the system for new pages."""
+    """Let glibc keep freed memory; otherwise each step would ask the system for new pages."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
         M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -1607,7 +1613,7 @@ def keep_freed_memory():
 
 
 def join_processes(machine):
-    """Join torchrun's other processes; also after torchrun has restarted them all."""
+    """Join torchrun's other processes, even after torchrun has restarted them all."""
     store = next(dist.rendezvous("env://"))[0]
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         # The store outlives a restart and still holds the addresses of the ended processes.
@@ -1618,7 +1624,7 @@ def join_processes(machine):
 
 @contextlib.contextmanager
 def catch_stop_signals(machine):
-    """Note the first signal that asks to stop in machine.stop_signals; the next acts as usual."""
+    """Append the first stop signal to machine.stop_signals; let the next one act as usual."""
     names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
     numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
     hangup = getattr(signal, "SIGHUP", None)
@@ -1630,11 +1636,11 @@ def catch_stop_signals(machine):
             signal.signal(each, signal.SIG_IGN if each == hangup else action)
         if machine.rank == 0:
             with contextlib.suppress(OSError):  # print() may itself have been interrupted
-                os.write(2, b"stopping after this step, to save; the next signal stops at once\n")
+                os.write(2, b"saving and stopping after this step; another signal stops at once\n")
 
     if threading.current_thread() is threading.main_thread():  # elsewhere Python forbids handlers
         for number in numbers:
-            if number != hangup or signal.getsignal(number) is not signal.SIG_IGN:  # nohup's wish
+            if number != hangup or signal.getsignal(number) is not signal.SIG_IGN:  # set by nohup
                 actions[number] = signal.signal(number, note)
     try:
         yield
@@ -1644,7 +1650,7 @@ def catch_stop_signals(machine):
 
 
 class StopRequested(Exception):
-    """A signal asks the run to end."""
+    """A signal has asked the run to end."""
 
 
 # ---- Evaluation ---------------------------------------------------------------------------------
@@ -1656,7 +1662,7 @@ def evaluate(model, data, machine, n_batches, batch_size):
     """
     end = data.n_val_batches(batch_size)
     chosen = np.linspace(0, end - 1, min(n_batches, end)).round().astype(int).tolist()
-    chosen += [end] * (-len(chosen) % machine.world_size)  # empty ones, so that all have as many
+    chosen += [end] * (-len(chosen) % machine.world_size)  # empty batches make the shares equal
     nats = 0.0
     weight = 0.0
     model.eval()
@@ -1664,8 +1670,9 @@ def evaluate(model, data, machine, n_batches, batch_size):
         for i in chosen[machine.rank :: machine.world_size]:
             x, y, w = data.get_batch("val", i * batch_size, batch_size)
             loss = batch_loss(model, x, y, w, machine).item()
-            nats += loss * w.sum().item()
-            weight += w.sum().item()
+            batch_weight = w.sum().item()
+            nats += loss * batch_weight
+            weight += batch_weight
             if machine.must_stop():
                 raise StopRequested("stopped in an evaluation")
     finally:
@@ -1682,7 +1689,7 @@ def batch_loss(model, x, y, w, machine):
 
 
 def final_figures(loss, data, machine, title):
-    """Print and return what the loss over the whole validation split means, as a dict."""
+    """Print the figures of the loss over the whole validation split; return them as a dict."""
     figures = {"val_loss": loss, "perplexity": math.exp(min(loss, 700))}
     n_tokens = data.meta["val_tokens"]
     if not data.weighted:  # where prompts do not count, there is no number of bytes to divide by
@@ -1717,14 +1724,14 @@ def check_tokenizer(data, tokenizer):
         same = theirs.encoding._mergeable_ranks == tokenizer.encoding._mergeable_ranks
     if not same:
         raise ValueError(
-            f"{data.folder} has another tokenizer than the model: prepare it by "
+            f"{data.folder} has another tokenizer than the model: prepare it with "
             "prepare.py --tokenizer=CHECKPOINT"
         )
 
 
 # ---- Training -----------------------------------------------------------------------------------
-FREE_FIELDS = ("dropout", "train_temperature", "gradient_checkpointing")  # they shape no weight
-EXIT_SHARE = 0.01  # of max_minutes: what the end of the process takes
+FREE_FIELDS = ("dropout", "train_temperature", "gradient_checkpointing")  # affect no weight's shape
+EXIT_SHARE = 0.01  # share of max_minutes that is reserved for ending the process
 
 
 @dataclass
@@ -1743,14 +1750,14 @@ class Progress:
 class Clock:
     """Tells how much of a run is done, from 0 to 1: by steps or, with max_minutes, by time.
 
-    Setting up and compiling use up minutes, but are no progress, so the schedule begins with the
-    loop. Evaluations are a part of it. reserve_s is kept for the last evaluation.
+    Setup and compilation use up minutes but are not progress, so the schedule begins with the loop.
+    Evaluations are part of it. reserve_s is set aside for the last evaluation.
     """
 
     def __init__(self, settings, progress, started):
         self.settings = settings
-        self.started = started - progress.spent_s  # as if one process had done all
-        self.loop_began = time.monotonic() - progress.trained_s
+        self.started = started - progress.spent_s  # as if one process had done it all
+        self.loop_began = None  # until begin_loop
         self.reserve_s = 0.0
 
     def begin_loop(self, progress):
@@ -1770,7 +1777,7 @@ class Clock:
     def share_done(self, step):
         if self.settings.max_minutes:
             trained = self.trained_s()
-            return trained / max(1.0, trained + self.left_s())  # it trains for a second at least
+            return trained / max(1.0, trained + self.left_s())  # at least a second of training
         return step / self.settings.max_iters if self.settings.max_iters else 1.0
 
 
@@ -1780,7 +1787,7 @@ def data_root(settings):
 
 @contextlib.contextmanager
 def data_folder(settings, machine):
-    """Yield the data set's folder, which is prepared if need be; a dry run does so elsewhere."""
+    """Yield the data set's folder, prepared if it is missing; a dry run uses a temporary folder."""
     root = data_root(settings)
     with contextlib.ExitStack() as stack:
         missing = not (root / settings.dataset / "meta.json").exists()
@@ -1794,7 +1801,7 @@ def run_folder(settings, folder):
 
 
 def model_config(settings, vocab_size):
-    """Return the GPTConfig of the settings. Raises ValueError for sizes that do not fit."""
+    """Return the GPTConfig of the settings. Raises ValueError if the sizes do not fit together."""
     fields = GPTConfig.__dataclass_fields__
     values = {name: value for name, value in vars(settings).items() if name in fields}
     return GPTConfig(vocab_size=vocab_size, **values)
@@ -1813,7 +1820,7 @@ def read_run(settings, out, machine):
         return None
     state = read_checkpoint(path)
     if "optimizers" not in state:
-        raise ValueError(f"{path} does not hold a run to resume: best.pt, say, is for use only")
+        raise ValueError(f"{path} holds no run to resume: a best.pt, for example, is only for use")
     return state
 
 
@@ -1821,7 +1828,7 @@ def read_progress(state):
     """Return the Progress that a run's checkpoint holds. Raises TypeError if it makes no sense."""
     if "progress" in state:
         progress = Progress(**state["progress"])
-    else:  # before version 2.0.0, whose seconds a clock that was set could make negative
+    else:  # before version 2.0.0, when setting the system clock could make the seconds negative
         rows = state["config"]["batch_size"] * state["config"]["gradient_accumulation_steps"]
         progress = Progress(
             step=state["step"],
@@ -1838,31 +1845,31 @@ def read_progress(state):
 
 @contextlib.contextmanager
 def naming_damage(what):
-    """Turn the errors of reading what another program, or a fault, has written into a sentence."""
+    """Turn any error in reading a damaged or foreign file into a ValueError that names the file."""
     try:
         yield
     except (AttributeError, LookupError, RuntimeError, TypeError) as e:
-        raise ValueError(f"{what} is damaged or of another program ({one_line(e)!r})") from e
+        raise ValueError(f"{what} is damaged or from another program ({one_line(e)!r})") from e
 
 
 def build_model(settings, data, state, out):
-    """Return the model to train: a new one, init_from's to finetune, or that of a run's state."""
+    """Return the model to train: a new one, init_from's to finetune, or the resumed run's."""
     torch.manual_seed(settings.seed)
     if state is not None:
         return resumed_model(settings, data, state)
     if settings.init_from not in ("scratch", "auto"):
         return model_to_finetune(settings, data, out)
     if settings.lora_rank:
-        raise ValueError(f"lora_rank is {settings.lora_rank}: name the model by --init_from")
+        raise ValueError(f"lora_rank is {settings.lora_rank}: name the model with --init_from")
     return GPT(model_config(settings, data.meta["vocab_size"]))
 
 
 def resumed_model(settings, data, state):
-    """Return the model of a run's state. Raises ValueError if the settings ask for another one."""
+    """Return the model of a run's state. Raises ValueError if the settings ask for a new shape."""
     check_tokenizer(data, Tokenizer(**state["tokenizer"]))
     free = {name: getattr(settings, name) for name in FREE_FIELDS}
     there = state["config"] | asdict(GPTConfig(**state["model_args"])) | free
-    there["block_size"] = state["config"]["block_size"]  # a finetuned table may be longer
+    there["block_size"] = state["config"]["block_size"]  # a finetuned position table may be longer
     names = {"block_size", "optimizer", "lora_rank"}
     if not state["base"]:  # else the model has the shape of what it was finetuned from
         names |= SETTINGS.keys() & GPTConfig.__dataclass_fields__.keys()
@@ -1879,15 +1886,15 @@ def resumed_model(settings, data, state):
 
 
 def model_to_finetune(settings, data, out):
-    """Return the model of the checkpoint that init_from names, with LoRA's matrices if asked."""
+    """Return the model of init_from's checkpoint, with LoRA's matrices if lora_rank is above 0."""
     path = as_path(settings.init_from)
     if not path.is_file() and not (path / "best.pt").exists():
         raise FileNotFoundError(
-            f"init_from is {settings.init_from!r}, which is no checkpoint here; if it is a model "
-            f"of Hugging Face, python hub.py get {settings.init_from} makes one of it"
+            f"init_from is {settings.init_from!r}, which is not a checkpoint here; if it is a "
+            f"Hugging Face model, python hub.py get {settings.init_from} makes a checkpoint of it"
         )
     if (path if path.is_dir() else path.parent).resolve() == out.resolve():
-        raise ValueError(f"{path} lies in out_dir, whose files a new run renames: choose another")
+        raise ValueError(f"{path} is in out_dir, whose files a new run renames: change out_dir")
     if settings.lora_rank and settings.optimizer == "muon":
         raise ValueError(f"lora_rank is {settings.lora_rank}: it needs --optimizer=adamw, not muon")
     free = {name: getattr(settings, name) for name in FREE_FIELDS}
@@ -1907,7 +1914,7 @@ def model_to_finetune(settings, data, out):
 
 
 def say_what_has_no_effect(settings, model, machine):
-    """Print which settings are passed over because a finetuned model has the sizes of its base."""
+    """Print which settings have no effect, because a finetuned model has the shape of its base."""
     for name, value in asdict(model.config).items():
         if name in SETTINGS and name != "block_size":
             asked = getattr(settings, name)
@@ -1916,7 +1923,7 @@ def say_what_has_no_effect(settings, model, machine):
 
 
 def load_optimizers(optimizers, saved_states, machine):
-    """Give the optimizers the state that a checkpoint holds; learning rates stay as they are set.
+    """Give the optimizers the state that a checkpoint holds; learning rates keep their values.
 
     Raises TypeError if it is the state of other parameters.
     """
@@ -1925,7 +1932,7 @@ def load_optimizers(optimizers, saved_states, machine):
     for o, saved in zip(optimizers, saved_states):
         params = [p for group in o.param_groups for p in group["params"]]
         if len(saved["state"]) not in (0, len(params)):  # 0: before the first step
-            raise TypeError(f"optimizer state that is not of these {len(params)} parameters")
+            raise TypeError(f"optimizer state does not belong to these {len(params)} parameters")
         for i, tensors in saved["state"].items():
             for name, tensor in tensors.items():
                 if tensor.shape != (() if name == "step" else params[i].shape):
@@ -1939,7 +1946,7 @@ def load_optimizers(optimizers, saved_states, machine):
 
 
 def compare_with_run(config, state, progress, measure, machine):
-    """Print which settings differ from the resumed run's; begin measures anew that then differ.
+    """Print which settings differ from the resumed run's; forget its best loss if they affect it.
 
     config: the settings, as a checkpoint holds them.
     """
@@ -1952,8 +1959,8 @@ def compare_with_run(config, state, progress, measure, machine):
     changed = [name for name in measure if earlier.get(name, measure[name]) != measure[name]]
     if changed and progress.best_val_loss < math.inf:
         machine.say(
-            f"{' and '.join(changed)} changed: the validation losses before cannot be compared "
-            "with those to come, so best.pt and early_stop begin anew"
+            f"{' and '.join(changed)} changed: earlier validation losses cannot be compared with "
+            "later ones, so best.pt and early_stop start over"
         )
         progress.best_val_loss = math.inf
         progress.stale = 0
@@ -1962,7 +1969,7 @@ def compare_with_run(config, state, progress, measure, machine):
 class Trainer:
     """A model in training: it turns batches into gradients, and gradients into updates.
 
-    A step is batch_size * gradient_accumulation_steps rows. Each process takes an equal share of
+    A step takes batch_size * gradient_accumulation_steps rows. Each process gets an equal share of
     them, in micro-batches of micro_rows.
     """
 
@@ -1976,16 +1983,16 @@ class Trainer:
         if self.rows_per_step % multiple:
             raise ValueError(
                 f"batch_size * gradient_accumulation_steps is {self.rows_per_step}: for "
-                f"{machine.world_size} processes let it be a multiple of {multiple}"
+                f"{machine.world_size} processes it must be a multiple of {multiple}"
             )
         self.rows = self.rows_per_step // machine.world_size
         self.micro_rows = self.rows // n_micro_batches
 
         self.model = model  # holds the weights that are trained
-        self.train_model = model  # is called to train them: by way of DDP, and compiled
-        self.eval_model = model  # is evaluated, generates and becomes best.pt
+        self.train_model = model  # is called in training; wrapped by DDP or torch.compile, if used
+        self.eval_model = model  # is evaluated, generates the samples and is saved as best.pt
         self.ddp_model = None
-        if machine.fsdp:  # moves each block's shares by themselves: the whole may not fit a GPU
+        if machine.fsdp:  # moves one block's share at a time: the whole may not fit on one GPU
             from extras.fsdp import shard_model
 
             shard_model(model, machine.device, machine.dtype, machine.world_size)
@@ -1995,19 +2002,19 @@ class Trainer:
             self.ddp_model = nn.parallel.DistributedDataParallel(
                 model, gradient_as_bucket_view=True
             )
-            self.ddp_model.broadcast_buffers = False  # none changes; as an argument it warns
+            self.ddp_model.broadcast_buffers = False  # no buffer changes; as an argument it warns
             self.train_model = self.ddp_model
         self.will_compile = compile_pays(settings, model, machine)
         self.optimizers = make_optimizers(model, settings, machine)
         self.scaler = torch.amp.GradScaler("cuda", enabled=machine.dtype == torch.float16)
-        self.record_steps()
+        self.make_replays()
 
-    def record_steps(self):
+    def make_replays(self):
         """Have whole steps recorded as CUDA graphs where that is possible; see Replay."""
         possible = (
             self.settings.cuda_graphs
             and self.rows_per_step == self.micro_rows
-            and not self.settings.gradient_checkpointing  # it reads the random state
+            and not self.settings.gradient_checkpointing  # which reads the random state
         )
         self.first_backward = Replay(self.zero_and_backward, self.machine.device, possible)
         self.take_steps = Replay(self.optimizer_steps, self.machine.device, possible)
@@ -2019,13 +2026,13 @@ class Trainer:
         return [self.data.get_batch("train", start, self.micro_rows) for start in starts]
 
     def gradients(self, batches, first_row):
-        """Compute the gradients of a step's mean loss; return that loss, of this process's rows."""
+        """Compute a step's gradients; return a loss whose mean over the processes is the step's."""
         weight = self.machine.mean(sum(w.sum() for _, _, w in batches))
         loss = 0.0
         for i, (x, y, w) in enumerate(batches):
             row = first_row + self.machine.rank * self.rows + i * self.micro_rows
             torch.manual_seed((self.settings.seed << 32) + row)  # for dropout
-            self.exchange_gradients(i == len(batches) - 1)
+            self.set_gradient_exchange(i == len(batches) - 1)
             backward = self.first_backward if i == 0 else self.backward
             try:
                 loss = loss + backward(x, y, w, float(w.sum()) / weight)
@@ -2046,15 +2053,15 @@ class Trainer:
             o.zero_grad()
         return self.backward(x, y, w, share)
 
-    def exchange_gradients(self, now):
-        """Let the processes average their gradients in the next backward pass, or not yet."""
+    def set_gradient_exchange(self, now):
+        """Set whether the processes average their gradients in the next backward pass."""
         if self.ddp_model is not None:
             self.ddp_model.require_backward_grad_sync = now
         elif self.machine.fsdp:
             self.model.set_requires_gradient_sync(now)
 
     def clip_gradients(self):
-        """Scale the gradients to a norm of at most grad_clip; return the norm before, a float."""
+        """Scale the gradients to a norm of at most grad_clip; return the old norm, a float."""
         for o in self.optimizers:
             self.scaler.unscale_(o)
         most = self.settings.grad_clip or math.inf
@@ -2062,30 +2069,33 @@ class Trainer:
         return float(whole(norm))
 
     def update(self, grad_norm):
-        """Take each optimizer's step, unless the gradient is not finite."""
-        if math.isfinite(grad_norm):
+        """Take each optimizer's step if the gradient is finite."""
+        if math.isfinite(grad_norm):  # the gradients are unscaled, so no scaler.step is needed
             self.take_steps()
-        self.scaler.update()  # after an overflow of float16 the scale must fall
+        self.scaler.update()  # after a float16 overflow the scale must fall
 
     def state_dict(self):
-        """Return what resuming needs beside the model."""
+        """Return what resuming needs besides the model."""
         states = [o.state_dict() for o in self.optimizers]
         return {"optimizers": states, "scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state):
-        """Take up what state_dict returned; learning rates stay as they are set."""
+        """Restore what state_dict returned; learning rates keep their values."""
         load_optimizers(self.optimizers, state["optimizers"], self.machine)
-        self.scaler.load_state_dict(state["scaler"] or self.scaler.state_dict())
+        if state["scaler"]:  # it is empty without loss scaling
+            self.scaler.load_state_dict(state["scaler"])
 
     def optimizer_steps(self):
         for o in self.optimizers:
             o.step()
 
     def warm_up(self):
-        """Compile, if that pays, and find out which micro-batch fits a GPU's memory."""
+        """Compile, if that pays, and find a micro-batch size that fits in the GPU's memory."""
         if self.will_compile:
             self.compile()
-        while self.machine.device.type != "cpu":
+        if self.machine.device.type == "cpu":
+            return
+        while True:
             try:
                 return self.try_micro_batch()
             except RuntimeError as e:
@@ -2096,13 +2106,13 @@ class Trainer:
             smaller = range(self.micro_rows // 2, 0, -1)
             self.micro_rows = next(n for n in smaller if self.micro_rows % n == 0)
             self.machine.say(f"memory is full: trying micro-batches of {self.micro_rows} rows")
-            self.record_steps()
+            self.make_replays()
 
     def compile(self):
-        """Compile the model and try it; where that fails, say so and train without."""
+        """Compile the model and try it; if that fails, say so and train the plain model."""
         self.machine.say("compiling, which takes about half a minute")
         began = time.monotonic()
-        os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # spares trying the C++ compiler
+        os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # skips testing the C++ compiler
         plain_model = self.train_model
         self.train_model = torch.compile(plain_model, dynamic=False)
         try:
@@ -2116,7 +2126,7 @@ class Trainer:
         self.machine.say(f"compiled in {time.monotonic() - began:.0f} s")
 
     def try_micro_batch(self):
-        """Compute a micro-batch's gradients, beside as much memory as the optimizers will take."""
+        """Compute a micro-batch's gradients with the optimizers' future memory already taken."""
         trained = [p for p in self.model.parameters() if p.requires_grad]
         optimizer_state = [torch.empty_like(p) for p in trained for _ in range(2)]
         try:
@@ -2132,7 +2142,7 @@ def out_of_memory(error):
 
 
 def memory_is_full(settings, rows):
-    """Return the sentence for a user whose memory is full with micro-batches of `rows` rows."""
+    """Return the error message for memory that is too small for micro-batches of `rows` rows."""
     return (
         f"memory is full with micro-batches of {rows} rows: lower batch_size "
         f"({settings.batch_size}) and raise gradient_accumulation_steps "
@@ -2142,7 +2152,7 @@ def memory_is_full(settings, rows):
 
 
 def compile_pays(settings, model, machine):
-    """Tell whether to compile: as the setting says or, without one, if the run is long enough."""
+    """Tell whether to compile: as the setting says or, if None, if the run is long enough."""
     if settings.compile is not None:
         return settings.compile
     float32 = machine.dtype == torch.float32
@@ -2150,10 +2160,10 @@ def compile_pays(settings, model, machine):
     flops *= settings.batch_size * settings.gradient_accumulation_steps
     if machine.device.type == "cuda":
         able = torch.cuda.get_device_capability(machine.device) >= (7, 0)
-        long = flops >= 5e15  # about two minutes
+        long = flops >= 5e15  # about two minutes' work
     else:
         able = machine.device.type == "cpu" and shutil.which("g++") is not None
-        long = flops >= 5e13  # about two minutes
+        long = flops >= 5e13  # about two minutes' work
     if settings.max_minutes:
         long = settings.max_minutes >= (5 if float32 else 2)
     return able and long
@@ -2179,7 +2189,7 @@ def checkpoint_state(model, data, settings, progress):
 def open_run(settings, out, machine, resumed, step):
     """Make the run's folder and return the function that logs a dict there, as a line of JSON.
 
-    Files of an earlier run get new names, unless this one resumes it, at `step`. Raises OSError,
+    Files of an earlier run get new names, unless this run resumes it at `step`. Raises OSError,
     and ValueError if another run writes there or a library is missing.
     """
     try:
@@ -2190,9 +2200,9 @@ def open_run(settings, out, machine, resumed, step):
             keep_earlier_files(out)
         log_file = machine.files.enter_context(open_log(out))
     except OSError as e:
-        raise OSError(f"{out} cannot be written ({e.strerror}): choose another --out_dir") from e
+        raise OSError(f"cannot write to {out} ({e.strerror}): choose another --out_dir") from e
 
-    def log(values):
+    def write_line(values):
         line = dict(values)
         for name, value in values.items():
             if isinstance(value, float) and not math.isfinite(value):
@@ -2201,11 +2211,11 @@ def open_run(settings, out, machine, resumed, step):
         for write in writers:
             write(line)
 
-    return log
+    return write_line
 
 
 def open_writers(settings, out, step):
-    """Return the functions that draw or log, beside log.jsonl, what a run logs."""
+    """Return the functions that plot or log a run's values in addition to log.jsonl."""
     if "__file__" in globals() and (HERE / "extras" / "plots.py").exists():
         from extras import plots
 
@@ -2219,7 +2229,7 @@ def open_writers(settings, out, step):
 def claim_folder(out, files):
     """Keep other runs out of a folder until `files` are closed. Raises ValueError if one is there.
 
-    What a run that was killed has left half written is removed.
+    Half-written files that a killed run has left are removed.
     """
     try:
         import fcntl
@@ -2241,7 +2251,7 @@ def open_log(out):
     """Open log.jsonl to append whole lines."""
     file = open(out / "log.jsonl", "a+b", buffering=0)  # closed as the run ends
     file.seek(max(0, file.tell() - 1))
-    if file.read(1) not in (b"", b"\n"):  # a kill has cut the last line
+    if file.read(1) not in (b"", b"\n"):  # a killed run has left half a line
         file.write(b"\n")
     return file
 
@@ -2288,7 +2298,7 @@ def describe(settings, trainer, out, progress):
         f"{data.meta['val_tokens']:,} validation tokens\n"
         f"         {data.meta['tokenizer']['kind']} vocabulary of {data.meta['vocab_size']:,}\n"
         f"model    {size}, {memory:,.0f} MiB with gradients and optimizer state\n"
-        f"run      {length} of {tokens:,} tokens, {epoch:,.0f} steps an epoch, in {out}"
+        f"run      {length} of {tokens:,} tokens, {epoch:,.0f} steps per epoch, in {out}"
     )
     if data.n_empty:
         machine.say(f"         {data.n_empty:,} rows hold no target and are left out")
@@ -2318,7 +2328,7 @@ def print_sample(trainer, settings):
 
 
 def plan(settings, trainer):
-    """Print what the run will take, by three measured steps; return the figures as a dict."""
+    """Print what the run will take, measured on three steps; return the figures as a dict."""
     machine = trainer.machine
     trainer.warm_up()
     set_learning_rates(trainer.optimizers, 0.0)
@@ -2348,7 +2358,7 @@ def plan(settings, trainer):
 
 
 def peak_memory(device):
-    """Return in words how much memory this process has taken at most."""
+    """Return this process's peak memory, in words."""
     if device.type == "cuda":
         return f"{torch.cuda.max_memory_allocated(device) / 2**20:,.0f} MiB of the GPU at most"
     try:
@@ -2356,7 +2366,7 @@ def peak_memory(device):
     except ImportError:  # Windows
         return "memory not measured"
     kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    if sys.platform == "darwin":  # where it is in bytes
+    if sys.platform == "darwin":  # where ru_maxrss is in bytes
         kib /= 1024
     return f"{kib / 1024:,.0f} MiB at most, with Python and torch"
 
@@ -2389,12 +2399,15 @@ def train_model(settings, machine, folder, progress, started):  # noqa: C901
         return plan(settings, trainer)
     writes = machine.rank == 0
     resumed = state is not None
-    write_log = open_run(settings, out, machine, resumed, progress.step) if writes else len
+    write_log = None
+    if writes:
+        write_log = open_run(settings, out, machine, resumed, progress.step)
     del state  # it holds a copy of all weights
 
     def log(**values):
         step_and_time = {"step": progress.step, "elapsed_s": round(clock.spent_s(), 3)}
-        write_log(step_and_time | values)
+        if writes:
+            write_log(step_and_time | values)
 
     def save(name, model, **more):
         contents = checkpoint_state(model, data, settings, progress) | more
@@ -2414,10 +2427,10 @@ def train_model(settings, machine, folder, progress, started):  # noqa: C901
     bad_steps = 0  # in a row
     batches = trainer.fetch(progress.next_row)
     clock.begin_loop(progress)
-    mark = time.monotonic()  # since when the speed is measured
+    mark = time.monotonic()  # start of the current speed measurement
     mark_step = progress.step
     while True:
-        # How far is the run? The processes agree, since their clocks may not.
+        # How much is done? The processes must agree, although their clocks may differ.
         share_done, stopping = machine.combine(
             [clock.share_done(progress.step), bool(machine.stop_signals)], "max"
         )
@@ -2429,8 +2442,8 @@ def train_model(settings, machine, folder, progress, started):  # noqa: C901
             check_finite(model, bad_steps, settings, out, progress)
             progress.trained_s = clock.trained_s()
             progress.spent_s = clock.spent_s()
-            now = vars(progress).copy()
-            save("ckpt.pt", model, progress=now, measure=measure, **trainer.state_dict())
+            states = trainer.state_dict()
+            save("ckpt.pt", model, progress=vars(progress), measure=measure, **states)
             if stopping:
                 raise StopRequested(
                     f"stopped at step {progress.step:,}: {out / 'ckpt.pt'} is saved"
@@ -2453,7 +2466,7 @@ def train_model(settings, machine, folder, progress, started):  # noqa: C901
                 print_sample(trainer, settings)
             pause_s = time.monotonic() - pause_began
             mark += pause_s
-            more_batches = max(0, n_val_batches / settings.eval_iters - 1)  # of the last evaluation
+            more_batches = max(0, n_val_batches / settings.eval_iters - 1)  # in the last evaluation
             clock.reserve_s = 2 * pause_s + eval_s * more_batches
         if finished:
             break
@@ -2510,8 +2523,8 @@ def check_finite(model, bad_steps, settings, out, progress):
         found = "weights"
     if found:
         raise ValueError(
-            f"step {progress.step}: {found} are not finite: resume {out} by --init_from=resume "
-            "with lower learning_rate and muon_lr"
+            f"step {progress.step}: {found} are not finite; resume {out} with --init_from=resume "
+            "and a lower learning_rate and muon_lr"
         )
 
 
@@ -2539,7 +2552,7 @@ def run(settings, started):
                 figures["out_dir"] = str(run_folder(settings, folder))
                 figures |= train_model(settings, machine, folder, progress, started)
     except StopRequested as e:
-        machine.say(f"{e}; python gpt.py ... --init_from=resume continues a run")
+        machine.say(f"{e}; to continue a run, use python gpt.py ... --init_from=resume")
         figures["stopped_by"] = (machine.stop_signals or [signal.SIGTERM])[0]
     except ModuleNotFoundError as e:
         if not str(e.name).startswith("extras"):
@@ -2552,7 +2565,7 @@ def run(settings, started):
 
 
 def train(**settings):
-    """Train as the names at the top of this file say, overridden by keywords; return the figures.
+    """Train with the settings at the top of this file, overridden by keywords; return the figures.
 
     SIGINT, SIGTERM, SIGHUP and SIGUSR1 save the run and end it; the figures then hold the signal
     as "stopped_by". Raises ValueError and OSError, with a sentence that says what to do.
@@ -2571,7 +2584,7 @@ def main():
 
 
 def run_as_script():
-    """Run with the flags and config files of the command line; a mistake is one sentence."""
+    """Run with the command line's flags and config files; report a mistake in one sentence."""
     sys.modules["gpt"] = sys.modules["__main__"]  # for hub.py, which a config file may import
     if (HERE / "configurator.py").exists():
         from configurator import run_script

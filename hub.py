@@ -1,14 +1,14 @@
-"""hub.py: models in Hugging Face's format become checkpoints of gpt.py, and the other way round.
+"""hub.py: turn models in Hugging Face's format into checkpoints of gpt.py, and back.
 
-    python hub.py get gpt2                  download a model, or read a folder: models/gpt2/best.pt
+    python hub.py get gpt2                  download or read a model, into models/gpt2/best.pt
     python hub.py export out/mine FOLDER    write a run for transformers, vLLM and others
     python hub.py merge CHECKPOINT          make a LoRA checkpoint of a version before 2.0.0 whole
 
-It knows the families of GPT-2 and Llama (with Mistral, Qwen2 and Qwen3), which gpt.py's GPT equals
-but for the names of the weights. From Python:
+It knows the families of GPT-2 and Llama (with Mistral, Qwen2 and Qwen3), which differ from gpt.py's
+GPT only in the names of their weights. From Python:
 
     path = hub.get("gpt2")                        the checkpoint's path, for gpt.load_checkpoint
-    model = hub.load_model("gpt2", dropout=0.1)   a GPT at once
+    model = hub.load_model("gpt2", dropout=0.1)   the GPT itself
 
 It needs safetensors and, for the hub's ids: pip install safetensors huggingface_hub
 """
@@ -46,10 +46,10 @@ from gpt import (
 verb = ""  # the first word: get | export | merge
 source = ""  # the second word: an id or folder to get, a run to export, a checkpoint to merge
 target = ""  # the third word: the new folder that export writes
-name = ""  # get: the model's folder in models/; empty: named like the model
+name = ""  # get: the model's folder in models/; empty: the model's own name
 out = ""  # get and merge: the folder for best.pt; empty: in models/, or beside the run
 dtype = "float32"  # get and export: dtype of the weights that are written, float32 | bfloat16
-base = ""  # merge: the model that LoRA began from, where it has moved; empty: where it was
+base = ""  # merge: new place of the model that LoRA began from; empty: it has not moved
 
 SETTINGS = read_settings(Path(__file__).read_text(encoding="utf-8-sig"))
 USAGE = {"get": "get ID_OR_FOLDER", "export": "export RUN FOLDER", "merge": "merge CHECKPOINT"}
@@ -58,7 +58,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 # ---- Names: what our parameters are called in Hugging Face's files ----
 LLAMA_OUTSIDE = {"wte": "model.embed_tokens", "ln_f": "model.norm", "lm_head": "lm_head"}
-LLAMA_INSIDE = {  # of the blocks; a fused matrix of ours has several parts there
+LLAMA_INSIDE = {  # within the blocks; one fused matrix of ours is several matrices there
     "ln_1": ["input_layernorm"],
     "attn.c_attn": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
     "attn.c_proj": ["self_attn.o_proj"],
@@ -85,7 +85,7 @@ def hf_tensors(model):
 
 
 def gpt2_tensor(name, tensor):
-    """Return {GPT-2's name: view} of one parameter; it holds projections transposed."""
+    """Return {GPT-2's name: view} of one parameter; GPT-2 stores projections transposed."""
     if name == "lm_head.weight":
         return {name: tensor}
     is_projection = re.fullmatch(r"h\.\d+\.(attn|mlp)\.c_\w+\.weight", name)
@@ -185,7 +185,7 @@ def read_fields(values, keys):
 def require(values, **allowed):
     """Raise ValueError for the first key of config.json whose value a GPT cannot represent.
 
-    allowed: by key, the values that it may have, of which the first is meant where it is missing.
+    allowed: for each key, the values that it may have; a missing key means the first of them.
     """
     for key, known in allowed.items():
         value = values.get(key, known[0])
@@ -209,7 +209,7 @@ def read_gpt2(values):
 
 
 def read_llama(values):
-    """Return (GPTConfig, names of the modules that have a bias) of a Llama's or its like's."""
+    """Return (GPTConfig, names of the modules that have a bias) of a Llama or a similar model."""
     family = values["architectures"][0].removesuffix("ForCausalLM")
     shape = read_fields(values, LLAMA_KEYS)
     shape["n_kv_head"] = shape["n_kv_head"] or shape["n_head"]
@@ -262,7 +262,7 @@ def read_rope(values, block_size):
     unknown = rope.keys() - ROPE_KEYS.keys() - LLAMA3_ROPE_KEYS.keys() - OTHER_ROPE_KEYS
     if unknown:
         raise ValueError(
-            f"config.json's rope_parameters have {min(unknown)}, unknown to gpt.py's GPT"
+            f"config.json's rope_parameters have {min(unknown)}, which gpt.py's GPT does not know"
         )
     require(rope, partial_rotary_factor=[None, 1.0])
     found = read_fields(rope, ROPE_KEYS)
@@ -283,12 +283,12 @@ FAMILIES = {
 def read_config(folder):
     """Return (GPTConfig, names of the modules that have a bias) of a Hugging Face folder.
 
-    Raises FileNotFoundError, and ValueError with config.json's key for what a GPT cannot be.
+    Raises FileNotFoundError, and ValueError naming the key that a GPT cannot represent.
     """
     values = read_json(folder / "config.json")
     if not values:
         raise FileNotFoundError(
-            f"{folder} has no config.json: it is no Hugging Face model's folder"
+            f"{folder} has no config.json: it is not the folder of a Hugging Face model"
         )
     architectures = values.get("architectures")
     kind = f"not named, its model_type {values.get('model_type')!r}"
@@ -311,7 +311,7 @@ def read_config(folder):
 def check_exportable(config, translated, implied):
     """Raise ValueError for the first field of a GPTConfig that transformers' family would not keep.
 
-    translated: fields that config.json holds, and those that act in training alone. implied: the
+    translated: fields that config.json holds, and those that matter only in training. implied: the
     values that the family gives to other fields. A field that is in neither is not known here, and
     must be off: False, 0 or None.
     """
@@ -394,7 +394,7 @@ def write_config(config, tokenizer, dtype):
 
 
 # ---- Tokenizer: tokenizer.json and the settings beside it ----
-# What tokenizers treat in different ways: contractions, digits, line ends, spaces and scripts
+# Text that tokenizers treat differently: contractions, digits, line endings, spaces and scripts
 PROBE = (
     "The fox's 3 dogs don't; WE'LL, I've, 'tis 12345 6,789.01\n"
     "def f(x):\n\tif x != 'y':\r\n        2e-3\n\n\n   \t \n x\xa0 \u3000y \u2028 7"
@@ -406,9 +406,9 @@ PROBE = (
 
 
 def gives_same_ids(state, library_state):
-    """Tell whether tiktoken, by `state`, encodes PROBE as the tokenizers library does.
+    """Tell whether tiktoken, with `state`, encodes PROBE as the tokenizers library does.
 
-    Without the library, tell whether it at least gives PROBE back.
+    Without the library, tell whether it at least decodes PROBE's ids to PROBE.
     """
     try:
         tokenizer = Tokenizer(**state)
@@ -424,7 +424,7 @@ def gives_same_ids(state, library_state):
 
 
 def settings_beside(folder):
-    """Return what the files beside tokenizer.json say of it; a later one overrides those before."""
+    """Return what the files beside tokenizer.json say about it; later files override earlier."""
     settings = {}
     for stem in ("config", "generation_config", "special_tokens_map", "tokenizer_config"):
         values = read_json(folder / f"{stem}.json")
@@ -436,7 +436,7 @@ def settings_beside(folder):
 
 
 def read_tokenizer(folder):
-    """Return the Tokenizer of a folder's tokenizer.json, and of the settings beside it.
+    """Return the Tokenizer that a folder's tokenizer.json and the settings beside it describe.
 
     Raises FileNotFoundError; ValueError for a damaged file, or if the library is needed and not
     installed.
@@ -446,8 +446,8 @@ def read_tokenizer(folder):
     if not path.exists():
         there = ", ".join(sorted(file.name for file in folder.glob("*"))) or "nothing"
         raise FileNotFoundError(
-            f"{folder} lacks tokenizer.json, it holds {there}: fetch that, too, or let "
-            "transformers make it: AutoTokenizer.from_pretrained(it).save_pretrained(it)"
+            f"{folder} lacks tokenizer.json and holds {there}: fetch the missing file, or let "
+            "transformers make it: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
         )
     data = read_json(path)
     settings = settings_beside(folder)
@@ -518,7 +518,7 @@ def missing_library(library):
 
 
 def full_name(name):
-    """Return the absolute path of a file or folder that is here, or else the hub's whole id."""
+    """Return the absolute path of a file or folder that exists, or else the full id on the hub."""
     path = as_path(name)
     if path.exists():
         return str(path.resolve())
@@ -538,7 +538,7 @@ def find_folder(name):
     if str(name) and path.is_dir():
         return path
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name)):
-        raise FileNotFoundError(f"{name} is no folder here, and no id of the Hugging Face hub")
+        raise FileNotFoundError(f"{name} is neither a folder here nor an id on the hub")
 
     try:
         from huggingface_hub import snapshot_download
@@ -546,9 +546,9 @@ def find_folder(name):
         raise missing_library("huggingface_hub") from e
     try:
         return Path(snapshot_download(full_name(name), allow_patterns=WANTED_FILES))
-    except Exception as e:  # those of the library and of its network layer have no common type
+    except Exception as e:  # errors of the library and of its network layer have no common type
         raise FileNotFoundError(
-            f"{name} is no folder here, and the Hugging Face hub did not give it "
+            f"{name} is not a folder here, and the Hugging Face hub did not provide it "
             f"({type(e).__name__}): check the name and the network"
         ) from e
 
@@ -592,7 +592,7 @@ def read_shard(path, targets, config):
         raise missing_library("safetensors") from e
     try:
         with safe_open(path, "pt") as shard:
-            for key in shard.keys():  # noqa: SIM118  # it is no dict
+            for key in shard.keys():  # noqa: SIM118  # it is not a dict
                 prefixed = f"transformer.{key}"  # which older files of GPT-2 leave out
                 name = prefixed if prefixed in targets else key
                 if name in targets:
@@ -606,14 +606,14 @@ def read_shard(path, targets, config):
 def fill(target, tensor, described):
     if tensor.shape != target.shape:
         raise ValueError(
-            f"{described} is {tuple(tensor.shape)}, by config.json {tuple(target.shape)}: they do "
-            "not belong together"
+            f"{described} has shape {tuple(tensor.shape)}, but config.json implies "
+            f"{tuple(target.shape)}: they do not belong together"
         )
     target.copy_(tensor)
 
 
 def is_redundant(key, shard, config):
-    """Tell whether a GPT has no need of a tensor: a constant, the tied head, or a norm of ones."""
+    """Tell whether a GPT does not need a tensor: a constant, a tied head, or a norm of ones."""
     if config.qk_norm and QK_NORMS.fullmatch(key):
         return bool((shard.get_tensor(key) == 1).all())
     is_tied_head = key == "lm_head.weight" and config.tie_weights
@@ -623,7 +623,7 @@ def is_redundant(key, shard, config):
 class UnsetWeights(TorchFunctionMode):
     """A context in which torch.nn.init draws no weights, for modules whose weights are then read.
 
-    Without it, GPT-2's 124M weights take two seconds to be drawn for nothing.
+    Otherwise, drawing GPT-2's 124M weights would waste two seconds.
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -637,9 +637,9 @@ class UnsetWeights(TorchFunctionMode):
 def load_model(name, dtype=torch.float32, **changes):
     """Return the GPT of a Hugging Face folder or hub id, on the CPU, in evaluation mode.
 
-    dtype: of the weights. changes: fields of GPTConfig that shape no weight. The files are read one
-    by one, so that memory holds at most one of them beside the model. Raises FileNotFoundError, and
-    ValueError for what gpt.py's GPT cannot be.
+    dtype: that of the weights. changes: fields of GPTConfig that affect no weight's shape. The
+    files are read one by one, so that memory holds at most one of them besides the model. Raises
+    FileNotFoundError, and ValueError for a model that gpt.py's GPT cannot represent.
     """
     folder = find_folder(name)
     config, biased = read_config(folder)
@@ -664,14 +664,14 @@ def load_model(name, dtype=torch.float32, **changes):
 def load_pretrained(name, dtype=torch.float32, **changes):
     """Return (model, tokenizer, state) of a Hugging Face folder or hub id.
 
-    state: what a checkpoint of the model would hold beside the weights. The rest as load_model.
+    state: what a checkpoint of the model would hold besides the weights. See also load_model.
     """
     folder = find_folder(name)
     tokenizer = read_tokenizer(folder)
     config, _ = read_config(folder)
     if tokenizer.vocab_size != config.vocab_size:
         raise ValueError(
-            f"{folder}'s tokenizer has {tokenizer.vocab_size} tokens, its weights "
+            f"{folder}'s tokenizer has {tokenizer.vocab_size} tokens, but its weights have "
             f"{config.vocab_size}: they do not belong together"
         )
     model = load_model(folder, dtype, **changes)
@@ -691,7 +691,7 @@ def get(name, out=None, dtype=torch.float32):
 
     name: a folder or hub id. out: the folder for best.pt; None: models/<name>. dtype: of the stored
     weights. A checkpoint appears whole or not at all, so several processes may ask for one at once.
-    Raises FileNotFoundError, and ValueError for what gpt.py's GPT cannot be.
+    Raises FileNotFoundError, and ValueError for a model that gpt.py's GPT cannot represent.
     """
     folder = as_path(out) if out else HERE / "models" / as_path(name).resolve().name
     path = folder / "best.pt"
@@ -709,11 +709,11 @@ def check_same_model(path, name):
     try:
         held = read_checkpoint(path)
     except ValueError as e:
-        raise ValueError(f"{path} is damaged: delete it, and hub.py makes it anew") from e
-    if "step" in held or held["base"] != full_name(name):  # only a run's has a step
+        raise ValueError(f"{path} is damaged: delete it, and hub.py will make it again") from e
+    if "step" in held or held["base"] != full_name(name):  # only a run's checkpoint has a step
         raise ValueError(
             f"{path} does not hold {name}, but a run or {held['base'] or 'another model'}: choose "
-            "another folder, by --name or --out"
+            "another folder, with --name or --out"
         )
 
 
@@ -762,7 +762,7 @@ def export_tensors(model, dtype):
     tensors = {}
     for tensor_name, tensor in hf_tensors(model).items():
         tensors[tensor_name] = tensor.to(dtype).contiguous()
-    if model.config.qk_norm:  # Qwen3's have weights, ours have none
+    if model.config.qk_norm:  # Qwen3's norms have weights, ours have none
         for layer in range(model.config.n_layer):
             for part in ("q_norm", "k_norm"):
                 ones = torch.ones(model.config.head_dim, dtype=dtype)
@@ -774,8 +774,8 @@ def export(checkpoint, folder, dtype=torch.float32):
     """Write a checkpoint as a Hugging Face folder.
 
     checkpoint: the path of a .pt file or of a run's folder. folder: a new or an empty one. dtype:
-    of the weights. Raises ValueError, before anything is written, for a model that no family of
-    transformers equals; FileNotFoundError and OSError.
+    that of the weights. Raises FileNotFoundError, OSError and, before anything is written,
+    ValueError for a model that is of no family of transformers.
     """
     try:
         from safetensors.torch import save_file
@@ -806,24 +806,24 @@ def export(checkpoint, folder, dtype=torch.float32):
 
 
 # ---- merge ----
-# What a checkpoint for use holds beside its weights
+# What a checkpoint for use holds besides its weights
 FOR_USE = ["model_args", "tokenizer", "config", "optimizer"]
 FOR_USE += ["step", "best_val_loss", "dataset_sha256"]
 
 
 def merge(checkpoint, base="", out=None):
-    """Return the path of a whole checkpoint, made of a LoRA checkpoint that holds no other weights.
+    """Make a whole checkpoint of one that holds only LoRA's matrices, and return its path.
 
     checkpoint: a file or run of a version before 2.0.0. base: where the model that LoRA began from
-    is now; "": where it was. out: the folder for best.pt; None: the run's, with -merged behind its
-    name. Raises FileNotFoundError, and ValueError if the base holds other weights than it did.
+    is now; "": where it was. out: the folder for best.pt; None: the run's, with -merged after its
+    name. Raises FileNotFoundError, and ValueError if the base's weights have changed.
     """
     path = checkpoint_file(checkpoint)
     run = path.resolve().parent
     folder = as_path(out) if out else run.with_name(f"{run.name}-merged")
     merged = folder / "best.pt"
     if merged.exists():
-        raise ValueError(f"{merged} exists: choose another folder, by --out")
+        raise ValueError(f"{merged} exists: choose another folder with --out")
     state = read_tensors(path)
     if not holds_adapters_alone(state):
         raise ValueError(f"{path} holds whole weights already: use it as it is")
@@ -845,19 +845,19 @@ def read_tensors(path):
         raise FileNotFoundError(f"{path} does not exist: name a checkpoint")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # torch raises half a dozen types
-        raise ValueError(f"{path} is damaged or no checkpoint ({type(e).__name__})") from e
+    except Exception as e:  # torch raises half a dozen types of error
+        raise ValueError(f"{path} is damaged or not a checkpoint ({type(e).__name__})") from e
 
 
 def holds_adapters_alone(state):
-    """Tell whether a checkpoint is one of LoRA's before version 2.0.0."""
+    """Tell whether a checkpoint holds only LoRA's matrices, as before version 2.0.0."""
     weights = state.get("model", {})
     return "wte.weight" not in weights and any(key.endswith(".lora.A") for key in weights)
 
 
 @torch.no_grad()
 def merged_state(state, base=""):
-    """Return the state of a LoRA checkpoint whose matrices are added to the base's weights."""
+    """Return a LoRA checkpoint's state with its matrices added to the base's weights."""
     base = full_name(base or state["base"])
     weights = base_weights(base)
     for key, A in state["model"].items():  # A: (rank, columns)
@@ -865,11 +865,11 @@ def merged_state(state, base=""):
         if not is_A:
             continue
         weight = weights.get(f"{module}.weight")
-        norm = state["model"][f"{module}.lora.base"]  # the weight's, when LoRA began
+        norm = state["model"][f"{module}.lora.base"]  # of the weight when LoRA began
         if weight is None or not torch.isclose(weight.float().norm(), norm, rtol=1e-5):
             raise ValueError(
-                f"{base} holds other weights than when LoRA began from it: name the model it was "
-                "by --base"
+                f"{base} holds other weights than when LoRA began from it: name the original "
+                "model with --base"
             )
         B = state["model"][f"{module}.lora.B"]  # (rows, rank)
         weight += 2 * B @ A  # alpha is twice the rank (arXiv:2106.09685)
@@ -886,7 +886,7 @@ def base_weights(base):
         state = read_tensors(path)
     except FileNotFoundError as e:
         raise FileNotFoundError(
-            f"{base}, from which LoRA began, is not to be had: name its new place by --base ({e})"
+            f"{base}, from which LoRA began, was not found: name its new path with --base ({e})"
         ) from e
     if holds_adapters_alone(state):
         return merged_state(state)["model"]

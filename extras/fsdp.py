@@ -1,9 +1,10 @@
-"""fsdp.py: shard a model over several GPUs by PyTorch's FSDP2, for models that one GPU cannot hold.
+"""fsdp.py: shard a model over several GPUs with PyTorch's FSDP2, if one GPU cannot hold it.
 
     torchrun --standalone --nproc_per_node=8 gpt.py config/train_1b.py --fsdp=True
 
-Each process holds its share of the weights, the gradients and the optimizer state. A block's weights
-are gathered only while it is at work. Checkpoints hold whole tensors, so any run resumes any other's.
+Each process holds its share of the weights, the gradients and the optimizer state. A block's
+weights are gathered only while it computes. Checkpoints hold whole tensors, so that they can be
+resumed with or without FSDP and with any number of processes.
 """
 
 import torch
@@ -14,13 +15,13 @@ from torch.utils._pytree import tree_map
 
 
 def shard_model(model, device, dtype, world_size):
-    """Shard a GPT in place: each block apart, and the rest as one.
+    """Shard a GPT in place: each block by itself, and the rest as one unit.
 
-    Matrices multiply in dtype; gradients are averaged in float32. Raises ValueError for float16,
+    Matrix products use dtype; gradients are averaged in float32. Raises ValueError for float16,
     whose loss scaling FSDP does not share between processes.
     """
     if dtype == torch.float16:
-        raise ValueError("dtype is float16, which does not go with fsdp: use bfloat16 or float32")
+        raise ValueError("dtype is float16, which fsdp does not support: use bfloat16 or float32")
     mesh = dist.init_device_mesh(device.type, (world_size,))
     policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     for part in (*model.h, model):
@@ -28,16 +29,16 @@ def shard_model(model, device, dtype, world_size):
 
 
 def shard_like(tensor, param):
-    """Return this process's share of a whole tensor, cut as param is; of another shape, the tensor."""
+    """Return this process's share of a tensor, cut like param; other shapes are returned whole."""
     if tensor.shape != param.shape:
         return tensor
     return distribute_tensor(tensor, param.device_mesh, param.placements, src_data_rank=None)
 
 
 def gather(state):
-    """Return a nested state with whole tensors, on the CPU of the first process; all must call it."""
+    """Return a state with whole tensors, on the CPU of the first process; all must call this."""
 
-    def whole(value):  # one at a time, to spare memory
+    def whole(value):  # one at a time, to save memory
         if not hasattr(value, "full_tensor"):
             return value
         value = value.full_tensor()

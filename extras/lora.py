@@ -1,7 +1,7 @@
 """lora.py: finetune small matrices beside a model's frozen ones (LoRA, arXiv:2106.09685).
 
-gpt.py uses it for --lora_rank=8. A layer's output becomes W x + 2 B A x, with A (rank, columns) drawn
-at random and B (rows, rank) zero at first, so that training begins at the model as it was.
+gpt.py uses it if --lora_rank is above 0. A layer's output becomes W x + 2 B A x. A (rank, columns)
+is drawn at random and B (rows, rank) starts at zero, so that training begins with the old model.
 """
 
 import math
@@ -12,7 +12,7 @@ from torch import nn
 
 
 class LoRA(nn.Module):
-    """What is added to a linear layer's output: scale * B A x, with scale = alpha / rank = 2."""
+    """The term added to a linear layer's output: scale * B A x, with scale = alpha / rank = 2."""
 
     scale = 2.0
 
@@ -28,7 +28,7 @@ class LoRA(nn.Module):
 
 
 class LinearWithLoRA(nn.Linear):
-    """A linear layer that shares another one's frozen weight and bias, with LoRA's matrices beside."""
+    """A linear layer with another one's frozen weight and bias, and LoRA's matrices beside them."""
 
     def __init__(self, linear, rank):
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
@@ -41,7 +41,7 @@ class LinearWithLoRA(nn.Linear):
 
 
 def add_lora(model, rank):
-    """Freeze a GPT and put matrices of this rank beside all linear layers of its blocks, in place."""
+    """Freeze a GPT and add LoRA of this rank to all linear layers of its blocks, in place."""
     model.requires_grad_(False)
     for name, module in list(model.named_modules()):
         if name.startswith("h.") and type(module) is nn.Linear:
@@ -50,7 +50,7 @@ def add_lora(model, rank):
 
 @torch.no_grad()
 def merge_lora(model):
-    """Add LoRA's matrices to the weights beside them and make the layers plain again, in place."""
+    """Merge LoRA's matrices into the weights and make the layers plain again, in place."""
     for name, module in list(model.named_modules()):
         if isinstance(module, LinearWithLoRA):
             with_bias = module.bias is not None

@@ -336,7 +336,8 @@ def test_an_id_beyond_the_vocabulary_is_refused(tmp_path, split):
             data.get_batch(split, row, 1)
             continue
         with pytest.raises(
-            ValueError, match=f"wild holds id {largest}, its vocabulary 40: prepare"
+            ValueError,
+            match=f"wild holds id {largest}, but its vocabulary has only 40 ids: prepare",
         ):
             data.get_batch(split, row, 1)
         refused += 1

@@ -231,7 +231,7 @@ def test_a_data_set_that_is_spoiled(mistake, tmp_path):
 def test_ids_beyond_the_vocabulary(mistake, tmp_path, split):
     """What was logged before the first such batch is all that is written."""
     spoil(tmp_path, **{split: b"\xe7\3" * 100}, meta={f"{split}_tokens": 100})
-    mistake("gpt.py", holds=["toy holds id 999, its vocabulary 25"], stays=False)
+    mistake("gpt.py", holds=["toy holds id 999, but its vocabulary has only 25 ids"], stays=False)
     assert not (tmp_path / "out" / "best.pt").exists()
 
 

@@ -309,7 +309,7 @@ def test_texts_that_cannot_be_evaluated(measure, tmp_path, content, message):
     [
         ({}, "either --text=FILE or --dataset=NAME"),
         ({"text": "a", "dataset": "b"}, "either --text=FILE or --dataset=NAME"),
-        ({"text": "a"}, "name a model, by --out_dir=RUN"),
+        ({"text": "a"}, "name a model, with --out_dir=RUN"),
         ({"dataset": "b", "stride": -1}, "stride is -1: it must be at least 0"),
         ({"dataset": "b", "block_size": 0}, "block_size is 0: it must be at least 1"),
         ({"dataset": "b", "batch_size": 0}, "batch_size is 0: it must be at least 1"),
@@ -335,5 +335,6 @@ def test_evaluate_as_a_command(run_script, tmp_path):
     done = run_script("evaluate.py", *options, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert (
-        done.stderr == "error: name what to evaluate on, by either --text=FILE or --dataset=NAME\n"
+        done.stderr
+        == "error: name what to evaluate on, with either --text=FILE or --dataset=NAME\n"
     )

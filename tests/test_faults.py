@@ -96,7 +96,7 @@ def test_max_bad_steps_in_a_row_end_the_run(settings, monkeypatch, tmp_path):
     seen = spoil_gradients(monkeypatch, steps={6, 7, 8, *range(11, 40)})
     with pytest.raises(
         ValueError,
-        match=r"step 15: 4 gradients in a row are not finite: resume .*out by --init_from=",
+        match=r"step 15: 4 gradients in a row are not finite; resume .*out with --init_from=",
     ):
         gpt.train()
     assert len(seen) == 15
@@ -125,7 +125,7 @@ def test_weights_that_are_not_finite_are_never_saved(settings, monkeypatch, tmp_
 
     poisoning.calls = 0
     monkeypatch.setattr(torch.optim.AdamW, "step", poisoning)
-    with pytest.raises(ValueError, match="step 10: weights are not finite: resume .*learning_rate"):
+    with pytest.raises(ValueError, match="step 10: weights are not finite; resume .*learning_rate"):
         gpt.train()
     for name in ("ckpt.pt", "best.pt"):
         state = gpt.read_checkpoint(tmp_path / "out" / name)
@@ -270,7 +270,7 @@ def test_a_damaged_checkpoint_is_named(finished, settings, damage):
         try:
             assert_same(gpt.read_checkpoint(path), before)
         except ValueError as e:
-            assert str(e).startswith(f"{path} is damaged or no checkpoint (")
+            assert str(e).startswith(f"{path} is damaged or not a checkpoint (")
             noticed += 1
     assert noticed >= (50 if damage == "cut short" else 40)
 
@@ -309,7 +309,9 @@ def test_a_checkpoint_with_wrong_figures_is_no_run(finished, settings, changes):
         value = state["progress"] | value
     gpt.save_checkpoint(path, state | {name: value})
     settings(init_from="resume")
-    with pytest.raises(ValueError, match="^the checkpoint in .* is damaged or of another program"):
+    with pytest.raises(
+        ValueError, match="^the checkpoint in .* is damaged or from another program"
+    ):
         gpt.train()
 
 
@@ -329,7 +331,9 @@ def test_optimizer_state_that_does_not_fit_is_named(finished, settings, change):
     change(state)
     gpt.save_checkpoint(finished / "ckpt.pt", state)
     settings(init_from="resume", max_iters=9)
-    with pytest.raises(ValueError, match="^the checkpoint in .* is damaged or of another program"):
+    with pytest.raises(
+        ValueError, match="^the checkpoint in .* is damaged or from another program"
+    ):
         gpt.train()
 
 
@@ -390,8 +394,8 @@ def test_other_data_begin_the_best_loss_anew(settings, tmp_path, capsys, same_na
     capsys.readouterr()
     settings(dataset=name, init_from="resume", max_iters=90)
     figures = gpt.train()
-    said = [line for line in capsys.readouterr().out.splitlines() if "anew" in line]
-    assert len(said) == 1 and "best.pt and early_stop begin anew" in said[0]
+    said = [line for line in capsys.readouterr().out.splitlines() if "start over" in line]
+    assert len(said) == 1 and "best.pt and early_stop start over" in said[0]
     assert "dataset_sha256" in said[0]
     best = gpt.read_checkpoint(tmp_path / "out" / "best.pt")
     lines = [r for r in read_log(tmp_path / "out") if "val_loss" in r and "perplexity" not in r]
@@ -419,7 +423,7 @@ def test_another_evaluation_begins_best_and_early_stop_anew(
     settings(init_from="resume", max_iters=30)
     figures = gpt.train(**changes)
     ((name, _),) = changes.items()
-    assert f"{name} changed: the validation losses before cannot be" in capsys.readouterr().out
+    assert f"{name} changed: earlier validation losses cannot be" in capsys.readouterr().out
     assert (figures["step"], figures["best_val_loss"]) == (18, 5.0)
     assert gpt.read_checkpoint(tmp_path / "out" / "best.pt")["step"] == 12
 
@@ -608,7 +612,7 @@ def test_a_data_file_that_becomes_shorter_while_a_run_reads_it(settings, monkeyp
 # ---- signals and a closed output ----
 
 
-STOPPING = "stopping after this step, to save; the next signal stops at once\n"
+STOPPING = "saving and stopping after this step; another signal stops at once\n"
 
 
 def endless(tmp_path):

@@ -407,7 +407,7 @@ def test_wrong_folders(llama_folder, tmp_path):
         hub.load_model(llama_folder / "model.safetensors")
     with pytest.raises(FileNotFoundError, match="empty has no config.json"):
         hub.load_model(tmp_path / "empty")
-    with pytest.raises(FileNotFoundError, match="is no folder here, and no id of the"):
+    with pytest.raises(FileNotFoundError, match="is neither a folder here nor an id"):
         hub.load_model(tmp_path / "does not exist")
     edit(llama_folder, architectures=["BertForMaskedLM"])
     with pytest.raises(
@@ -440,7 +440,7 @@ def test_wrong_weights(llama_folder):
         ({k: v for k, v in tensors.items() if k != name}, f"lacks the tensor {name}, which"),
         (
             tensors | {name: tensors[name][:-1].clone()},
-            rf"{name} is \(15, 64\), by config.json \(16, 64\)",
+            rf"{name} has shape \(15, 64\), but config.json implies \(16, 64\)",
         ),
         (tensors | {"model.extra.weight": torch.ones(1)}, "model.extra.weight has no place"),
     ):
@@ -482,7 +482,7 @@ def test_tokenizer_and_weights_must_fit(llama_folder, tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (llama_folder / name).write_bytes((tmp_path / "new" / name).read_bytes())
     edit(llama_folder, vocab_size=VOCAB + 3)
-    with pytest.raises(ValueError, match="tokenizer has 97 tokens, its weights 100"):
+    with pytest.raises(ValueError, match="tokenizer has 97 tokens, but its weights have 100"):
         hub.load_pretrained(llama_folder)
 
 
@@ -509,7 +509,8 @@ def test_hub_ids(llama_folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", library)
     assert hub.load_model("someone/llama-tiny").config.n_kv_head == 2
     with pytest.raises(
-        FileNotFoundError, match="gpt2 is no folder here, and the Hugging Face hub did not give it"
+        FileNotFoundError,
+        match="gpt2 is not a folder here, and the Hugging Face hub did not provide it",
     ):
         hub.load_model("gpt2")
     assert asked == ["someone/llama-tiny", "openai-community/gpt2"]
@@ -591,7 +592,9 @@ def test_get_replaces_nothing(whole_folder, tmp_path):
     with pytest.raises(ValueError, match="does not hold .*/other, but a run or"):
         hub.get(other, tmp_path / "out")
     path.write_bytes(content[:-100])
-    with pytest.raises(ValueError, match="best.pt is damaged: delete it, and hub.py makes it anew"):
+    with pytest.raises(
+        ValueError, match="best.pt is damaged: delete it, and hub.py will make it again"
+    ):
         hub.get(other, tmp_path / "out")
     path.unlink()
     assert hub.get(other, tmp_path / "out") == path
@@ -688,7 +691,7 @@ def test_merge_makes_an_old_lora_checkpoint_whole(base, tmp_path):
     state = assert_equal_models(merged, expected)
     assert (state["step"], state["lora_rank"], state["base"]) == (5, 0, str(path))
     assert "optimizers" not in state
-    with pytest.raises(ValueError, match="best.pt exists: choose another folder, by --out"):
+    with pytest.raises(ValueError, match="best.pt exists: choose another folder with --out"):
         hub.merge(lora)
     with pytest.raises(ValueError, match="holds whole weights already: use it as it is"):
         hub.merge(merged, out=tmp_path / "twice")
@@ -701,7 +704,7 @@ def test_merge_where_the_base_is_elsewhere(base, tmp_path):
     expected = old_lora(lora, model, path)
     path.parent.rename(tmp_path / "moved")
     with pytest.raises(
-        FileNotFoundError, match="base/best.pt, from which LoRA began, .* by --base"
+        FileNotFoundError, match="base/best.pt, from which LoRA began, .* with --base"
     ):
         hub.merge(lora)
     assert_equal_models(hub.merge(lora, tmp_path / "moved", tmp_path / "a"), expected)

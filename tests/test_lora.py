@@ -190,12 +190,14 @@ def test_a_base_that_does_not_fit_is_named(settings, base, tmp_path):
         gpt.train(block_size=32)
     with pytest.raises(ValueError, match="lora_rank is 2: it needs --optimizer=adamw, not muon"):
         gpt.train(lora_rank=2, optimizer="muon")
-    with pytest.raises(ValueError, match="lora_rank is 2: name the model by --init_from"):
+    with pytest.raises(ValueError, match="lora_rank is 2: name the model with --init_from"):
         gpt.train(lora_rank=2, init_from="scratch")
     with pytest.raises(ValueError, match="lora_rank is -1"):
         gpt.train(lora_rank=-1)
     for missing in ("gpt2", str(tmp_path)):  # tmp_path: as a folder of Hugging Face
-        with pytest.raises(FileNotFoundError, match=f"python hub.py get {missing} makes one"):
+        with pytest.raises(
+            FileNotFoundError, match=f"python hub.py get {missing} makes a checkpoint"
+        ):
             gpt.train(init_from=missing)
 
 

@@ -44,7 +44,7 @@ SETTINGS = gpt.read_settings(TOY)
 
 
 def test_a_setting_that_a_formatter_has_wrapped_is_not_lost():
-    with pytest.raises(ValueError, match="write a setting in one line"):
+    with pytest.raises(ValueError, match="write a setting on one line"):
         gpt.read_settings('name = (\n    "a"  # of the run\n)\n')
 
 

@@ -877,7 +877,7 @@ def test_processes_share_the_global_batch(
 def test_a_batch_that_cannot_be_shared_is_refused(settings):
     trainer = new_trainer(batch_size=3)
     machine = gpt.Machine(torch.device("cpu"), torch.float32, 0, 2)
-    with pytest.raises(ValueError, match="steps is 3: for 2 processes let it be a multiple of 2"):
+    with pytest.raises(ValueError, match="steps is 3: for 2 processes it must be a multiple of 2"):
         gpt.Trainer(trainer.settings, trainer.model, trainer.data, machine)
 
 
