@@ -128,10 +128,9 @@ def read_settings(source):
     source: the script's text. A setting has the type of its annotation or else of its value.
     """
     settings = {}
-    lines = source.splitlines()
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            break
+    head = re.split(r"(?m)^(?:@|class |def )", source, maxsplit=1)[0]
+    lines = head.splitlines()
+    for node in ast.parse(head).body:
         pattern = r"([a-z]\w*)(?:: (\w+)( \| None)?)? = .+?  # (.+)$"
         line = lines[node.lineno - 1]
         found = re.match(pattern, line)
@@ -1763,6 +1762,10 @@ class Clock:
     def begin_loop(self, progress):
         self.loop_began = time.monotonic() - progress.trained_s
 
+    def exclude(self, seconds):
+        """Count these seconds of the loop as spent, but not as trained."""
+        self.loop_began += seconds
+
     def spent_s(self):
         return time.monotonic() - self.started
 
@@ -2421,11 +2424,13 @@ def train_model(settings, machine, folder, progress, started):  # noqa: C901
     versions = {"version": __version__, "torch": torch.__version__}
     sha256 = data.meta["sha256"]
     log(config=config, dataset_sha256=sha256, machine=machine.name(), **versions)
-    trainer.warm_up()
     n_val_batches = data.n_val_batches(settings.batch_size)
     tokens_per_step = trainer.rows_per_step * settings.block_size
     bad_steps = 0  # in a row
     batches = trainer.fetch(progress.next_row)
+    warm_up_at = progress.step
+    if machine.device.type == "cpu" and progress.step == 0:
+        warm_up_at = 1  # the first step precedes compiling, to show at once that all is well
     clock.begin_loop(progress)
     mark = time.monotonic()  # start of the current speed measurement
     mark_step = progress.step
@@ -2470,6 +2475,17 @@ def train_model(settings, machine, folder, progress, started):  # noqa: C901
             clock.reserve_s = 2 * pause_s + eval_s * more_batches
         if finished:
             break
+
+        if progress.step == warm_up_at:
+            pause_began = time.monotonic()
+            micro_rows = trainer.micro_rows
+            trainer.warm_up()
+            if trainer.micro_rows != micro_rows:
+                batches = trainer.fetch(progress.next_row)
+            pause_s = time.monotonic() - pause_began
+            clock.exclude(pause_s)
+            share_done = machine.combine([clock.share_done(progress.step)], "max")[0]
+            mark += pause_s
 
         # Gradients of the global batch. The next batch is fetched while a GPU is still at work.
         schedule_done = share_done

