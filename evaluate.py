@@ -85,7 +85,7 @@ def mean_loss(model, batches, dtype=torch.float32):
     for batch in batches:
         x, y, w = (tensor.to(device) for tensor in batch)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            _, loss = model(x, y, weights=w)
+            _, loss = model(x, y, weights=w, loss_only=True)
         weight = float(w.sum())
         nats += float(loss) * weight
         total += weight
@@ -118,7 +118,7 @@ def evaluate_text(
     Raises ValueError for a text without a token to predict, or with an unknown character.
     """
     ids = tokenizer.encode(text)
-    begin = [] if tokenizer.begin is None else [tokenizer.begin]
+    begin = [] if tokenizer.begin_id is None else [tokenizer.begin_id]
     tokens = np.array([*begin, *ids], dtype=np.int64)
     if len(tokens) < 2:
         raise ValueError("the text has fewer than 2 tokens, so none can be predicted")

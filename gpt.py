@@ -37,7 +37,7 @@ import tempfile
 import threading
 import urllib.request
 import zipfile
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -52,6 +52,7 @@ import torch.utils.checkpoint
 from torch import nn
 
 # ---- Settings: each comment is the help text (python gpt.py --help) -----------------------------
+# A flag or a config file assigns to one of these names before main() reads them all, once.
 dataset = "shakespeare"  # folder under data_dir; shakespeare and pydoc are prepared when missing
 data_dir = ""  # folder of all data sets; empty: data/ beside gpt.py
 out_dir = ""  # folder for this run's checkpoints and log; empty: out/<dataset> beside gpt.py
@@ -102,7 +103,7 @@ max_minutes = 0.0  # above 0: minutes that the whole process may take, instead o
 warmup_iters = 20  # steps of linear warm-up
 lr_schedule = "linear"  # after warm-up: cosine | linear | constant | wsd (linear in the last fifth)
 lr_decay_iters = 0  # step at which min_lr is reached; 0: the last one
-min_lr = 0.0  # final learning rate of AdamW; Muon's falls in the same proportion
+min_lr = 0.0  # final learning rate of AdamW; the blocks' falls in the same proportion
 # machine
 device = "auto"  # auto: cuda, else mps, else cpu | any torch device, such as cuda:1
 dtype = "auto"  # auto: by hardware | float32 | bfloat16 | float16 with loss scaling, on CUDA only
@@ -249,10 +250,11 @@ def read_text(path):
 CHAT = "%s||<|user|>%s<|assistant|>||%s"
 
 
+@dataclass
 class Tokenizer:
     """Converts text to ids and back, with a tiktoken.Encoding.
 
-    `state` holds the strings that rebuild the tokenizer; data sets and checkpoints store it.
+    The fields are texts, which data sets and checkpoints store, to rebuild the tokenizer.
 
     kind: "char" gives each character of `chars` one id; "bpe" merges bytes by `ranks`, the tokens'
         bytes in base64, within the words that `pattern` matches; "tokenizers" passes `json`, the
@@ -261,53 +263,61 @@ class Tokenizer:
         or are given as `special_ids`. `begin` begins a text; `end` ends a document and an answer.
     """
 
-    def __init__(
-        self,
-        kind,
-        chars="",
-        ranks="",
-        pattern="(?s:.)",
-        special="",
-        special_ids="",
-        json="",
-        begin="",
-        end="<|endoftext|>",
-        chat=CHAT,
-    ):
-        # locals() holds just the arguments as long as this is the first statement.
-        self.state = {name: value for name, value in locals().items() if name != "self"}
+    kind: str
+    chars: str = ""
+    ranks: str = ""
+    pattern: str = "(?s:.)"
+    special: str = ""
+    special_ids: str = ""
+    json: str = ""
+    begin: str = ""
+    end: str = "<|endoftext|>"
+    chat: str = CHAT
+
+    def __post_init__(self):
+        self.state = asdict(self)
         for name, value in self.state.items():
             if type(value) is not str:
                 raise ValueError(f"the tokenizer's {name} is {value!r}: it must be text")
-        if chars:
-            tokens = [c.encode() for c in chars]
-            self.encoding = make_encoding(kind, tokens, pattern, special, special_ids)
-        elif ranks:
-            tokens = [base64.b64decode(token) for token in ranks.split()]
-            self.encoding = make_encoding(kind, tokens, pattern, special, special_ids)
-        elif json:
+        self.encoding = self.make_encoding()
+        names = self.encoding.special_tokens_set
+        self.special_tokens = {name: self.encoding.encode_single_token(name) for name in names}
+        self.vocab_size = self.encoding.n_vocab
+        self.begin_id = self.special_tokens.get(self.begin)  # None: there is no such token
+        self.end_id = self.special_tokens.get(self.end)
+        self.chat_parts = self.chat.split("||")
+
+    def make_encoding(self):
+        """Return the tiktoken.Encoding, or what takes its place, that the fields describe."""
+        if self.chars:
+            tokens = [c.encode() for c in self.chars]
+        elif self.ranks:
+            tokens = [base64.b64decode(token) for token in self.ranks.split()]
+        elif self.json:
             from extras.hf_tokenizer import LibraryEncoding
 
-            self.encoding = LibraryEncoding(json)
+            return LibraryEncoding(self.json)
         else:
-            self.encoding = load_encoding(kind)
-        names = self.encoding.special_tokens_set
-        self.special = {name: self.encoding.encode_single_token(name) for name in names}
-        self.vocab_size = self.encoding.n_vocab
-        self.begin = self.special.get(begin)
-        self.end = self.special.get(end)
-        self.chat = chat.split("||")
+            return load_encoding(self.kind)
+        names = self.special.split()
+        count = len(tokens) + len(names)
+        ids = [int(i) for i in self.special_ids.split()] or range(len(tokens), count)
+        special_tokens = dict(zip(names, ids))
+        free_ids = sorted(set(range(count)) - set(special_tokens.values()))
+        ranks = dict(zip(tokens, free_ids))
+        return tiktoken.Encoding(
+            self.kind, pat_str=self.pattern, mergeable_ranks=ranks, special_tokens=special_tokens
+        )
 
     def encode(self, text):
         """Return the ids of a text as a list: [2, 0, 1] for "cab" with the characters "abc".
 
         Raises ValueError for a character that is not in the vocabulary.
         """
-        chars = self.state["chars"]
-        unknown = set(text) - set(chars) if chars else set()
+        unknown = set(text) - set(self.chars) if self.chars else set()
         if unknown:
             i = min(text.index(c) for c in unknown)
-            known = "".join(c for c in chars if c.isprintable())[:100]
+            known = "".join(c for c in self.chars if c.isprintable())[:100]
             raise ValueError(
                 f"the vocabulary, {known!r}, lacks {text[i]!r}, character {i} of the text"
             )
@@ -322,19 +332,6 @@ class Tokenizer:
         return self.decode_bytes(ids).decode(errors="replace")
 
 
-def make_encoding(kind, tokens, pattern, special, special_ids):
-    """Return the tiktoken.Encoding of a list of tokens (bytes) and of special tokens' names."""
-    names = special.split()
-    count = len(tokens) + len(names)
-    ids = [int(i) for i in special_ids.split()] or range(len(tokens), count)
-    special_tokens = dict(zip(names, ids))
-    free_ids = sorted(set(range(count)) - set(special_tokens.values()))
-    ranks = dict(zip(tokens, free_ids))
-    return tiktoken.Encoding(
-        kind, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens
-    )
-
-
 def load_encoding(name):
     """Return tiktoken's encoding of this name, such as gpt2. Raises ValueError if that fails."""
     try:
@@ -347,26 +344,32 @@ def load_encoding(name):
 
 
 # ---- Model --------------------------------------------------------------------------------------
+def training_only(default):
+    """Declare a field of GPTConfig that matters in training, but not to what the weights mean."""
+    return field(default=default, metadata={"training_only": True})
+
+
 @dataclass
 class GPTConfig:
     """The shape of a model. GPT-2 has bias=True, n_kv_head=n_head and every use_ field False."""
 
-    block_size: int = 256
+    # Where a setting above has the same name, its value there is the default here, too.
+    block_size: int = block_size
     vocab_size: int = 8192
-    n_layer: int = 6
-    n_head: int = 6
-    n_kv_head: int = 3
-    n_embd: int = 384
-    mlp_ratio: float = 4.0
-    dropout: float = 0.1
-    train_temperature: float = 1.0
-    bias: bool = False
-    use_rope: bool = True
-    use_rms_norm: bool = True
-    use_swiglu: bool = True
-    qk_norm: bool = False
-    tie_weights: bool = True
-    gradient_checkpointing: bool = False
+    n_layer: int = n_layer
+    n_head: int = n_head
+    n_kv_head: int = n_kv_head
+    n_embd: int = n_embd
+    mlp_ratio: float = mlp_ratio
+    dropout: float = training_only(dropout)
+    train_temperature: float = training_only(train_temperature)
+    bias: bool = bias
+    use_rope: bool = use_rope
+    use_rms_norm: bool = use_rms_norm
+    use_swiglu: bool = use_swiglu
+    qk_norm: bool = qk_norm
+    tie_weights: bool = tie_weights
+    gradient_checkpointing: bool = training_only(gradient_checkpointing)
     rope_theta: float = 10000.0
     rope_scaling: dict | None = None  # keyword arguments of slow_down, for Llama 3.1 and later
     norm_eps: float = 1e-5
@@ -410,6 +413,9 @@ class GPTConfig:
             raise ValueError(f"dropout is {self.dropout}: it must be at least 0 and below 1")
         if not 0 < self.train_temperature < math.inf:
             raise ValueError(f"train_temperature is {self.train_temperature}: it must be above 0")
+
+
+TRAINING_ONLY = tuple(f.name for f in fields(GPTConfig) if "training_only" in f.metadata)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -663,13 +669,14 @@ class GPT(nn.Module):
             if embedding is not None:
                 nn.init.normal_(embedding.weight, std=0.01 if tied else 0.3)
 
-    def forward(self, idx, targets=None, cache=None, weights=None, at=None):
+    def forward(self, idx, targets=None, cache=None, weights=None, loss_only=False, at=None):
         """Return (logits, loss): logits (B, T, vocab_size), and the mean loss in nats or None.
 
         idx: (B, T) int64 ids. targets: (B, T) int64, the next ids; -1 is ignored.
         cache: a KVCache that holds the tokens before idx; idx is appended to it.
-        weights: (B, T) float, how much each target counts. With them, as in training, the logits
-            are None, because they never exist all at once; see weighted_loss.
+        weights: (B, T) float, how much each target counts; None: 1.
+        loss_only: return None instead of the logits, which then never exist all at once; see
+            weighted_loss.
         at: (B,) positions in idx; only their logits are computed, (B, 1, vocab_size).
         """
         T, block_size = idx.size(1), self.config.block_size
@@ -701,25 +708,35 @@ class GPT(nn.Module):
         if at is not None:
             x = x[torch.arange(len(x), device=x.device), at][:, None]
         x = self.ln_f(x).to(dtype)
-        logits = self.lm_head(x) if weights is None else None
+        logits = None if loss_only else self.lm_head(x)
         if targets is None:
             return logits, None
         weights = (targets >= 0) * (1.0 if weights is None else weights)
-        losses_of = functools.partial(token_losses, config=self.config, training=self.training)
-        loss = weighted_loss(
-            x.flatten(0, 1), self.lm_head.weight, targets.flatten(), weights.flatten(), losses_of
-        )
+        x, targets, weights = x.flatten(0, 1), targets.flatten(), weights.flatten()
+        head = self.lm_head.weight
+        loss = weighted_loss(x, head, targets, weights, self.config, self.training)
         return logits, loss / weights.sum().clamp(min=1e-6)
 
     def attention_mask(self, positions, cache):
         """Return what each query may look at, as attend's mask; None for plain causal attention.
 
-        With a cache, a query sees itself and what came before it, but not the unused rest.
+        positions: (B or 1, T), those of the queries. The keys are at positions 0 to T - 1 or, with
+        a cache, at 0 to block_size - 1, of which those after the query are not in use yet.
         """
         if cache is None:
             return None
         keys = torch.arange(self.config.block_size, device=positions.device)
-        return keys <= positions[:, None, :, None]  # (B, 1, T, block_size)
+        distances = positions[:, None, :, None] - keys  # (B, 1, T, block_size), from key to query
+        return distances >= 0
+
+    def crop_block_size(self, block_size):
+        """Shorten the context to block_size; learned positions beyond it are dropped."""
+        assert block_size <= self.config.block_size
+        self.config.block_size = block_size
+        if self.rotary is not None:
+            self.rotary = self.rotary[:, :block_size]
+        if self.wpe is not None:
+            self.wpe = nn.Embedding.from_pretrained(self.wpe.weight[:block_size], freeze=False)
 
     def n_params(self):
         """Return the number of parameters, counting a tied matrix once."""
@@ -742,7 +759,8 @@ class GPT(nn.Module):
         """Yield the next ids of all prompts, (B,) int64, max_tokens times.
 
         prompts: (B, T) int64 ids, or a list of B lists of ids of any lengths.
-        pick: a function of logits (B, vocab_size) and of `sampling` that replaces sample_next.
+        pick: a function of logits (B, vocab_size) and of `sampling` that replaces sample_next; it
+            is never recorded, so that it may do what it likes.
         forward: a compiled forward, used in the steps that take one id per row.
         cuda_graphs: whether these steps are recorded on a GPU; see Replay.
         sampling: the keywords of sample_next.
@@ -757,26 +775,29 @@ class GPT(nn.Module):
         texts = [torch.as_tensor(prompt, dtype=torch.long, device=device) for prompt in prompts]
         drawn = []  # the ids of each step, (B,)
 
-        def choose(logits):  # a pick function from the caller runs outside the recording
-            return logits if pick else sample_next(logits, **sampling)
-
-        def decode_one_token(last):
+        def next_logits(last):
             logits, _ = (forward or self)(last[:, None], cache=cache)
-            return choose(logits[:, -1])
+            return logits[:, -1]
 
-        decode = Replay(decode_one_token, device, cuda_graphs, sampling.get("generator"))
+        def next_ids(last):
+            return sample_next(next_logits(last), **sampling)
+
+        generator = sampling.get("generator")
+        decode = Replay(next_ids, device, cuda_graphs, generator)
+        decode_logits = Replay(next_logits, device, cuda_graphs)
         for step in range(max_tokens):
             kept = [context_length(len(text) + step, block_size) for text in texts]
             before = [context_length(len(text) + step - 1, block_size) for text in texts]
             # At first, and when a text has just lost its older half, the cache is filled.
             if step == 0 or any(now <= then for now, then in zip(kept, before)):
-                tails = last_tokens(texts, drawn[-block_size:], kept)
-                chosen = choose(self.prefill(tails, cache))
+                logits = self.prefill(last_tokens(texts, drawn[-block_size:], kept), cache)
+                ids = (pick or sample_next)(logits, **sampling)
+            elif pick:
+                ids = pick(decode_logits(drawn[-1]), **sampling)
             else:
-                chosen = decode(drawn[-1])
-            # A recorded step overwrites its result in the next call.
-            drawn.append(pick(chosen, **sampling) if pick else chosen.clone())
-            yield drawn[-1]
+                ids = decode(drawn[-1]).clone()  # because the next call overwrites its result
+            drawn.append(ids)
+            yield ids
 
     def prefill(self, texts, cache):
         """Empty the cache and fill it with B texts; return the logits of their next tokens.
@@ -802,41 +823,33 @@ def matmul_dtype(x):
 LOGITS_AT_ONCE = {"cpu": 2**25, "cuda": 2**27}
 
 
-def token_losses(logits, targets, config, training):
-    """Return the loss in nats of each target, (N,) float32, from its logits (N, vocab_size).
+def summed_loss(x, head, targets, weights, config, training):
+    """Return the weighted sum of the targets' losses in nats.
 
     This is the only definition of the loss; training and evaluation both use it.
-    """
-    logits = logits.float()
-    if training and config.train_temperature != 1:
-        logits = logits / config.train_temperature
-    return F.cross_entropy(logits, targets.clamp(min=0), reduction="none")
-
-
-def weighted_loss(x, head, targets, weights, losses_of):
-    """Return the weighted sum of the targets' losses.
 
     x: (N, n_embd), the normalized residual stream. head: (vocab_size, n_embd). targets: (N,) int64,
-    which may be -1 where the weight is 0. weights: (N,). losses_of: token_losses, as a function of
-    logits and targets. The result equals summed_loss's, but many logits are computed in parts, to
-    save memory.
+    which may be -1 where the weight is 0. weights: (N,) float.
     """
-    most = LOGITS_AT_ONCE.get(x.device.type, LOGITS_AT_ONCE["cpu"])
-    n_parts = math.ceil(len(x) * len(head) / most)
-    if n_parts > 1 and torch.is_grad_enabled():
-        return LossByParts.apply(x, head, targets, weights, losses_of, n_parts)
-    parts = zip(x.chunk(n_parts), targets.chunk(n_parts), weights.chunk(n_parts))
-    return sum(summed_loss(x, head, y, w, losses_of) for x, y, w in parts)
-
-
-def summed_loss(x, head, targets, weights, losses_of):
-    """Return the weighted sum of the targets' losses, computing all logits at once."""
     vocab_size = len(head)
     head = head.to(x.dtype)
     if x.is_cuda:  # tensor cores are fast for multiples of 64
         head = F.pad(head, (0, 0, 0, -vocab_size % 64))
-    logits = F.linear(x, head)[:, :vocab_size]
-    return (losses_of(logits, targets) * weights).sum()
+    logits = F.linear(x, head)[:, :vocab_size].float()
+    if training and config.train_temperature != 1:
+        logits = logits / config.train_temperature
+    losses = F.cross_entropy(logits, targets.clamp(min=0), reduction="none")
+    return (losses * weights).sum()
+
+
+def weighted_loss(x, head, targets, weights, config, training):
+    """Return summed_loss of these arguments, but compute many logits in parts to save memory."""
+    most = LOGITS_AT_ONCE.get(x.device.type, LOGITS_AT_ONCE["cpu"])
+    n_parts = math.ceil(len(x) * len(head) / most)
+    if n_parts > 1 and torch.is_grad_enabled():
+        return LossByParts.apply(x, head, targets, weights, config, training, n_parts)
+    parts = zip(x.chunk(n_parts), targets.chunk(n_parts), weights.chunk(n_parts))
+    return sum(summed_loss(x, head, y, w, config, training) for x, y, w in parts)
 
 
 class LossByParts(torch.autograd.Function):
@@ -846,7 +859,7 @@ class LossByParts(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, head, targets, weights, losses_of, n_parts):
+    def forward(ctx, x, head, targets, weights, config, training, n_parts):
         inputs = (0, 1) if ctx.needs_input_grad[1] else (0,)  # a frozen head needs no gradient
         loss_and_gradients = torch.func.grad_and_value(summed_loss, argnums=inputs)
         head_as_x = head.to(x.dtype)
@@ -855,7 +868,7 @@ class LossByParts(torch.autograd.Function):
         loss = torch.zeros((), device=x.device)
         parts = zip(x.chunk(n_parts), targets.chunk(n_parts), weights.chunk(n_parts))
         for x_part, y, w in parts:
-            grads, part_loss = loss_and_gradients(x_part, head_as_x, y, w, losses_of)
+            grads, part_loss = loss_and_gradients(x_part, head_as_x, y, w, config, training)
             loss = loss + part_loss
             grads_x.append(grads[0])
             if len(grads) == 2:
@@ -866,7 +879,7 @@ class LossByParts(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         grad_x, grad_head = ctx.saved_tensors
-        return grad_x * grad, grad_head * grad, None, None, None, None
+        return grad_x * grad, grad_head * grad, None, None, None, None, None
 
 
 # ---- Generation ---------------------------------------------------------------------------------
@@ -921,7 +934,10 @@ class Replay:
         self.device = device
         self.enabled = enabled and device.type == "cuda"
         self.generator = generator
-        self.inputs = None
+        self.inputs = None  # the tensors from which the graph reads
+        self.result = None  # the tensors to which it writes
+        self.graph = None
+        self.calls = 0
 
     def __call__(self, *inputs):
         if not self.enabled:
@@ -1037,31 +1053,37 @@ def whole(tensor):
 def make_optimizers(model, settings, machine):
     """Return the optimizers, which together hold every trainable parameter once.
 
-    Each of their groups holds its peak learning rate as "initial_lr"; see set_learning_rates.
+    Each of their groups holds its peak learning rate as "initial_lr"; see set_learning_rates. On a
+    GPU the learning rate is a tensor, which an optimizer must not turn into a number.
     """
-    groups = muon_groups(model, settings.muon_lr) if settings.optimizer == "muon" else []
-    taken = {id(p) for group in groups for p in group["params"]}
+    decay = settings.weight_decay
+    optimizers = []
+    if settings.optimizer == "muon":
+        groups = block_matrices(model, settings.muon_lr)
+        slow = machine.dtype == torch.bfloat16 and not native_bfloat16(machine.device)
+        dtype = torch.float32 if slow else machine.dtype
+        rate = as_rate(settings.muon_lr, machine)
+        optimizers.append(Muon(groups, rate, settings.muon_momentum, decay, dtype))
+
+    # AdamW takes all parameters that are not taken yet.
+    taken = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
     lr = settings.learning_rate
-    decay = settings.weight_decay
-    rest_groups = [
+    groups = [
         {"params": [p for p in rest if p.ndim >= 2], "weight_decay": decay, "initial_lr": lr},
         {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0, "initial_lr": lr},
     ]
     betas = (settings.beta1, settings.beta2)
     on_gpu = machine.device.type == "cuda"
-    rate = as_rate(lr, machine)
-    optimizers = [torch.optim.AdamW(rest_groups, rate, betas, capturable=on_gpu, fused=True)]
-    if groups:
-        slow = machine.dtype == torch.bfloat16 and not native_bfloat16(machine.device)
-        dtype = torch.float32 if slow else machine.dtype
-        rate = as_rate(settings.muon_lr, machine)
-        optimizers.append(Muon(groups, rate, settings.muon_momentum, decay, dtype))
-    return optimizers
+    adamw = torch.optim.AdamW(groups, as_rate(lr, machine), betas, capturable=on_gpu, fused=True)
+    return [adamw, *optimizers]
 
 
-def muon_groups(model, lr):
-    """Return Muon's groups, each of which holds one kind of matrix from all blocks."""
+def block_matrices(model, lr):
+    """Return the blocks' weight matrices as groups for an optimizer, one group for each kind.
+
+    "parts" are the numbers of rows of the matrices that each one fuses, such as q, k and v.
+    """
     attn, mlp = model.h[0].attn, model.h[0].mlp
     n_embd = model.config.n_embd
     parts_of = {
@@ -1093,16 +1115,16 @@ def set_learning_rates(optimizers, scale):
                 group["lr"] = lr
 
 
-def lr_scale(step, progress, settings):
+def lr_scale(step, share_done, settings):
     """Return the factor for the peak learning rates in the update that follows `step` others.
 
-    progress: the share of the schedule that is done, from 0 to 1.
+    share_done: the share of the schedule that is done, from 0 to 1.
     """
     warm = min(1, (step + 1) / (settings.warmup_iters + 1))
     shapes = {
-        "cosine": 0.5 + 0.5 * math.cos(math.pi * progress),
-        "linear": 1 - progress,
-        "wsd": min(1, 5 * (1 - progress)),
+        "cosine": 0.5 + 0.5 * math.cos(math.pi * share_done),
+        "linear": 1 - share_done,
+        "wsd": min(1, 5 * (1 - share_done)),
         "constant": 1,
     }
     lowest = settings.min_lr / settings.learning_rate
@@ -1117,8 +1139,11 @@ SHAKESPEARE_URLS = [
 ]
 
 
+MADE_HERE = ("shakespeare", "pydoc")  # the data sets that this file can prepare itself
+
+
 def load_corpus(name):
-    """Return (text, source) of shakespeare or pydoc. Raises ConnectionError without a network."""
+    """Return (text, source) of one of MADE_HERE. Raises ConnectionError without a network."""
     if name == "pydoc":  # half a megabyte of English documentation that comes with CPython
         from pydoc_data.topics import topics
 
@@ -1167,12 +1192,12 @@ def write_dataset(folder, text, tokenizer, source, val_fraction=0.1):
 
 
 def prepare_if_missing(name, root):
-    """Return the data set's folder; shakespeare and pydoc are prepared first if they are missing.
+    """Return the data set's folder; one that is missing is prepared first if it is in MADE_HERE.
 
     Without a network, pydoc takes the place of shakespeare, and a message says so.
     """
     folder = root / name
-    if name not in ("shakespeare", "pydoc") or (folder / "meta.json").exists():
+    if name not in MADE_HERE or (folder / "meta.json").exists():
         return folder
     try:
         text, source = load_corpus(name)
@@ -1297,7 +1322,7 @@ class Data:
         sums = np.concatenate(([0], np.cumsum(weights, dtype=np.int64)))
         starts = []
         begin = 0
-        for end in np.flatnonzero(self.tokens[split][:] == self.tokenizer.end) + 1:
+        for end in np.flatnonzero(self.tokens[split][:] == self.tokenizer.end_id) + 1:
             for start in range(begin, end - 1, self.block_size):
                 last = min(start + self.block_size, end - 1)  # position of the row's last target
                 if sums[last + 1] > sums[start + 1]:
@@ -1337,7 +1362,7 @@ class Data:
         y = ids[:, 1:].copy()
         w = inside[:, 1:].astype(np.float32)
         if self.weighted:
-            example_ended = (x == self.tokenizer.end).cumsum(1) > 0
+            example_ended = (x == self.tokenizer.end_id).cumsum(1) > 0
             w *= ~example_ended * self.weights[split][positions[:, 1:]] / np.float32(255)
         return torch.from_numpy(x), torch.from_numpy(y), torch.from_numpy(w)
 
@@ -1422,7 +1447,7 @@ def load_checkpoint(path, device="cpu", **changes):
     except (AttributeError, KeyError, RuntimeError, TypeError) as e:
         made_by = state.get("version", "before 2.0.0")
         raise ValueError(
-            f"{path} does not fit this GPT ({one_line(e)}): it was made by gpt.py {made_by}, and "
+            f"{path} does not fit this GPT ({shortened(e)}): it was made by gpt.py {made_by}, and "
             f"this is gpt.py {__version__}"
         ) from e
     if state["lora_rank"]:
@@ -1441,7 +1466,8 @@ def load_weights(model, state):
     model.load_state_dict(state["model"])
 
 
-def one_line(error):
+def shortened(error):
+    """Return the first 200 characters of an error's message, as one line."""
     return " ".join(str(error).split())[:200]
 
 
@@ -1684,7 +1710,7 @@ def batch_loss(model, x, y, w, machine):
     """Return a batch's mean loss, computed in the machine's dtype."""
     x, y, w = (to_device(t, machine.device) for t in (x, y, w))
     with machine.autocast():
-        return model(x, y, weights=w)[1]
+        return model(x, y, weights=w, loss_only=True)[1]
 
 
 def final_figures(loss, data, machine, title):
@@ -1718,8 +1744,8 @@ def evaluate_checkpoint(settings, machine, folder):
 def check_tokenizer(data, tokenizer):
     """Raise ValueError if an id does not mean the same to the data set and to the model."""
     theirs = data.tokenizer
-    same = theirs.state["json"] == tokenizer.state["json"] and theirs.special == tokenizer.special
-    if same and not tokenizer.state["json"]:
+    same = theirs.json == tokenizer.json and theirs.special_tokens == tokenizer.special_tokens
+    if same and not tokenizer.json:
         same = theirs.encoding._mergeable_ranks == tokenizer.encoding._mergeable_ranks
     if not same:
         raise ValueError(
@@ -1729,7 +1755,6 @@ def check_tokenizer(data, tokenizer):
 
 
 # ---- Training -----------------------------------------------------------------------------------
-FREE_FIELDS = ("dropout", "train_temperature", "gradient_checkpointing")  # affect no weight's shape
 EXIT_SHARE = 0.01  # share of max_minutes that is reserved for ending the process
 
 
@@ -1794,7 +1819,7 @@ def data_folder(settings, machine):
     root = data_root(settings)
     with contextlib.ExitStack() as stack:
         missing = not (root / settings.dataset / "meta.json").exists()
-        if settings.dry_run and missing and settings.dataset in ("shakespeare", "pydoc"):
+        if settings.dry_run and missing and settings.dataset in MADE_HERE:
             root = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         yield machine.from_first(prepare_if_missing, settings.dataset, root)
 
@@ -1852,7 +1877,7 @@ def naming_damage(what):
     try:
         yield
     except (AttributeError, LookupError, RuntimeError, TypeError) as e:
-        raise ValueError(f"{what} is damaged or from another program ({one_line(e)!r})") from e
+        raise ValueError(f"{what} is damaged or from another program ({shortened(e)!r})") from e
 
 
 def build_model(settings, data, state, out):
@@ -1870,22 +1895,26 @@ def build_model(settings, data, state, out):
 def resumed_model(settings, data, state):
     """Return the model of a run's state. Raises ValueError if the settings ask for a new shape."""
     check_tokenizer(data, Tokenizer(**state["tokenizer"]))
-    free = {name: getattr(settings, name) for name in FREE_FIELDS}
-    there = state["config"] | asdict(GPTConfig(**state["model_args"])) | free
-    there["block_size"] = state["config"]["block_size"]  # a finetuned position table may be longer
-    names = {"block_size", "optimizer", "lora_rank"}
+    config = GPTConfig(**state["model_args"] | training_only_values(settings))
+    there = state["config"] | asdict(config)
+    there["block_size"] = state["config"]["block_size"]  # old position tables may be longer
+    names = ["block_size", "lora_rank", "optimizer"]
     if not state["base"]:  # else the model has the shape of what it was finetuned from
-        names |= SETTINGS.keys() & GPTConfig.__dataclass_fields__.keys()
-    wanted = {name: getattr(settings, name) for name in sorted(names)}
-    differing = [name for name in wanted if wanted[name] != there[name]]
+        names += sorted(SETTINGS.keys() & asdict(config).keys() - {"block_size"})
+    wanted = {name: getattr(settings, name) for name in names}
+    differing = [name for name in names if wanted[name] != there[name]]
     if differing:
         found = [f"{name} is {wanted[name]}, in the checkpoint {there[name]}" for name in differing]
         flags = [f"--{name}={there[name]}" for name in differing]
         raise ValueError(f"{'; '.join(found)}: resume with {' '.join(flags)}")
-    model = GPT(GPTConfig(**state["model_args"] | free))
+    model = GPT(config)
     load_weights(model, state)
     model.base = state["base"]
     return model
+
+
+def training_only_values(settings):
+    return {name: getattr(settings, name) for name in TRAINING_ONLY}
 
 
 def model_to_finetune(settings, data, out):
@@ -1898,16 +1927,17 @@ def model_to_finetune(settings, data, out):
         )
     if (path if path.is_dir() else path.parent).resolve() == out.resolve():
         raise ValueError(f"{path} is in out_dir, whose files a new run renames: change out_dir")
-    if settings.lora_rank and settings.optimizer == "muon":
-        raise ValueError(f"lora_rank is {settings.lora_rank}: it needs --optimizer=adamw, not muon")
-    free = {name: getattr(settings, name) for name in FREE_FIELDS}
-    model, tokenizer, _ = load_checkpoint(path, **free)
+    if settings.lora_rank and settings.optimizer != "adamw":
+        raise ValueError(
+            f"lora_rank is {settings.lora_rank}: it needs --optimizer=adamw, not "
+            f"{settings.optimizer}"
+        )
+    model, tokenizer, _ = load_checkpoint(path, **training_only_values(settings))
     check_tokenizer(data, tokenizer)
     if model.config.block_size < settings.block_size:
         most = model.config.block_size
         raise ValueError(f"block_size is {settings.block_size}: {path} takes at most {most}")
-    if model.wpe is None:  # a table of learned positions keeps its length
-        model.config.block_size = settings.block_size
+    model.crop_block_size(settings.block_size)
     if settings.lora_rank:
         from extras.lora import add_lora
 
@@ -1948,18 +1978,15 @@ def load_optimizers(optimizers, saved_states, machine):
         o.load_state_dict({"state": saved["state"], "param_groups": groups})
 
 
-def compare_with_run(config, state, progress, measure, machine):
-    """Print which settings differ from the resumed run's; forget its best loss if they affect it.
-
-    config: the settings, as a checkpoint holds them.
-    """
+def compare_with_run(settings, state, progress, val_conditions, machine):
+    """Print which settings differ from the resumed run's; forget a best loss that they affect."""
     before = state["config"]
-    earlier = state.get("measure") or before | {"dataset_sha256": state["dataset_sha256"]}
-    for name, value in config.items():
+    for name, value in vars(settings).items():
         then = before.get(name, SETTINGS[name].default)
         if then != value and name not in ("init_from", "out_dir", "data_dir"):
             machine.say(f"resuming with {name}={value} instead of {then}")
-    changed = [name for name in measure if earlier.get(name, measure[name]) != measure[name]]
+    earlier = before | {"dataset_sha256": state["dataset_sha256"]} | state.get("val_conditions", {})
+    changed = [n for n, value in val_conditions.items() if earlier.get(n, value) != value]
     if changed and progress.best_val_loss < math.inf:
         machine.say(
             f"{' and '.join(changed)} changed: earlier validation losses cannot be compared with "
@@ -1981,6 +2008,7 @@ class Trainer:
         self.data = data
         self.machine = machine
         self.rows_per_step = settings.batch_size * settings.gradient_accumulation_steps
+        self.tokens_per_step = self.rows_per_step * settings.block_size
         n_micro_batches = math.ceil(settings.gradient_accumulation_steps / machine.world_size)
         multiple = n_micro_batches * machine.world_size
         if self.rows_per_step % multiple:
@@ -1992,7 +2020,7 @@ class Trainer:
         self.micro_rows = self.rows // n_micro_batches
 
         self.model = model  # holds the weights that are trained
-        self.train_model = model  # is called in training; wrapped by DDP or torch.compile, if used
+        self.wrapped_model = model  # is called in training; DDP and torch.compile wrap it
         self.eval_model = model  # is evaluated, generates the samples and is saved as best.pt
         self.ddp_model = None
         if machine.fsdp:  # moves one block's share at a time: the whole may not fit on one GPU
@@ -2006,21 +2034,16 @@ class Trainer:
                 model, gradient_as_bucket_view=True
             )
             self.ddp_model.broadcast_buffers = False  # no buffer changes; as an argument it warns
-            self.train_model = self.ddp_model
+            self.wrapped_model = self.ddp_model
         self.will_compile = compile_pays(settings, model, machine)
         self.optimizers = make_optimizers(model, settings, machine)
         self.scaler = torch.amp.GradScaler("cuda", enabled=machine.dtype == torch.float16)
-        self.make_replays()
-
-    def make_replays(self):
-        """Have whole steps recorded as CUDA graphs where that is possible; see Replay."""
-        possible = (
-            self.settings.cuda_graphs
-            and self.rows_per_step == self.micro_rows
-            and not self.settings.gradient_checkpointing  # which reads the random state
-        )
-        self.first_backward = Replay(self.zero_and_backward, self.machine.device, possible)
-        self.take_steps = Replay(self.optimizer_steps, self.machine.device, possible)
+        # On one GPU, a step of one micro-batch is recorded as two CUDA graphs; see Replay.
+        recorded = settings.cuda_graphs and self.rows_per_step == self.micro_rows
+        recorded = recorded and not settings.gradient_checkpointing  # which reads the random state
+        first_backward = functools.partial(self.backward, is_first=True)
+        self.first_backward = Replay(first_backward, machine.device, recorded)
+        self.take_steps = Replay(self.optimizer_steps, machine.device, recorded)
 
     def fetch(self, first_row):
         """Return this process's micro-batches of the step whose rows begin at first_row."""
@@ -2045,16 +2068,17 @@ class Trainer:
                 raise
         return loss
 
-    def backward(self, x, y, w, share):
-        """Add a micro-batch's gradients to those before; return its loss times its share."""
-        loss = batch_loss(self.train_model, x, y, w, self.machine) * share
+    def backward(self, x, y, w, share, is_first=False):
+        """Add a micro-batch's gradients to those before; return its loss times its share.
+
+        is_first: forget the gradients of the step before.
+        """
+        if is_first:
+            for o in self.optimizers:
+                o.zero_grad()
+        loss = batch_loss(self.wrapped_model, x, y, w, self.machine) * share
         self.scaler.scale(loss).backward()
         return loss.detach()
-
-    def zero_and_backward(self, x, y, w, share):
-        for o in self.optimizers:
-            o.zero_grad()
-        return self.backward(x, y, w, share)
 
     def set_gradient_exchange(self, now):
         """Set whether the processes average their gradients in the next backward pass."""
@@ -2092,15 +2116,18 @@ class Trainer:
         for o in self.optimizers:
             o.step()
 
-    def warm_up(self):
-        """Compile, if that pays, and find a micro-batch size that fits in the GPU's memory."""
+    def get_ready(self):
+        """Compile, if that pays, and find a micro-batch size that fits in the GPU's memory.
+
+        Return whether that is another size than before.
+        """
         if self.will_compile:
             self.compile()
-        if self.machine.device.type == "cpu":
-            return
-        while True:
+        changed = False
+        while self.machine.device.type != "cpu":
             try:
-                return self.try_micro_batch()
+                self.try_micro_batch()
+                break
             except RuntimeError as e:
                 if not out_of_memory(e):
                     raise
@@ -2109,21 +2136,22 @@ class Trainer:
             smaller = range(self.micro_rows // 2, 0, -1)
             self.micro_rows = next(n for n in smaller if self.micro_rows % n == 0)
             self.machine.say(f"memory is full: trying micro-batches of {self.micro_rows} rows")
-            self.make_replays()
+            changed = True
+        return changed
 
     def compile(self):
         """Compile the model and try it; if that fails, say so and train the plain model."""
         self.machine.say("compiling, which takes about half a minute")
         began = time.monotonic()
         os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # skips testing the C++ compiler
-        plain_model = self.train_model
-        self.train_model = torch.compile(plain_model, dynamic=False)
+        plain_model = self.wrapped_model
+        self.wrapped_model = torch.compile(plain_model, dynamic=False)
         try:
             self.try_micro_batch()
         except Exception as e:  # compilers' errors have no common type
             if out_of_memory(e):
-                return  # warm_up will find out what fits
-            self.train_model = plain_model
+                return  # get_ready will find out what fits
+            self.wrapped_model = plain_model
             self.machine.say(f"torch.compile failed ({type(e).__name__}): training without it")
             return
         self.machine.say(f"compiled in {time.monotonic() - began:.0f} s")
@@ -2179,8 +2207,7 @@ def checkpoint_state(model, data, settings, progress):
         "model": model.state_dict(),
         "model_args": asdict(model.config),
         "tokenizer": data.tokenizer.state,
-        "config": vars(settings) | {"dataset": data.folder.name},
-        "optimizer": settings.optimizer,
+        "config": vars(settings),
         "lora_rank": settings.lora_rank,
         "base": model.base,
         "dataset_sha256": data.meta["sha256"],
@@ -2287,7 +2314,6 @@ def describe(settings, trainer, out, progress):
     if model.base:
         size += f", from {model.base}"
     memory = (n + 3 * trained) * 4 / 2**20
-    tokens = trainer.rows_per_step * settings.block_size
     epoch = data.n_rows("train") / trainer.rows_per_step
     length = f"{settings.max_iters:,} steps"
     if settings.max_minutes:
@@ -2301,7 +2327,8 @@ def describe(settings, trainer, out, progress):
         f"{data.meta['val_tokens']:,} validation tokens\n"
         f"         {data.meta['tokenizer']['kind']} vocabulary of {data.meta['vocab_size']:,}\n"
         f"model    {size}, {memory:,.0f} MiB with gradients and optimizer state\n"
-        f"run      {length} of {tokens:,} tokens, {epoch:,.0f} steps per epoch, in {out}"
+        f"run      {length} of {trainer.tokens_per_step:,} tokens, {epoch:,.0f} steps per epoch, "
+        f"in {out}"
     )
     if data.n_empty:
         machine.say(f"         {data.n_empty:,} rows hold no target and are left out")
@@ -2314,26 +2341,28 @@ def print_sample(trainer, settings):
     machine, data, model = trainer.machine, trainer.data, trainer.eval_model
     if settings.sample_tokens == 0 or (machine.rank > 0 and not machine.fsdp):
         return  # with FSDP each process holds a share of the weights, and must take part
-    chars = data.tokenizer.state["chars"]
-    if data.weighted or (chars and "\n" not in chars):
+    tokenizer = data.tokenizer
+    if data.weighted or (tokenizer.chars and "\n" not in tokenizer.chars):
         x, _, w = data.get_batch("val", 0, 1)
         ids = x[0, : 1 + int(w[0].argmax())].tolist()  # up to the first token that counts
     else:
-        ids = data.tokenizer.encode("\n")
+        ids = tokenizer.encode("\n")
     generator = torch.Generator(machine.device).manual_seed(settings.seed)
     record = settings.cuda_graphs and not machine.fsdp
     model.eval()
     drawn = model.generate([ids], settings.sample_tokens, cuda_graphs=record, generator=generator)
-    ids += [int(next_id) for next_id in drawn] + [data.tokenizer.end]
+    drawn = [int(next_id) for next_id in drawn]
     model.train()
-    text = data.tokenizer.decode(ids[: ids.index(data.tokenizer.end)])
+    if tokenizer.end_id in drawn:
+        drawn = drawn[: drawn.index(tokenizer.end_id)]
+    text = tokenizer.decode(ids + drawn)
     machine.say(f"{'-' * 80}\n{text.strip()}\n{'-' * 80}")
 
 
 def plan(settings, trainer):
     """Print what the run will take, measured on three steps; return the figures as a dict."""
     machine = trainer.machine
-    trainer.warm_up()
+    trainer.get_ready()
     set_learning_rates(trainer.optimizers, 0.0)
     seconds = []
     for step in range(7):  # the first ones set up what the last three use
@@ -2348,7 +2377,7 @@ def plan(settings, trainer):
     steps = settings.max_iters
     if settings.max_minutes:
         steps = int(60 * settings.max_minutes / step_s)
-    tokens = trainer.rows_per_step * settings.block_size
+    tokens = trainer.tokens_per_step
     epochs = steps * trainer.rows_per_step / trainer.data.n_rows("train")
     flops = steps * tokens * trainer.model.flops_per_token()
     machine.say(
@@ -2374,7 +2403,7 @@ def peak_memory(device):
     return f"{kib / 1024:,.0f} MiB at most, with Python and torch"
 
 
-def train_model(settings, machine, folder, progress, started):  # noqa: C901
+def training_loop(settings, machine, folder, progress, started):  # noqa: C901
     """Train on a data set's folder, and return the final figures as a dict; keep progress current.
 
     Each pass of the loop takes a step: save and evaluate, if it is time | compute the gradients of
@@ -2382,7 +2411,6 @@ def train_model(settings, machine, folder, progress, started):  # noqa: C901
     """
     data = Data(folder, settings.block_size, settings.seed)
     out = run_folder(settings, folder)
-    config = vars(settings) | {"dataset": folder.name}
     state = read_run(settings, out, machine)
     with naming_damage(f"the checkpoint in {out}"):
         if state is not None:
@@ -2391,12 +2419,12 @@ def train_model(settings, machine, folder, progress, started):  # noqa: C901
     clock = Clock(settings, progress, started)
     trainer = Trainer(settings, model, data, machine)
     # A validation loss can be compared with another one only if all of this is the same.
-    measure = {"dataset_sha256": data.meta["sha256"], "val_tokens": data.meta["val_tokens"]}
-    measure |= {n: getattr(settings, n) for n in ("eval_iters", "batch_size", "block_size")}
+    val_conditions = {"dataset_sha256": data.meta["sha256"], "val_tokens": data.meta["val_tokens"]}
+    val_conditions |= {n: getattr(settings, n) for n in ("eval_iters", "batch_size", "block_size")}
     if state is not None:
         with naming_damage(f"the checkpoint in {out}"):
             trainer.load_state_dict(state)
-            compare_with_run(config, state, progress, measure, machine)
+            compare_with_run(settings, state, progress, val_conditions, machine)
     describe(settings, trainer, out, progress)
     if settings.dry_run:
         return plan(settings, trainer)
@@ -2423,32 +2451,31 @@ def train_model(settings, machine, folder, progress, started):  # noqa: C901
 
     versions = {"version": __version__, "torch": torch.__version__}
     sha256 = data.meta["sha256"]
-    log(config=config, dataset_sha256=sha256, machine=machine.name(), **versions)
+    log(config=vars(settings), dataset_sha256=sha256, machine=machine.name(), **versions)
     n_val_batches = data.n_val_batches(settings.batch_size)
-    tokens_per_step = trainer.rows_per_step * settings.block_size
     bad_steps = 0  # in a row
     batches = trainer.fetch(progress.next_row)
-    warm_up_at = progress.step
+    get_ready_at = progress.step
     if machine.device.type == "cpu" and progress.step == 0:
-        warm_up_at = 1  # the first step precedes compiling, to show at once that all is well
+        get_ready_at = 1  # the first step precedes compiling, to show at once that all is well
+    seconds = []  # those of each step since the last progress line
     clock.begin_loop(progress)
-    mark = time.monotonic()  # start of the current speed measurement
-    mark_step = progress.step
     while True:
         # How much is done? The processes must agree, although their clocks may differ.
         share_done, stopping = machine.combine(
             [clock.share_done(progress.step), bool(machine.stop_signals)], "max"
         )
         finished = share_done >= 1
+        failing = bad_steps > settings.max_bad_steps
 
         # Save and evaluate. The checkpoint comes first: what follows it may fail.
-        if progress.step % settings.eval_interval == 0 or finished or stopping:
+        if progress.step % settings.eval_interval == 0 or finished or stopping or failing:
             pause_began = time.monotonic()
             check_finite(model, bad_steps, settings, out, progress)
             progress.trained_s = clock.trained_s()
             progress.spent_s = clock.spent_s()
-            states = trainer.state_dict()
-            save("ckpt.pt", model, progress=vars(progress), measure=measure, **states)
+            more = trainer.state_dict() | {"val_conditions": val_conditions}
+            save("ckpt.pt", model, progress=vars(progress), **more)
             if stopping:
                 raise StopRequested(
                     f"stopped at step {progress.step:,}: {out / 'ckpt.pt'} is saved"
@@ -2470,28 +2497,24 @@ def train_model(settings, machine, folder, progress, started):  # noqa: C901
             if settings.sample_at_eval and not finished:
                 print_sample(trainer, settings)
             pause_s = time.monotonic() - pause_began
-            mark += pause_s
             more_batches = max(0, n_val_batches / settings.eval_iters - 1)  # in the last evaluation
             clock.reserve_s = 2 * pause_s + eval_s * more_batches
         if finished:
             break
 
-        if progress.step == warm_up_at:
+        # Compile, and find the micro-batch that fits, once.
+        if progress.step == get_ready_at:
             pause_began = time.monotonic()
-            micro_rows = trainer.micro_rows
-            trainer.warm_up()
-            if trainer.micro_rows != micro_rows:
+            if trainer.get_ready():
                 batches = trainer.fetch(progress.next_row)
-            pause_s = time.monotonic() - pause_began
-            clock.exclude(pause_s)
+            clock.exclude(time.monotonic() - pause_began)
             share_done = machine.combine([clock.share_done(progress.step)], "max")[0]
-            mark += pause_s
 
         # Gradients of the global batch. The next batch is fetched while a GPU is still at work.
-        schedule_done = share_done
+        step_began = time.monotonic()
         if settings.lr_decay_iters and not settings.max_minutes:
-            schedule_done = min(1, progress.step / settings.lr_decay_iters)
-        scale = lr_scale(progress.step, schedule_done, settings)
+            share_done = min(1, progress.step / settings.lr_decay_iters)
+        scale = lr_scale(progress.step, share_done, settings)
         set_learning_rates(trainer.optimizers, scale)
         loss = trainer.gradients(batches, progress.next_row)
         progress.next_row += trainer.rows_per_step
@@ -2503,15 +2526,15 @@ def train_model(settings, machine, folder, progress, started):  # noqa: C901
         bad_steps = 0 if math.isfinite(grad_norm) else bad_steps + 1
         progress.skipped += bad_steps > 0
         progress.step += 1
+        seconds.append(time.monotonic() - step_began)
 
         # Log.
         if progress.step % settings.log_interval == 0 or progress.step == 1:
             loss = machine.mean(loss)
             lr = settings.learning_rate * scale
-            step_s = max(1e-9, time.monotonic() - mark) / (progress.step - mark_step)
-            mark = time.monotonic()
-            mark_step = progress.step
-            speed = tokens_per_step / step_s
+            step_s = max(1e-9, sum(seconds) / len(seconds))
+            seconds = []
+            speed = trainer.tokens_per_step / step_s
             mfu = machine.mfu(speed * model.flops_per_token())
             skipped = progress.skipped
             log(loss=loss, lr=lr, grad_norm=grad_norm, tokens_per_s=speed, mfu=mfu, skipped=skipped)
@@ -2519,8 +2542,6 @@ def train_model(settings, machine, folder, progress, started):  # noqa: C901
             if settings.max_minutes:
                 left_s = clock.left_s() + clock.reserve_s
             machine.say(progress_line(progress, loss, lr, speed, mfu, left_s))
-        if bad_steps > settings.max_bad_steps:
-            check_finite(model, bad_steps, settings, out, progress)
 
     title = f"{progress.step:,} steps, {clock.spent_s():.0f} s, whole validation split"
     loss = evaluate(trainer.eval_model, data, machine, n_val_batches, settings.batch_size)
@@ -2538,9 +2559,11 @@ def check_finite(model, bad_steps, settings, out, progress):
     elif not whole(nn.utils.get_total_norm(model.parameters())).isfinite():
         found = "weights"
     if found:
+        rates = ["learning_rate"] + ["muon_lr"] * (settings.optimizer == "muon")
+        lower = [f"--{name}={getattr(settings, name) / 2:g}" for name in rates]
         raise ValueError(
             f"step {progress.step}: {found} are not finite; resume {out} with --init_from=resume "
-            "and a lower learning_rate and muon_lr"
+            f"and lower rates, such as {' '.join(lower)}"
         )
 
 
@@ -2562,13 +2585,17 @@ def run(settings, started):
     figures = {"stopped_by": None}
     try:
         with machine.files, catch_stop_signals(machine), data_folder(settings, machine) as folder:
+            settings.dataset = folder.name  # which is pydoc where shakespeare cannot be had
             if settings.eval_only:
                 figures |= evaluate_checkpoint(settings, machine, folder)
             else:
                 figures["out_dir"] = str(run_folder(settings, folder))
-                figures |= train_model(settings, machine, folder, progress, started)
+                figures |= training_loop(settings, machine, folder, progress, started)
     except StopRequested as e:
-        machine.say(f"{e}; to continue a run, use python gpt.py ... --init_from=resume")
+        remedy = "; to continue the run, use python gpt.py ... --init_from=resume"
+        if settings.eval_only or settings.dry_run:
+            remedy = ""
+        machine.say(f"{e}{remedy}")
         figures["stopped_by"] = (machine.stop_signals or [signal.SIGTERM])[0]
     except ModuleNotFoundError as e:
         if not str(e.name).startswith("extras"):

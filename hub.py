@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from extras import hf_tokenizer
@@ -30,6 +31,7 @@ from gpt import (
     CHAT,
     GPT,
     HERE,
+    TRAINING_ONLY,
     GPTConfig,
     Tokenizer,
     __version__,
@@ -40,6 +42,7 @@ from gpt import (
     read_settings,
     read_text,
     save_checkpoint,
+    slow_down,
 )
 
 # ---- Settings: each comment is the help text (python hub.py --help) ----
@@ -337,7 +340,7 @@ def write_keys(config, keys):
 
 
 # Fields that change nothing once a model is trained, and mlp_ratio, which mlp_hidden replaces
-NOT_EXPORTED = {"dropout", "train_temperature", "gradient_checkpointing", "mlp_ratio"}
+NOT_EXPORTED = {*TRAINING_ONLY, "mlp_ratio"}
 
 
 def write_gpt2(config):
@@ -387,8 +390,8 @@ def write_config(config, tokenizer, dtype):
     return family | {
         "initializer_range": 0.02,
         "torch_dtype": str(dtype).removeprefix("torch."),
-        "bos_token_id": tokenizer.begin,
-        "eos_token_id": tokenizer.end,
+        "bos_token_id": tokenizer.begin_id,
+        "eos_token_id": tokenizer.end_id,
         "use_cache": True,
     }
 
@@ -420,7 +423,7 @@ def gives_same_ids(state, library_state):
     if importlib.util.find_spec("tokenizers") is None:
         return True
     library = Tokenizer(**library_state)
-    return ids == library.encode(PROBE) and tokenizer.special == library.special
+    return ids == library.encode(PROBE) and tokenizer.special_tokens == library.special_tokens
 
 
 def settings_beside(folder):
@@ -473,8 +476,8 @@ def tokenizer_files(tokenizer, block_size):
         # tiktoken has no public names for its ranks and its pattern.
         ranks = tokenizer.encoding._mergeable_ranks
         pattern = tokenizer.encoding._pat_str
-        data = hf_tokenizer.write_data(state, tokenizer.special, ranks, pattern)
-    settings = hf_tokenizer.write_settings(state, tokenizer.special, data, block_size)
+        data = hf_tokenizer.write_data(state, tokenizer.special_tokens, ranks, pattern)
+    settings = hf_tokenizer.write_settings(state, tokenizer.special_tokens, data, block_size)
     return {
         "tokenizer.json": json.dumps(data, ensure_ascii=False) + "\n",
         "tokenizer_config.json": json.dumps(settings, ensure_ascii=False, indent=1) + "\n",
@@ -770,12 +773,93 @@ def export_tensors(model, dtype):
     return tensors
 
 
+@torch.no_grad()
+def reference_logits(config, weights, ids):
+    """Return the logits (T, vocab_size) float32 that transformers computes from a GPT's weights.
+
+    This is the plain form of GPT-2, Llama and Qwen3, independent of gpt.py's GPT. weights: the
+    state_dict of a GPT. ids: (T,) int64.
+    """
+    T = len(ids)
+    d = config.head_dim
+    heads = (config.n_head, config.n_kv_head, config.n_kv_head)
+    causal = torch.ones(T, T, dtype=torch.bool).tril()
+
+    def scaled(x):
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + config.norm_eps)
+
+    def norm(x, name):
+        weight = weights[f"{name}.weight"].float()
+        if config.use_rms_norm:
+            return scaled(x) * weight
+        bias = weights.get(f"{name}.bias")
+        bias = None if bias is None else bias.float()
+        return F.layer_norm(x, weight.shape, weight, bias, config.norm_eps)
+
+    def linear(x, name):
+        y = x @ weights[f"{name}.weight"].float().mT
+        bias = weights.get(f"{name}.bias")
+        return y if bias is None else y + bias.float()
+
+    def turned(x):  # each pair of components (i, i + d / 2) as a complex number
+        angles = torch.polar(torch.ones(T, d // 2), torch.outer(torch.arange(T), speeds))
+        pairs = torch.complex(x[..., : d // 2], x[..., d // 2 :]) * angles
+        return torch.cat((pairs.real, pairs.imag), dim=-1)
+
+    speeds = config.rope_theta ** (-torch.arange(0, d, 2) / d)
+    if config.rope_scaling:
+        speeds = slow_down(speeds, **config.rope_scaling)
+    x = weights["wte.weight"][ids].float()
+    if not config.use_rope:
+        x = x + weights["wpe.weight"][:T].float()
+    for layer in range(config.n_layer):
+        name = f"h.{layer}"
+        qkv = linear(norm(x, f"{name}.ln_1"), f"{name}.attn.c_attn")
+        q, k, v = qkv.view(T, sum(heads), d).transpose(0, 1).split(heads)  # (heads, T, d)
+        if config.qk_norm:
+            q, k = scaled(q), scaled(k)
+        if config.use_rope:
+            q, k = turned(q), turned(k)
+        k, v = (t.repeat_interleave(config.n_head // config.n_kv_head, dim=0) for t in (k, v))
+        scores = (q @ k.mT / d**0.5).masked_fill(~causal, -torch.inf)
+        y = (scores.softmax(-1) @ v).transpose(0, 1).flatten(1)
+        x = x + linear(y, f"{name}.attn.c_proj")
+        hidden = linear(norm(x, f"{name}.ln_2"), f"{name}.mlp.c_fc")
+        if config.use_swiglu:
+            gate, up = hidden.chunk(2, dim=-1)
+            hidden = F.silu(gate) * up
+        else:
+            hidden = F.gelu(hidden, approximate="tanh")
+        x = x + linear(hidden, f"{name}.mlp.c_proj")
+    return linear(norm(x, "ln_f"), "lm_head")
+
+
+def check_logits(model):
+    """Raise ValueError if a GPT computes other logits than transformers would from its weights.
+
+    This finds a change of the model's code that no field of GPTConfig tells of.
+    """
+    length = min(64, model.config.block_size)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, (length,), generator=generator)
+    expected = reference_logits(model.config, model.state_dict(), ids)
+    with torch.no_grad():
+        logits, _ = model(ids[None])
+    largest = (logits[0] - expected).abs().max()
+    if not largest <= 1e-3 * (1 + expected.abs().max()):  # also if it is not a number
+        raise ValueError(
+            f"gpt.py's GPT computes logits that differ by {largest:.2g} from those that "
+            "transformers computes from the same weights: undo the change of the model's code, or "
+            "export the model with code of your own"
+        )
+
+
 def export(checkpoint, folder, dtype=torch.float32):
     """Write a checkpoint as a Hugging Face folder.
 
     checkpoint: the path of a .pt file or of a run's folder. folder: a new or an empty one. dtype:
     that of the weights. Raises FileNotFoundError, OSError and, before anything is written,
-    ValueError for a model that is of no family of transformers.
+    ValueError for a model that is of no family of transformers or computes otherwise than it.
     """
     try:
         from safetensors.torch import save_file
@@ -786,8 +870,8 @@ def export(checkpoint, folder, dtype=torch.float32):
         raise ValueError(f"{folder} exists and is not empty: name a new folder")
     model, tokenizer, state = load_checkpoint(checkpoint)
     sampling = {
-        "bos_token_id": tokenizer.begin,
-        "eos_token_id": tokenizer.end,
+        "bos_token_id": tokenizer.begin_id,
+        "eos_token_id": tokenizer.end_id,
         "do_sample": True,
         "temperature": 0.8,
     }
@@ -798,6 +882,8 @@ def export(checkpoint, folder, dtype=torch.float32):
     }
     texts |= tokenizer_files(tokenizer, model.config.block_size)
 
+    check_logits(model)
+
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "model.safetensors"
     save_file(export_tensors(model, dtype), path, {"format": "pt"})
@@ -807,8 +893,7 @@ def export(checkpoint, folder, dtype=torch.float32):
 
 # ---- merge ----
 # What a checkpoint for use holds besides its weights
-FOR_USE = ["model_args", "tokenizer", "config", "optimizer"]
-FOR_USE += ["step", "best_val_loss", "dataset_sha256"]
+FOR_USE = ["model_args", "tokenizer", "config", "step", "best_val_loss", "dataset_sha256"]
 
 
 def merge(checkpoint, base="", out=None):

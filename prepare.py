@@ -2,7 +2,7 @@
 
     python prepare.py shakespeare               tiny Shakespeare; --input=FILE takes a local copy
     python prepare.py pydoc                     Python's documentation, which needs no network
-    python prepare.py stdlib                    the sources of Python's library: no network, too
+    python prepare.py stdlib                    the sources of Python's library, also offline
     python prepare.py tinystories               or wikitext-2, wikitext-103, openwebtext,
                                                 fineweb-edu
     python prepare.py --hf=ID_OR_FOLDER         any data set that the datasets library reads
@@ -71,26 +71,27 @@ from gpt import (
 
 # ---- Settings: each comment is its help text (python prepare.py --help) ------------------------
 dataset = ""  # a data set known by name, as above; the first word on the command line
-input = ""  # your text: a .txt, .md, .jsonl, .csv or such a .gz; a folder of them; -: stdin
+input = ""  # your text: a .txt, .md, .jsonl or .csv, perhaps as .gz; a folder of them; -: stdin
 name = ""  # the new folder under data_dir; empty: the input's name
 data_dir = ""  # folder of all data sets; empty: data/ beside prepare.py
 suffixes = ".txt .md .jsonl .csv"  # which files of a folder to take
 text_column = ""  # column of the text; empty: messages, or prompt and response, or else text
 clean = ""  # wikitext: undo that data set's markup and spacing; empty: take the text as it is
-tokenizer = ""  # char | bpe | tiktoken's, as gpt2 | a path or Hugging Face id; empty: by source
-vocab_size = 8192  # size of bpe's vocabulary, its 256 bytes and 4 special tokens included
-bpe_sample_mb = 100.0  # megabytes of text, taken evenly, that bpe is trained on
-val_fraction = 0.1  # share for validation: of documents, the first included, or of one text's end
-max_tokens = 0  # stop after so many tokens, val_fraction of them for validation; 0: take all
+tokenizer = ""  # char | bpe | tiktoken's, like gpt2 | a path or Hugging Face id; empty: by source
+vocab_size = 8192  # size of bpe's vocabulary, including 256 bytes and 4 special tokens
+bpe_sample_mb = 100.0  # megabytes of text, sampled evenly, to train bpe on
+val_fraction = 0.1  # validation share: of documents, including the first, or of one text's end
+max_tokens = 0  # stop after this many tokens, val_fraction of them for validation; 0: take all
 hf = ""  # a data set on the Hugging Face hub, or a local folder of .parquet or .jsonl files
 hf_config = ""  # its configuration, where it has several
-hf_split = "train"  # its split to take; a split named validation, if there is one, becomes val
+hf_split = "train"  # the split to take; a split named validation, if there is one, becomes val
 workers = 0  # processes that tokenize; 0: one per core
 shard_tokens = 100_000_000  # training tokens between the points where an interrupted run can resume
-info = ""  # only tell what this data set holds
+info = ""  # only print what this data set holds
 
 SETTINGS = read_settings(read_text(__file__))
-WITHOUT_EFFECT = ("name", "data_dir", "workers", "shard_tokens", "info")  # on what the files hold
+# These settings do not change what the files hold.
+WITHOUT_EFFECT = ("name", "data_dir", "workers", "shard_tokens", "info")
 
 HUB_DATASETS = {  # name -> path and configuration on the Hugging Face hub
     "wikitext-2": ("Salesforce/wikitext", "wikitext-2-raw-v1"),
@@ -107,12 +108,12 @@ HUB_DATASETS = {  # name -> path and configuration on the Hugging Face hub
 class Source:
     """Where the documents come from."""
 
-    name: str  # of the data set, if none is asked for
+    name: str  # the data set's name, if the settings give none
     label: str  # what meta.json calls the source
-    kind: str  # of the tokenizer, if none is asked for
-    documents: Callable  # () -> iterator of (split, document), split None where it is to be drawn
-    streamed: bool = False  # there are several documents, perhaps too many to read them twice
-    n_bytes: int | None = None  # of all texts, where that is known without reading them
+    kind: str  # the tokenizer's kind, if the settings give none
+    documents: Callable  # () -> iterator of (split, document); split None: still to be drawn
+    streamed: bool = False  # there are several documents, perhaps too many to read twice
+    n_bytes: int | None = None  # size of all texts, if it is known without reading them
 
 
 def find_source(settings):
@@ -137,7 +138,7 @@ def find_source(settings):
 
 
 def hub_source(settings):
-    """Return the Source of the setting `hf`."""
+    """Return the Source that the setting `hf` names."""
     path = as_path(settings.hf)
     documents = partial(
         hub_documents,
@@ -214,7 +215,7 @@ def input_source(settings):
 
 
 def copy_of_stdin():
-    """Return a temporary file with what standard input holds, since a text is read twice."""
+    """Copy standard input to a file, because a text is read twice; return the file's path."""
     if sys.stdin is None:
         raise ValueError("input is -, but standard input is closed: give --input=FILE")
     handle, path = tempfile.mkstemp(suffix=".txt")
@@ -225,7 +226,7 @@ def copy_of_stdin():
 
 
 def files_source(name, label, kind, files, settings):
-    """Return the Source of files. If there are several, each is a document or more."""
+    """Return the Source of files. If there are several, each gives one document or more."""
     is_packed = any(path.suffix.lower() == ".gz" for path in files)
     n_bytes = None if is_packed else sum(path.stat().st_size for path in files)
 
@@ -241,7 +242,7 @@ def files_source(name, label, kind, files, settings):
 
 @dataclass
 class Facts:
-    """What must be known of the documents before they are tokenized."""
+    """What must be known about the documents before they are tokenized."""
 
     n_documents: int | None = 0  # None: several
     n_chars: int = 0
@@ -254,7 +255,8 @@ class Facts:
 def survey(source, kind):
     """Read the documents, or only the first one of a stream, and return the Facts.
 
-    kind: of the tokenizer. Before char encodes one document it must know the characters of all.
+    kind: the tokenizer's kind. A char tokenizer must know the characters of all documents before it
+        encodes the first one.
     """
     streamed = source.streamed and kind != "char"
     facts = Facts()
@@ -283,7 +285,7 @@ def survey(source, kind):
 
 
 def read_segments(source, facts, val_fraction):
-    """Yield (split, text, weight) of all that the source holds."""
+    """Yield all segments of the source, as (split, text, weight)."""
     if facts.n_documents == 1:
         ((_, document),) = source.documents()
         yield from cut_in_two(document, int(facts.n_chars * (1 - val_fraction)))
@@ -295,9 +297,9 @@ def read_segments(source, facts, val_fraction):
 
 
 def cut_in_two(document, n_train):
-    """Yield (split, text, weight) of a document whose first n_train characters are for training.
+    """Yield the segments of a document, (split, text, weight), without its special tokens.
 
-    The rest is for validation, and special tokens are dropped.
+    The first n_train characters are for training, and the rest is for validation.
     """
     n_before = 0
     for text, weight in document:
@@ -310,9 +312,10 @@ def cut_in_two(document, n_train):
 
 
 def split_of(i, val_fraction):
-    """Return the split of document i, so that of n documents ceil(n * val_fraction) are in "val".
+    """Return the split of document i.
 
-    They are spread evenly, and document 0 is one of them.
+    Of n documents, ceil(n * val_fraction) are in "val". They are spread evenly, and document 0 is
+    one of them.
     """
     n_val_before = math.ceil(i * val_fraction - 1e-9)  # rounding errors must not add a document
     n_val = math.ceil((i + 1) * val_fraction - 1e-9)
@@ -320,7 +323,7 @@ def split_of(i, val_fraction):
 
 
 def batched(segments, size=2**18):
-    """Yield lists of segments, of about `size` characters together."""
+    """Yield lists of segments, each with about `size` characters in total."""
     batch = []
     n_chars = 0
     for segment in segments:
@@ -343,7 +346,7 @@ def text_bytes(batch):
 
 
 def make_tokenizer(kind, facts, segments, settings):
-    """Return the Tokenizer that is asked for. Raises ValueError if it does not fit the text."""
+    """Return the Tokenizer that `kind` names. Raises ValueError if it does not fit the text."""
     if kind == "char":
         special = SPECIALS if facts.special else ""
         return Tokenizer("char", "".join(sorted(facts.chars)), special=special)
@@ -351,13 +354,14 @@ def make_tokenizer(kind, facts, segments, settings):
         limit = settings.bpe_sample_mb * 1e6
         return bpe_tokenizer(bpe_sample(segments, facts.n_bytes, limit), settings.vocab_size)
     chosen = Tokenizer(kind) if kind in tiktoken.list_encoding_names() else load_tokenizer(kind)
-    if facts.special and chosen.end is None:
+    if facts.special and chosen.end_id is None:
         raise ValueError(
             f"tokenizer {kind} lacks {EOT}, which ends documents and examples: take another "
             "tokenizer, or a single text"
         )
     check_characters(chosen, segments)
-    state = chosen.state | {"begin": "", "chat": CHAT}  # documents begin and are marked as here
+    # In a data set no token begins a document, and chats have this project's marks.
+    state = chosen.state | {"begin": "", "chat": CHAT}
     return Tokenizer(**state)
 
 
@@ -373,9 +377,9 @@ def bpe_tokenizer(texts, vocab_size):
 
 
 def bpe_sample(segments, n_bytes, limit):
-    """Yield training texts of `limit` bytes together, which are taken evenly from all.
+    """Yield training texts of `limit` bytes in total, sampled evenly from all of them.
 
-    n_bytes: of all texts; if it is None, the sample is the beginning.
+    n_bytes: the size of all texts. If it is None, the sample is their beginning.
     """
     share = min(1.0, limit / (n_bytes or limit))
     n_seen = 0
@@ -443,10 +447,10 @@ class Encoder:
         self.dtype = np.dtype(dtype).newbyteorder("<")
 
     def encode(self, text):
-        """Return the ids of a text or of a special token, uint32."""
+        """Return the ids of a text or of a special token, as uint32."""
         if isinstance(text, Special):
-            end = self.tokenizer.end  # which may have another name than EOT
-            token_id = end if text == EOT else self.tokenizer.special.get(text)
+            end = self.tokenizer.end_id  # this token may have another name than EOT
+            token_id = end if text == EOT else self.tokenizer.special_tokens.get(text)
             if token_id is not None:  # a mark that the tokenizer lacks is spelled out
                 return np.uint32([token_id])
         if self.tokenizer.state["kind"] == "char":
@@ -469,8 +473,8 @@ class Encoder:
 
 
 def start_worker(state, dtype):
-    """Prepare a worker process, which leaves Ctrl-C to its parent and ends with it."""
-    global process_encoder  # for encode_in_worker, in this process only
+    """Prepare a worker process. It leaves Ctrl-C to its parent and ends when its parent ends."""
+    global process_encoder  # encode_in_worker uses it, in this process only
     process_encoder = Encoder(state, dtype)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
@@ -489,7 +493,7 @@ def encode_in_worker(batch):
 def encoded(batches, state, dtype, n_workers):
     """Yield (batch, Encoder.encode_batch(batch)) in order.
 
-    Of several processes each may be four batches ahead, so memory stays constant.
+    If there are several processes, each may be four batches ahead, so memory stays constant.
     """
     if n_workers == 1:
         encoder = Encoder(state, dtype)
@@ -516,9 +520,9 @@ def oldest_result(waiting):
 
 @contextlib.contextmanager
 def uninterrupted():
-    """Put Ctrl-C off until the end of the block.
+    """Delay Ctrl-C until the end of the block.
 
-    Amid a pool's calls it could leave a queue locked for ever.
+    In the middle of a pool's call it could leave a queue locked forever.
     """
     caught = []
     action = signal.getsignal(signal.SIGINT)
@@ -536,9 +540,11 @@ def uninterrupted():
 
 
 class Progress:
-    """Shows how far the work is: in a terminal by tqdm, if it is installed, or else by lines.
+    """Shows how far the work has come.
 
-    all_bytes, all_tokens: where the work ends; 0 or None: unknown.
+    In a terminal this is a tqdm bar, if tqdm is installed. Otherwise lines are printed.
+
+    all_bytes, all_tokens: where the work ends. 0 or None: unknown.
     n_bytes, n_tokens: where it begins.
     """
 
@@ -561,7 +567,7 @@ class Progress:
         return max(n_bytes / self.all_bytes, n_tokens / self.all_tokens)
 
     def show(self, n_bytes, n_tokens):
-        """Show that n_bytes of text and n_tokens are written: by a line in 5 seconds at most."""
+        """Show that n_bytes of text and n_tokens are written, by at most one line in 5 seconds."""
         now = time.monotonic()
         elapsed = max(now - self.started, 1e-9)
         speed = (n_tokens - self.first_tokens) / elapsed
@@ -594,9 +600,9 @@ class TokenFiles:
 
     These are train.bin and val.bin, and train.weight.bin and val.weight.bin if `weighted`.
 
-    state: what progress.json holds: the settings asked for, the tokenizer, and how far the files go
-        that are safely on the disk. When an interrupted run resumes, they are cut to that length,
-        and the batches that are in them are passed over.
+    state: what progress.json holds: the settings asked for, the tokenizer, and how much of the
+        files is safely on the disk. When an interrupted run resumes, it cuts the files to that
+        length and skips the batches that are in them.
     """
 
     def __init__(self, part, state, weighted, settings):
@@ -613,7 +619,7 @@ class TokenFiles:
             self.limits = {"train": settings.max_tokens - n_val, "val": n_val}
 
     def sizes(self):
-        """Return {file name: bytes} as the state has them."""
+        """Return {file name: size in bytes} according to the state."""
         itemsize = np.dtype(self.state["dtype"]).itemsize
         sizes = {}
         for split in ("train", "val"):
@@ -624,14 +630,14 @@ class TokenFiles:
         return sizes
 
     def written(self):
-        """Return the numbers of bytes of text and of tokens that are written."""
+        """Return how many bytes of text and how many tokens are written."""
         n_bytes = self.state["train_bytes"] + self.state["val_bytes"]
         return n_bytes, self.state["train_tokens"] + self.state["val_tokens"]
 
     def resume(self, batches):
-        """Pass over the batches that are written, and cut off what was written after the last save.
+        """Skip the batches that are written, and cut off what was written after the last save.
 
-        Returns whether that is possible: not if the text has changed, or a file is too short.
+        Returns whether that is possible. It is not if the text has changed or a file is too short.
         """
         for batch in islice(batches, self.state["batches"]):
             self.digest.update(text_bytes(batch))
@@ -672,7 +678,7 @@ class TokenFiles:
 
     def count_bytes(self, ids):
         """Return the number of bytes of text that ids stand for."""
-        special_ids = list(self.tokenizer.special.values())
+        special_ids = list(self.tokenizer.special_tokens.values())
         plain = ids[~np.isin(ids, special_ids)]
         return len(self.tokenizer.decode_bytes(plain.tolist()))
 
@@ -702,7 +708,7 @@ class TokenFiles:
 def make_dataset(source, kind, folder, part, settings):
     """Write a data set into the folder `part`, then move it to `folder`; return its meta.
 
-    What an interrupted run left in `part` is resumed if settings and text are the same.
+    If an interrupted run with the same settings and text left files in `part`, it is resumed.
     """
     facts = survey(source, kind)
     segments = partial(read_segments, source, facts, settings.val_fraction)
@@ -730,9 +736,9 @@ def make_dataset(source, kind, folder, part, settings):
 
 
 def resumed_files(part, asked, weighted, settings, batches):
-    """Return the TokenFiles of an interrupted run, or None if they are of no use for this one.
+    """Return the TokenFiles of an interrupted run, or None if this run cannot use them.
 
-    The batches that are in the files are taken from `batches`.
+    The batches that are in the files are removed from `batches`.
     """
     state = json.loads((part / "progress.json").read_text(encoding="utf-8"))
     if state["asked"] == asked:
@@ -745,7 +751,7 @@ def resumed_files(part, asked, weighted, settings, batches):
 
 
 def new_files(part, asked, weighted, settings, tokenizer):
-    """Return the TokenFiles of a run that begins."""
+    """Return the TokenFiles of a new run."""
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     counts = ("batches", "train_tokens", "val_tokens", "train_bytes", "val_bytes")
@@ -764,7 +770,7 @@ def write_tokens(files, batches, all_bytes, settings):
     """Encode batches and append them to the files, until the text ends or max_tokens is reached."""
     n_workers = settings.workers or os.cpu_count() or 1
     if all_bytes and all_bytes < 2**22:
-        n_workers = 1  # others would take longer to start than to work
+        n_workers = 1  # more workers would take longer to start than to work
     progress = Progress(all_bytes, settings.max_tokens, *files.written())
     state = files.state
     if files.has_room():
@@ -777,9 +783,9 @@ def write_tokens(files, batches, all_bytes, settings):
 
 
 def publish(files, folder, label):
-    """Move the files to `folder`, in place of an older data set there, and return the meta.
+    """Move the files to `folder`, where they replace an older data set, and return the meta.
 
-    meta.json goes last, so a folder never holds half a data set. If the move is interrupted,
+    meta.json is moved last, so a folder never holds half a data set. If the move is interrupted,
     take_back undoes it.
     """
     meta = {"source": label} | files.state
@@ -795,7 +801,7 @@ def publish(files, folder, label):
 
 
 def take_back(folder, part):
-    """Move the files back to `part` that an interrupted run has moved to `folder` already."""
+    """Move the files that an interrupted run already moved to `folder` back to `part`."""
     if (folder / "meta.json").exists() or not (part / "meta.json").exists():
         return  # no move was begun, or it was completed
     for path in folder.glob("*.bin"):
@@ -807,7 +813,7 @@ def take_back(folder, part):
 
 
 def read_ids(tokens, size=2**23):
-    """Yield a split's ids, some millions at a time."""
+    """Yield a split's ids, a few million at a time."""
     for start in range(0, len(tokens), size):
         yield tokens[start : start + size]
 
@@ -819,8 +825,8 @@ def document_lengths(data):
         ends = [-1]
         n_before = 0
         for ids in read_ids(tokens):
-            if data.tokenizer.end is not None:
-                ends += (np.flatnonzero(ids == data.tokenizer.end) + n_before).tolist()
+            if data.tokenizer.end_id is not None:
+                ends += (np.flatnonzero(ids == data.tokenizer.end_id) + n_before).tolist()
             n_before += len(ids)
         if ends[-1] < n_before - 1:  # a single text has no mark
             ends.append(n_before)
@@ -869,9 +875,9 @@ def describe(folder):
 
 
 def chosen_settings(changes):
-    """Return the settings as a namespace: the names at the top of this file, or `changes`.
+    """Return the settings as a namespace: the values at the top of this file, or `changes`.
 
-    Raises ValueError for the first one that is unknown, has another type or no meaning.
+    Raises ValueError for the first one that is unknown, has the wrong type or has no meaning.
     """
     values = {name: globals()[name] for name in SETTINGS} | changes
     values = {name: check_setting(name, value, SETTINGS) for name, value in values.items()}
@@ -899,7 +905,7 @@ def chosen_settings(changes):
 def prepare(**changes):
     """Make the data set that the settings ask for, and return its meta.
 
-    changes: settings by name, which win over the values at the top of this file, for example
+    changes: settings by name, which override the values at the top of this file, for example
     prepare(input="novel.txt", tokenizer="bpe").
     Raises ValueError, and OSError where a file cannot be read or written.
     """
@@ -929,7 +935,7 @@ def prepare(**changes):
 
 @contextlib.contextmanager
 def keeping_unfinished(part):
-    """If the block fails, say how to resume what `part` holds, or remove it if that is nothing."""
+    """If the block fails, say how to resume, or remove `part` if it holds nothing to resume."""
     try:
         yield
     except BaseException as e:
@@ -947,7 +953,7 @@ def training_command(folder, data_dir):
     words = ["python", "gpt.py", f"--dataset={folder.name}"]
     if data_dir:
         words.append(f"--data_dir={data_dir}")
-    if (folder / "train.weight.bin").exists():  # a longer example would be cut
+    if (folder / "train.weight.bin").exists():  # longer examples would be cut
         longest = document_lengths(Data(folder, block_size=1)).max()
         words.append(f"--block_size={longest}")
     quote = subprocess.list2cmdline if os.name == "nt" else shlex.join

@@ -3,11 +3,11 @@
     python sample.py --prompt "ROMEO:"            the newest run under out/ continues the prompt
     python sample.py --out_dir=out/pydoc --interactive
     python sample.py --out_dir=out/mine --chat    talk with a model trained on messages
-    python sample.py --show --prompt "ROMEO:"     the likeliest next tokens; --show=attention draws
+    python sample.py --show --prompt "ROMEO:"     the likeliest next tokens, or --show=attention
     python sample.py --prompt=FILE:start.txt --max_tokens=60000 --output=long.txt
     python sample.py --init_from=gpt2             a Hugging Face folder or id, read by hub.py
 
-It needs nothing but a checkpoint, since the tokenizer is in it.
+It needs only a checkpoint, because the tokenizer is stored in it.
 """
 
 import codecs
@@ -43,17 +43,17 @@ prompt = "\n"  # text to continue, or FILE:path to read it from
 max_tokens = 100  # length of a sample in tokens
 num_samples = 1  # samples to draw, one after the other
 temperature = 0.8  # below 1 safer, above 1 wilder; 0: always the likeliest token
-top_k = 200  # draw among the k likeliest tokens only; 0: all
-top_p = 0.9  # draw among the fewest tokens that reach this probability together; 1: all
+top_k = 200  # draw only from the k likeliest tokens; 0: all
+top_p = 0.9  # draw only from the fewest tokens that together reach this probability; 1: all
 min_p = 0.0  # drop tokens below this share of the likeliest one's probability; 0: none
 repetition_penalty = 1.0  # above 1: tokens already used become less likely
-stop = "<|endoftext|>"  # end before one of these texts or tokens, parted by ||
+stop = "<|endoftext|>"  # end before one of these texts or tokens, separated by ||
 seed = 1337  # seed of the draws
 interactive = False  # read prompts from the keyboard until quit, exit, q or Ctrl-D
-chat = False  # talk with a model that was trained on messages, by its own template
+chat = False  # talk with a model that was trained on messages, in its own template
 system = ""  # chat: system text, which precedes the conversation
-checkpoint = ""  # checkpoint file; empty: that of out_dir
-out_dir = ""  # a run's folder; empty: the newest in out/, or else that in models/
+checkpoint = ""  # checkpoint file; empty: the one in out_dir
+out_dir = ""  # a run's folder; empty: the newest in out/, or else the one in models/
 init_from = ""  # instead: a Hugging Face folder or id, such as gpt2, or a checkpoint
 block_size = 2048  # longest context of a model from Hugging Face, in tokens; the cache is as long
 show: str | None = None  # --show: the likeliest next tokens, no sample; --show=attention: a picture
@@ -61,8 +61,8 @@ output = ""  # file for the samples or the picture; empty: the screen, or attent
 device = "auto"  # auto: cuda, else mps, else cpu | any torch device
 dtype = "auto"  # auto: bfloat16 where it is fast, else float32 | bfloat16 | float32
 quantize = ""  # int8: weights as one byte each, which halves their memory; empty: as dtype says
-compile = False  # compile the step from token to token: up to a minute to begin, then faster
-cuda_graphs = True  # on a GPU record that step and replay it, so that no kernel waits for Python
+compile = False  # compile the step for each token: takes up to a minute at first, then is faster
+cuda_graphs = True  # on a GPU, record that step and replay it, so that no kernel waits for Python
 
 SETTINGS = read_settings(Path(__file__).read_text(encoding="utf-8-sig"))
 HERE = Path(__file__).resolve().parent
@@ -92,9 +92,10 @@ def check_ranges(**settings):
 
 @dataclass
 class Sampling:
-    """How tokens are drawn and where a text ends; at the keyboard the numbers can be changed.
+    """How tokens are drawn and where a text ends. The numbers can be changed at the keyboard.
 
-    The defaults are the settings above. stop: texts and names of tokens, parted by ||.
+    The defaults are the settings above.
+    stop: texts and names of tokens, separated by ||.
     """
 
     temperature: float = temperature
@@ -109,15 +110,15 @@ class Sampling:
         check_ranges(**self.numbers())
 
     def numbers(self):
-        """Return {name: value} of all but stop, which are those that can be changed."""
+        """Return {name: value} of all fields but stop. These are the ones that can be changed."""
         return {name: value for name, value in vars(self).items() if name != "stop"}
 
     def options(self):
-        """Return the keywords of generate_text."""
+        """Return the keyword arguments for generate_text."""
         return self.numbers() | {"stop": [text for text in self.stop.split("||") if text]}
 
     def change(self, line):
-        """Change a number by a line such as "/top_k 50"; if that fails raise ValueError instead."""
+        """Change a number as a line such as "/top_k 50" says. Raises ValueError if that fails."""
         words = line.removeprefix("/").replace("=", " ").split()
         if len(words) != 2 or words[0] not in self.numbers():
             commands = "; ".join(f"/{name} {value}" for name, value in self.numbers().items())
@@ -147,22 +148,22 @@ def read_prompt(prompt):
 def split_at_special_tokens(tokenizer, text):
     """Return [(piece, whether it is a special token's name), ...] of a text."""
     # Of two names that begin alike, such as <s> and <s>a, the longer one is tried first.
-    names = sorted(tokenizer.special, reverse=True)
+    names = sorted(tokenizer.special_tokens, reverse=True)
     if not names:
         return [(text, False)]
     pattern = "|".join(re.escape(name) for name in names)
-    pieces = re.split(f"({pattern})", text)  # names stand at the odd places
+    pieces = re.split(f"({pattern})", text)  # names have the odd indices
     return [(piece, i % 2 == 1) for i, piece in enumerate(pieces)]
 
 
 def encode_parts(tokenizer, parts):
-    """Return the ids of texts that follow each other, after tokenizer.begin, if it has one.
+    """Return the ids of texts that follow each other.
 
-    Plain text is encoded in one piece from one special token to the next, whatever parts it comes
-    from, because tokens may reach across parts.
+    The ids begin with tokenizer.begin_id, if there is one. Plain text between two special tokens is
+    encoded in one piece, even if it comes from several parts, because a token may span two parts.
 
-    parts: (text, named) pairs; where named is True, names of special tokens, such as <|user|>, in
-        the text mean these tokens.
+    parts: (text, named) pairs. If named is True, the name of a special token in the text, such as
+        <|user|>, means that token.
     """
     pieces = []
     for text, named in parts:
@@ -171,23 +172,23 @@ def encode_parts(tokenizer, parts):
     plain = ""
     for piece, is_special in pieces:
         if is_special:
-            ids += [*tokenizer.encode(plain), tokenizer.special[piece]]
+            ids += [*tokenizer.encode(plain), tokenizer.special_tokens[piece]]
             plain = ""
         else:
             plain += piece
     ids += tokenizer.encode(plain)
-    if tokenizer.begin is not None and ids[:1] != [tokenizer.begin]:
-        ids.insert(0, tokenizer.begin)
+    if tokenizer.begin_id is not None and ids[:1] != [tokenizer.begin_id]:
+        ids.insert(0, tokenizer.begin_id)
     return ids
 
 
 def encode_prompt(tokenizer, text):
-    """Return the ids of a text in which names of special tokens mean these."""
+    """Return the ids of a text in which names of special tokens mean these tokens."""
     return encode_parts(tokenizer, [(text, True)])
 
 
 def warn_about_length(n, block_size, max_tokens):
-    """Say if the model cannot see all of a prompt of n tokens, or of the text to come."""
+    """Warn if the model cannot see all of a prompt of n tokens, or all of the text to come."""
     if n > block_size:
         seen = context_length(n, block_size)
         note = f"the prompt has {n} tokens, of which the model sees the last {seen}"
@@ -200,13 +201,13 @@ def warn_about_length(n, block_size, max_tokens):
 
 # ---- From ids to text ----
 def penalize(logits, seen, penalty):
-    """Make the ids where `seen` is True less likely: their logits fall (arXiv:1909.05858)."""
+    """Return logits that are lower for the ids where `seen` is True (arXiv:1909.05858)."""
     lower = torch.where(logits > 0, logits / penalty, logits * penalty)
     return torch.where(seen, lower, logits)
 
 
 def penalizing(ids, penalty):
-    """Return a sample_next for one text that begins with ids, whose tokens so far it penalizes."""
+    """Return a sample_next for a text that begins with ids. It penalizes tokens already used."""
     seen = None  # (1, vocab_size) bool
 
     def pick(logits, **sampling):
@@ -222,9 +223,9 @@ def penalizing(ids, penalty):
 
 
 def text_of_tokens(tokenizer, tokens, end):
-    """Yield the text of each token up to `end`, then what is left of a character cut off.
+    """Yield the text of each token before `end`, then what is left of an incomplete character.
 
-    A character may be spread over several tokens; its text comes with the last of them.
+    A character may span several tokens. Its text comes with the last of them.
     """
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for token in tokens:
@@ -235,7 +236,7 @@ def text_of_tokens(tokenizer, tokens, end):
 
 
 def n_held_back(text, stop):
-    """Return how many characters at the end of a text may prove to begin a stop string."""
+    """Return how many characters at the end of a text may be the beginning of a stop string."""
     beginnings = [s[:n] for s in stop for n in range(len(s))]
     return max((len(s) for s in beginnings if text.endswith(s)), default=0)
 
@@ -246,18 +247,18 @@ def generate_text(
     """Yield the text that continues a prompt, piece by piece.
 
     prompt: a text, or a list of ids.
-    max_tokens: the most tokens that are drawn.
-    stop: strings before which the text ends; of these "<|endoftext|>" also means tokenizer.end,
-        whatever that token's name is.
+    max_tokens: the largest number of tokens to draw.
+    stop: strings before which the text ends. Among these, "<|endoftext|>" also means
+        tokenizer.end_id, whatever that token's name is.
     repetition_penalty: above 1, tokens already used become less likely.
-    sampling: further keywords of GPT.generate.
+    sampling: further keyword arguments of GPT.generate.
     """
     ids = encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else prompt
     if repetition_penalty != 1:
         sampling["pick"] = penalizing(ids, repetition_penalty)
     tokens = (int(drawn) for drawn in model.generate([ids], max_tokens, **sampling))
-    end = tokenizer.end if "<|endoftext|>" in stop else None
-    text = ""  # what is not yielded yet
+    end = tokenizer.end_id if "<|endoftext|>" in stop else None
+    text = ""  # what has not been yielded yet
     for piece in text_of_tokens(tokenizer, tokens, end):
         text += piece
         found = [text.find(s) for s in stop if s in text]
@@ -273,7 +274,7 @@ def generate_text(
 def write_sample(model, tokenizer, text, file, sampling, **generation):
     """Write a text and its continuation to a file, piece by piece.
 
-    generation: further keywords of GPT.generate.
+    generation: further keyword arguments of GPT.generate.
     Raises ValueError for a character that the tokenizer does not know.
     """
     ids = encode_prompt(tokenizer, text)
@@ -293,7 +294,7 @@ class RowLinear(nn.Linear):
         is_row = x.numel() == x.size(-1) and x.dtype == self.weight.dtype
         if not is_row or torch.is_grad_enabled():
             return super().forward(x)
-        if torch.compiler.is_compiling():  # the compiler makes one loop of this
+        if torch.compiler.is_compiling():  # the compiler turns this into one loop
             y = (x.unsqueeze(-2) * self.weight).sum(-1)
             return y if self.bias is None else y + self.bias
         if x.is_cpu and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
@@ -314,10 +315,10 @@ def speed_up_rows(model):
 
 
 class Int8(nn.Module):
-    """A matrix as int8 rows with a scale each, in place of an nn.Linear or an nn.Embedding.
+    """A matrix of int8 rows with one scale each, in place of an nn.Linear or an nn.Embedding.
 
-    The scale is the row's largest weight / 127, so that no weight is off by more than half of it.
-    Given ids, which are int64, it looks them up; given anything else, it multiplies.
+    The scale is the row's largest weight / 127, so no weight is off by more than half the scale.
+    Given ids, which are int64, the layer looks them up. Given anything else, it multiplies.
     """
 
     def __init__(self, weight, bias=None):
@@ -340,7 +341,7 @@ class Int8(nn.Module):
         return y if self.bias is None else y + self.bias
 
     def multiply(self, x):
-        """Return x @ weight.mT, by the fastest way that there is for x."""
+        """Return x @ weight.mT, computed in the fastest way that there is for x."""
         if x.is_cpu and x.dtype == torch.bfloat16:  # torch has a kernel for float32, but a slow one
             y = torch.ops.aten._weight_int8pack_mm(x.flatten(0, -2), self.rows, self.scale)
             return y.unflatten(0, x.shape[:-1])
@@ -350,7 +351,10 @@ class Int8(nn.Module):
 
 
 def quantize_weights(model):
-    """Replace a model's linear layers and its token embedding by Int8; if tied, by the same one."""
+    """Replace a model's linear layers and its token embedding by Int8.
+
+    If the embedding is tied to the output head, both become the same Int8.
+    """
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear):
             model.set_submodule(name, Int8(module.weight, module.bias))
@@ -366,16 +370,16 @@ def weight_bytes(model):
 
 # ---- The model ----
 def find_checkpoint(out_dir):
-    """Return the path of the checkpoint of out_dir or, if that is empty, of the newest run.
+    """Return the path of the checkpoint in out_dir or, if that is empty, of the newest run.
 
-    Of a run best.pt is preferred to ckpt.pt. Raises FileNotFoundError if there is none.
+    A run's best.pt is preferred to its ckpt.pt. Raises FileNotFoundError if there is none.
     """
     folders = [as_path(out_dir)] if out_dir else list((HERE / "out").glob("*/"))
     found = []
     for folder in folders:
         found += [path for name in ("best.pt", "ckpt.pt") for path in folder.glob(name)]
     if not found and not out_dir:
-        found = list((HERE / "models").glob("*/best.pt"))  # one comes along with the files
+        found = list((HERE / "models").glob("*/best.pt"))  # one comes with this project
     if not found:
         raise FileNotFoundError(
             f"{out_dir or HERE / 'out'} holds no checkpoint: train a model first, as by python "
@@ -399,15 +403,16 @@ def read_model(source):
 def load_model(source, device, dtype="auto", quantize="", block_size=block_size):
     """Return (model, tokenizer) for generating on a device, and describe the model on stderr.
 
-    source: a checkpoint, or a Hugging Face folder or id. The others are the settings of that name.
+    source: a checkpoint, or a Hugging Face folder or id. The other arguments are the settings of
+        the same names.
     """
-    model, tokenizer, state = read_model(source)  # on the CPU, until it is converted
-    if "step" not in state and model.config.use_rope:  # not trained here: it may be very long
+    model, tokenizer, state = read_model(source)  # it stays on the CPU until it is converted
+    if "step" not in state and model.config.use_rope:  # not trained here: its context may be long
         model.config.block_size = min(block_size, model.config.block_size)
     if device.type == "cuda":
         is_fast = native_bfloat16(device)
     else:
-        is_fast = device.type == "cpu" and quantize == "int8"  # for which there is a kernel
+        is_fast = device.type == "cpu" and quantize == "int8"  # torch has a kernel for it
     if dtype == "bfloat16" or (dtype == "auto" and is_fast):
         model.bfloat16()
     n_params = model.n_params()
@@ -437,7 +442,7 @@ COMPILE = {"dynamic": False, "options": {"coordinate_descent_tuning": True}}
 
 
 def compiled(model, cuda_graphs):
-    """Return model.forward compiled or, if that fails when it is tried, as it is."""
+    """Return model.forward compiled, or as it is if compiling fails when it is tried."""
     forward = torch.compile(model.forward, **COMPILE)
     try:
         list(model.generate([[0]], 2, forward=forward, cuda_graphs=cuda_graphs))
@@ -449,7 +454,7 @@ def compiled(model, cuda_graphs):
 
 # ---- At the keyboard ----
 class Chat:
-    """A conversation by the tokenizer's template.
+    """A conversation in the tokenizer's chat template.
 
     turns: a question, its answer, the next question, and so on.
     """
@@ -459,11 +464,11 @@ class Chat:
         self.tokenizer = tokenizer
         self.sampling = sampling
         self.system = system
-        self.generation = generation  # further keywords of GPT.generate
+        self.generation = generation  # further keyword arguments of GPT.generate
         self.turns = []
         self.has_forgotten = False
-        needed = set(re.findall(r"<\|\w+\|>", "".join(tokenizer.chat)))
-        lacking = sorted(needed - tokenizer.special.keys())
+        needed = set(re.findall(r"<\|\w+\|>", "".join(tokenizer.chat_parts)))
+        lacking = sorted(needed - tokenizer.special_tokens.keys())
         if lacking and tokenizer.state["chars"]:  # other vocabularies can spell them
             raise ValueError(
                 f"the tokenizer lacks {' and '.join(lacking)}: --chat takes a model trained on "
@@ -471,8 +476,8 @@ class Chat:
             )
 
     def encode(self, turns):
-        """Return the ids of system text and turns, in which names of special tokens are text."""
-        system, question, answer = self.tokenizer.chat
+        """Return the ids of system text and turns. Names of special tokens in them are text."""
+        system, question, answer = self.tokenizer.chat_parts
         said = [(system, self.system)] if self.system else []
         for i, text in enumerate(turns):
             said.append((answer if i % 2 else question, text))
@@ -485,8 +490,8 @@ class Chat:
     def ask(self, question):
         """Add a question to the turns, and return the ids that the answer continues.
 
-        The oldest questions and answers are dropped if they leave no room for it. Raises ValueError
-        if the question itself leaves none.
+        The oldest questions and answers are dropped if they leave no room for the answer. Raises
+        ValueError if the question alone leaves none.
         """
         block_size = self.model.config.block_size
         room = min(self.sampling.max_tokens, block_size // 2)
@@ -512,7 +517,7 @@ class Chat:
         ids = self.ask(question)
         options = self.sampling.options() | self.generation
         options["max_tokens"] = min(options["max_tokens"], self.model.config.block_size - len(ids))
-        _, _, after_answer = self.tokenizer.chat[2].partition("%s")
+        _, _, after_answer = self.tokenizer.chat_parts[2].partition("%s")
         options["stop"].append("<|endoftext|>")
         if after_answer:
             options["stop"].append(after_answer.strip() or after_answer)
@@ -523,7 +528,7 @@ class Chat:
         print()
 
     def command(self, line):
-        """Begin a new conversation by /reset or /system TEXT, or change a setting."""
+        """Obey /reset or /system TEXT, which begin a new conversation, or change a setting."""
         name, _, text = line.removeprefix("/").strip().partition(" ")
         if name not in ("reset", "system"):
             self.sampling.change(line)
@@ -535,13 +540,13 @@ class Chat:
         self.has_forgotten = False
 
 
-PASTE_GAP = 0.05  # seconds within which the next line must wait for it to be pasted, not typed
+PASTE_GAP = 0.05  # seconds; a line that follows the previous one sooner was pasted, not typed
 
 
 def read_typed_text():
     """Return what is typed at the keyboard: a line or, if several are pasted, all of them."""
     lines = [input("> ")]
-    # Other input, such as a pipe or a file, has a prompt in each line.
+    # Other input, such as a pipe or a file, has one prompt on each line.
     if os.name == "posix" and sys.stdin.isatty():
         while select.select([sys.stdin], [], [], PASTE_GAP)[0]:
             try:
@@ -554,9 +559,9 @@ def read_typed_text():
 def interact(greeting, respond, command):
     """Pass texts from the keyboard to respond, and lines that begin with a slash to command.
 
-    A word such as quit ends this, and so does the end of the input. A ValueError is printed.
+    A word such as quit ends the loop, and so does the end of the input. A ValueError is printed.
     """
-    with contextlib.suppress(ImportError):  # Windows has none
+    with contextlib.suppress(ImportError):  # Windows has no readline
         import readline  # noqa: F401  # input() now edits lines and recalls them by the arrow keys
     print(
         greeting, "/temperature 0.5 changes a setting, / lists them; quit, exit, q or Ctrl-D ends."
@@ -572,7 +577,7 @@ def interact(greeting, respond, command):
                 respond(text)
         except ValueError as e:
             print(e)
-        except KeyboardInterrupt:  # ends this text, not the program
+        except KeyboardInterrupt:  # it ends this text, not the program
             print()
         except EOFError:
             print()
@@ -583,7 +588,7 @@ def interact(greeting, respond, command):
 def write_samples(text, output, num_samples, write):
     """Write samples that continue a text to the file `output` or, if that is empty, to stdout.
 
-    write: write_sample with all but its text and file.
+    write: write_sample with all arguments but text and file.
     """
     started = time.monotonic()
     with contextlib.ExitStack() as stack:

@@ -1,10 +1,10 @@
-"""What each choice of the default recipe is worth: as many steps with one setting changed.
+"""Measure what each choice of the default recipe is worth: change one setting, keep the steps.
 
     python bench/ablation.py [--seeds=3] [--steps=600] [--only=TEXT]
 
 The loss is that of the whole validation split of tiny Shakespeare, as the mean and range over the
 seeds. A difference that is smaller than the range says nothing. Variants with other batch sizes
-take as many tokens as the default. --only takes the variants whose names hold the text.
+take as many tokens as the default. --only selects the variants whose names contain the text.
 """
 
 import statistics
@@ -23,11 +23,11 @@ VARIANTS = {
     "train_temperature 0.87": "--train_temperature=0.87",
     "float32": "--dtype=float32",
 }
-HALF_THE_STEPS = ("batch 16, rates times 1.4",)  # for as many tokens
+HALF_THE_STEPS = ("batch 16, rates times 1.4",)  # so that they take as many tokens
 
 
 def run(variant, seed, steps):
-    """Train by the flags of a variant; return (validation loss, tokens per second)."""
+    """Train with the flags of a variant; return (validation loss, tokens per second)."""
     flags = [f"--max_iters={steps}", f"--eval_interval={steps}", "--eval_iters=1"]
     flags += ["--sample_tokens=0", f"--seed={seed}", *variant.split()]
     log = train(*flags)

@@ -17,13 +17,13 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-CHECKOUT = os.environ.get("CHECKOUT") or str(ROOT)  # a worker of in_turn may be of another one
+CHECKOUT = os.environ.get("CHECKOUT") or str(ROOT)  # a worker of in_turn may use another one
 sys.path.insert(0, CHECKOUT)
 
 
 # ---- The machine ----
 def hardware():
-    """Return the processor's, or else the GPU's, name, with the number of threads or GPUs."""
+    """Return the name of the GPU, or else of the processor, with the number of GPUs or threads."""
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     level = torch.backends.cpu.get_cpu_capability()
@@ -33,7 +33,7 @@ def hardware():
 
 
 def processor_name():
-    """Return the processor's name by Linux, or else by Python."""
+    """Return the processor's name as Linux gives it, or else as Python does."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
@@ -41,19 +41,19 @@ def processor_name():
 
 
 def best_device():
-    """Return the GPU, if there is one, and else the CPU."""
+    """Return the GPU if there is one, or else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def wait_for(device):
-    """Wait until a GPU has done what it was told to do."""
+    """Wait until a GPU has finished the work that it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 
 
 # ---- Flags ----
 def flags(**defaults):
-    """Return the defaults with the command line's --key=value flags in their place."""
+    """Return the defaults, overridden by the command line's --key=value flags."""
     for flag in sys.argv[1:]:
         key, found, value = flag.removeprefix("--").partition("=")
         if key not in defaults or not found:
@@ -64,7 +64,7 @@ def flags(**defaults):
 
 # ---- Peers ----
 def nanogpt(path):
-    """Return model.py of the nanoGPT checkout at path, imported."""
+    """Import model.py of the nanoGPT checkout at path, and return the module."""
     spec = importlib.util.spec_from_file_location("nanogpt_model", Path(path) / "model.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -94,14 +94,14 @@ def read_log(out):
 
 
 def median_speed(log):
-    """Return the median tokens per second of a log's lines but the first two, which set up."""
+    """Return the median tokens per second of a log's lines, without the first two (setup)."""
     speeds = [line["tokens_per_s"] for line in log if "tokens_per_s" in line]
     return statistics.median(speeds[2:] or speeds)
 
 
 # ---- Cases, measured in turn ----
 def serve(prepare):
-    """Be the process of one case, which is this script's only argument.
+    """Serve as the process of one case, which is this script's only argument.
 
     Get ready by measure = prepare(case), then print measure() for each line of the input.
     """
@@ -112,15 +112,16 @@ def serve(prepare):
 
 
 def is_worker():
-    """Tell whether this process is that of one case, which then stands on its command line."""
+    """Tell whether this process serves one case, which is then its command line's argument."""
     return len(sys.argv) == 2 and sys.argv[1].startswith("{")
 
 
 def in_turn(cases, runs):
     """Measure each case `runs` times, A B C A B C ...; return {name: [numbers]}.
 
-    Each is a process of its own that serves. They get ready, which may mean to compile, one after
-    the other on a CPU and all at once on a GPU. A process that fails is named and left out.
+    Each case has a process of its own, which serves it. Getting ready may include compiling. On a
+    CPU the processes get ready one after the other, and on a GPU all at once. A process that fails
+    is named and left out.
 
     cases: {name: (script, case)}; the process is `script CASE-as-JSON`. If the case names another
         "checkout" of this project, gpt is imported from there.
@@ -156,7 +157,7 @@ def in_turn(cases, runs):
 
 
 def is_ready(name, worker):
-    """Wait until a worker is ready, and tell whether it is: it may have failed."""
+    """Wait until a worker is ready or has failed, and tell whether it is ready."""
     if any(line.startswith("READY") for line in worker.stdout):
         return True
     print(f"{name}: failed", flush=True)
@@ -184,7 +185,7 @@ def ratios(numbers, others):
 def commit(root=ROOT):
     """Return the commit of a checkout, with "-dirty" if its files differ from it.
 
-    Results and README may differ.
+    Differences in the results and in README do not count.
     """
 
     def git(*words):
@@ -195,7 +196,7 @@ def commit(root=ROOT):
     return git("rev-parse", "--short", "HEAD").strip() + ("-dirty" if changed else "")
 
 
-COMMIT = commit()  # before anything runs
+COMMIT = commit()  # this is known before anything runs
 
 
 def record(bench, **figures):
@@ -214,5 +215,5 @@ def record(bench, **figures):
 
 
 def show(bench, **figures):
-    """Print a result and keep nothing: what --small=1 does instead of record."""
+    """Print a result without recording it. --small=1 calls this instead of record."""
     print(bench, figures, flush=True)

@@ -1,9 +1,10 @@
-"""Measure how much more memory a training takes on a data set of 4 GB than on one of 4 MB.
+"""Measure how much more memory training takes on a data set of 4 GB than on one of 4 MB.
 
     python bench/data_memory.py [--steps=1000] [--runs=3]
 
-The 4 GB are a sparse file. Reading it costs what reading a full one does, but no disk. The figure
-is the peak of the whole process's resident memory, as the median of `runs` runs in turn.
+The 4 GB are a sparse file. Reading it costs what reading a full one does, but it takes no disk
+space. The figure is the peak of the whole process's resident memory, as the median of `runs` runs
+in turn.
 """
 
 import json
@@ -33,14 +34,14 @@ def write_data(folder, n_bytes):
 
 
 def be_the_parent(arguments):
-    """Train, as this process's only child, and print its peak of resident memory in MiB."""
+    """Train in this process's only child, and print the child's peak resident memory in MiB."""
     command = [sys.executable, ROOT / "gpt.py", *arguments]
     subprocess.run(command, check=True, stdout=sys.stderr)
     print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)
 
 
 def peak(data, name, steps):
-    """Return the peak in MiB of training on a data set in the folder data."""
+    """Return the peak memory, in MiB, of training on a data set in the folder data."""
     arguments = [*SETTINGS.split(), f"--data_dir={data}", f"--dataset={name}"]
     arguments += [f"--out_dir={data}/out", f"--max_iters={steps}", "--log_interval=1000"]
     command = [sys.executable, __file__, "parent", *arguments]

@@ -1,18 +1,18 @@
-"""Tokens per second of generating from a prompt, versus nanoGPT, transformers and gpt-fast.
+"""Measure tokens per second of generating from a prompt, versus nanoGPT, transformers, gpt-fast.
 
     python bench/decode_speed.py --nanogpt=PATH
     python bench/decode_speed.py --shape=gpt2 --gptfast=PATH --transformers=0      (a GPU)
     python bench/decode_speed.py --old=PATH      another checkout of this project as a peer
 
-The weights are random; that the tokens are right is for the tests. nanoGPT's model has no cache and
-reads its last block_size tokens again for each one. transformers' is a Llama of our shape with its
-static cache; it generates no more than block_size tokens, while ours also refills its cache when
-that is full. gpt-fast's is a Llama of our shape in bfloat16, compiled with its own settings, one
-token a step.
+The weights are random. The tests check that the tokens are right. nanoGPT's model has no cache and
+reads its last block_size tokens again for each new one. transformers' model is a Llama of our shape
+with its static cache. It generates no more than block_size tokens, while ours refills its cache
+when that is full. gpt-fast's model is a Llama of our shape in bfloat16. It is compiled with its own
+settings and generates one token a step.
 
-Each figure is the median of `runs` measurements, in turn. The ratios are to others with weights of
-the same dtype, and compiled where ours is, as by sample.py's --compile=True. What compiling takes,
-some seconds, counts for none. nanoGPT's growing text is not compiled.
+Each figure is the median of `runs` measurements, taken in turn. The ratios are to others with
+weights of the same dtype. They are compiled if ours is, as by sample.py's --compile=True. Compiling
+takes some seconds, which do not count. nanoGPT, whose text grows, is not compiled.
 """
 
 import sys
@@ -40,12 +40,13 @@ SHAPES = {
     "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "vocab_size": 50304},
     "1b": {"n_layer": 22, "n_head": 16, "n_embd": 2048, "block_size": 1024, "vocab_size": 50304},
 }  # 1b: config/train_1b.py
+OURS = {"qk_norm": False, "tie_weights": True}  # as in the peers
 
 
 # ---- Generators: functions of the number of tokens ----
 def ours(case, idx, dtype):
     """Return gpt.py's generator, from the checkout that the case names."""
-    config = gpt.GPTConfig(**case["sizes"], n_kv_head=case["n_kv_head"])
+    config = gpt.GPTConfig(**case["sizes"], **OURS, n_kv_head=case["n_kv_head"])
     with torch.device(idx.device):
         model = speed_up_rows(gpt.GPT(config).to(dtype).eval())
     forward = torch.compile(model.forward, **COMPILE) if case["compile"] else None
@@ -97,7 +98,7 @@ def transformers_generate(case, idx, dtype):
             cache_implementation="static",
         )
 
-    generate(case["tokens"])  # a cache of the same size
+    generate(case["tokens"])  # warms up with a cache of the same size
     return generate
 
 
@@ -118,7 +119,7 @@ def gpt_fast(case, idx, dtype):
         intermediate_size=llama_width(s["n_embd"]),
         n_local_heads=case["n_kv_head"],
     )
-    with torch.device(idx.device):  # where a billion weights are drawn sooner
+    with torch.device(idx.device):  # a billion weights are drawn sooner there
         model = model_py.Transformer(args).to(dtype).eval()
         model.setup_caches(len(idx), s["block_size"])
     # Its loop calls a global decode_one_token, which its main() has compiled like this.
@@ -140,7 +141,7 @@ def gpt_fast(case, idx, dtype):
 
 
 def llama_width(n_embd):
-    """Return the width of the MLP by which a Llama has the size of our model."""
+    """Return the width of the MLP that gives a Llama the size of our model."""
     return round(n_embd * 8 / 3 / 32) * 32
 
 
@@ -154,7 +155,7 @@ MAKERS = {
 
 
 def prepare(case):
-    """Return a function that returns the tokens per second of generating case["tokens"] a row."""
+    """Return a function that measures tokens per second, for case["tokens"] tokens per row."""
     torch.manual_seed(0)
     device = best_device()
     idx = torch.randint(case["sizes"]["vocab_size"], (case["batch_size"], 8), device=device)
@@ -173,7 +174,7 @@ def prepare(case):
 
 
 def cases(f):
-    """Return {name: (this script, case)} of what the flags f ask for."""
+    """Return {name: (this script, case)} for what the flags f ask for."""
     sizes = SHAPES[f["shape"]]
     base = {key: f[key] for key in ("batch_size", "tokens", "nanogpt", "gptfast")}
     base |= {"who": "ours", "sizes": sizes, "n_kv_head": f["n_kv_head"] or sizes["n_head"]}
@@ -188,7 +189,7 @@ def cases(f):
 
 
 def cases_of_dtype(f, plain):
-    """Return {name: case} of those who generate in the dtype of the case `plain`, which is ours."""
+    """Return {name: case} of all generators in the dtype of the case `plain`, which is ours."""
     dtype = plain["dtype"]
     compiled = plain | {"compile": True}
     found = {f"ours {dtype}": plain, f"ours {dtype}, compiled": compiled}
@@ -206,13 +207,13 @@ def cases_of_dtype(f, plain):
 
 
 def tokens_that_fit(f):
-    """Return how many tokens the others generate: what their caches hold beside the prompt."""
+    """Return how many tokens the others generate: what their caches hold besides the prompt."""
     return min(f["tokens"], SHAPES[f["shape"]]["block_size"] - 8)
 
 
 # ---- Report ----
 def copy_bandwidth():
-    """Return bytes per second, read and written, of copying 1 GiB."""
+    """Return the bytes per second, read and written, of copying 1 GiB."""
     x = torch.empty(2**28, device=best_device())
     y = torch.ones_like(x)
     seconds = []
@@ -226,15 +227,15 @@ def copy_bandwidth():
 
 
 def bandwidth_shares(f, medians):
-    """Return, of each of ours, the bytes it must read in a second over those that a copy moves.
+    """Return, for each case of ours, the bytes it must read per second over those a copy moves.
 
     A step reads all weights once, and the keys and values of the tokens that it sees.
     """
     sizes = SHAPES[f["shape"]]
-    config = gpt.GPTConfig(**sizes, n_kv_head=f["n_kv_head"] or sizes["n_head"])
+    config = gpt.GPTConfig(**sizes, **OURS, n_kv_head=f["n_kv_head"] or sizes["n_head"])
     with torch.device("meta"):
         n_weights = gpt.GPT(config).n_params()
-    if not config.tie_weights:  # of the embedding only a row is read
+    if not config.tie_weights:  # only one row of the embedding is read
         n_weights -= config.vocab_size * config.n_embd
     lengths = [gpt.context_length(n, config.block_size) for n in range(8, 8 + f["tokens"])]
     n_seen = f["batch_size"] * sum(lengths) / len(lengths)
@@ -245,14 +246,14 @@ def bandwidth_shares(f, medians):
     for name, speed in medians.items():
         if name.startswith("ours"):
             size = 2 if "bfloat16" in name else 4
-            size_cached = size if torch.cuda.is_available() else 4  # on a CPU float32
+            size_cached = size if torch.cuda.is_available() else 4  # float32 on a CPU
             n_bytes = n_weights * size + n_cached * size_cached
             shares[name] = round(n_bytes * speed / f["batch_size"] / bandwidth, 3)
     return shares
 
 
 def comparable(mine, other):
-    """Tell whether a case of ours and one of somebody else's do the same."""
+    """Tell whether a case of ours does the same as one of somebody else's."""
     if mine["who"] != "ours" or "checkout" in mine or mine["dtype"] != other["dtype"]:
         return False
     if other["who"] == "nanogpt":  # it has nothing to compile
@@ -262,7 +263,7 @@ def comparable(mine, other):
 
 
 def report(f, found, record=record):
-    """Print the medians of what was found for the flags f, and record them."""
+    """Print the medians of what was measured for the flags f, and record them."""
     medians = {name: round(sorted(speeds)[len(speeds) // 2], 1) for name, speeds in found.items()}
     for name, speed in medians.items():
         print(f"{name:32s} {speed:10,.1f} tokens/s")

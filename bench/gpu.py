@@ -1,12 +1,12 @@
-"""All of a GPU's measurements but time_to_loss.py's at once; what must be compiled is so together.
+"""Take all of a GPU's measurements at once, except time_to_loss.py's.
 
     python bench/gpu.py --nanogpt=PATH --gptfast=PATH --data=data/NAME
     python bench/gpu.py --nanogpt=PATH --gptfast=PATH --small=1        (does it run? on a CPU, too)
 
 Training speed, peak memory and generating are measured as by train_speed.py, memory.py and
-decode_speed.py. Each case is a process, and once all are ready they are measured in turn. Those
-with gradient checkpointing are left out, so that all fit the memory together, and the shape large
-has a quarter of the rows.
+decode_speed.py. Each case is a process. All compile together, and once all are ready they are
+measured in turn. The cases with gradient checkpointing are left out, so that all fit into memory
+together. The shape large has a quarter of the rows.
 
 --data: a data set with GPT-2's tokens. --small=1: the smallest shape alone; nothing is recorded.
 """
@@ -20,7 +20,10 @@ SCRIPTS = {"training": train_speed, "memory": memory, "generating": decode_speed
 
 
 def plans(f):
-    """Return {name: (script, its flags)} of what is measured; f: the flags of this script."""
+    """Return {name: (script, its flags)} of what is measured.
+
+    f: the flags of this script.
+    """
     rows = 2 if f["small"] else f["batch_size"]
     train = {"nanogpt": f["nanogpt"], "data": f["data"], "steps": 2, "accumulate": 8}
     decode = {"gptfast": f["gptfast"], "transformers": 0}

@@ -1,13 +1,14 @@
-"""Weights in int8, as by sample.py --quantize=int8: their size, their loss and their speed.
+"""Measure the size, loss and speed of int8 weights, as by sample.py --quantize=int8.
 
     python bench/int8.py                           trains a small model first, about a minute
     python bench/int8.py --checkpoint=out/pydoc/best.pt [--data=FOLDER] [--batches=40] [--rounds=3]
 
-The loss is that of the checkpoint on up to `batches` batches of its data set's validation split,
-spread evenly: with weights and activations in float32, in bfloat16, and with int8 weights and
-either activations. Its change is relative to float32. The size is of all weights, over bfloat16's.
-Tokens per second, greedily from a prompt of 8 tokens, are for the checkpoint's shape and for that
-of GPT-2 with random weights, as medians of `rounds`; in each all take their turn.
+The loss is that of the checkpoint on up to `batches` batches, which are spread evenly over its data
+set's validation split. It is measured with weights and activations in float32, with both in
+bfloat16, and with int8 weights and either kind of activations. Its change is relative to float32.
+The size is that of all weights, relative to bfloat16. The tokens per second are those of generating
+greedily from a prompt of 8 tokens. They are measured for the checkpoint's shape and for GPT-2's
+shape with random weights. They are medians of `rounds` rounds, and in each round all take turns.
 """
 
 import json
@@ -36,6 +37,8 @@ GPT2 = {
     "use_rope": False,
     "use_rms_norm": False,
     "use_swiglu": False,
+    "qk_norm": False,
+    "tie_weights": True,
 }
 VARIANTS = {
     "float32": (torch.float32, False),
@@ -47,7 +50,7 @@ BATCH_SIZE = 8
 
 
 def variants(model, device):
-    """Yield (name, a copy of the model as that variant has it)."""
+    """Yield (name, a copy of the model in that variant)."""
     for name, (dtype, int8) in VARIANTS.items():
         copy = gpt.GPT(model.config)
         copy.load_state_dict(model.state_dict())
@@ -76,7 +79,7 @@ def generate(model, n):
 
 
 def speeds(copies, rounds, n_tokens):
-    """Return {variant: tokens per second, one for each round} of {variant: model}."""
+    """Return {variant: [tokens per second of each round]}. copies: {variant: model}."""
     found = {name: [] for name in copies}
     for copy in copies.values():
         generate(copy, 2)  # warms up
@@ -87,7 +90,7 @@ def speeds(copies, rounds, n_tokens):
 
 
 def report(shape, model, device, rounds, **figures):
-    """Measure size and speed of a model's variants and record them, with what else is known."""
+    """Measure size and speed of a model's variants, and record them with the other figures."""
     copies = dict(variants(model, device))
     n_tokens = 30 if shape == "gpt2" else 100
     found = speeds(copies, rounds, min(model.config.block_size - 8, n_tokens))
@@ -109,7 +112,7 @@ def report(shape, model, device, rounds, **figures):
 
 
 def trained(folder):
-    """Return the checkpoint of 400 steps of gpt.py's default recipe, about a minute."""
+    """Train 400 steps of gpt.py's default recipe, about a minute, and return the checkpoint."""
     command = [sys.executable, ROOT / "gpt.py", "--max_iters=400", "--sample_tokens=0"]
     subprocess.run([*command, f"--out_dir={folder}"], check=True)
     return folder / "best.pt"

@@ -1,12 +1,12 @@
-"""Kill a training run at random, resume it and compare it with a run that nothing stopped.
+"""Kill a training run at random times, resume it and compare it with an uninterrupted run.
 
     python bench/kill.py --kills=200                  one process, SIGKILL, then the command again
     python bench/kill.py --kills=30 --processes=2     one of two gloo processes, which torchrun
                                                       starts again
 
-The run saves every 10 steps, so that many kills come while it saves. How many do is counted by the
-unfinished file that they leave. All kills happen before the run ends: it takes as many steps as it
-needs for that, and the uninterrupted run is then made with as many. A difference in a single bit is
+The run saves every 10 steps, so many kills happen while it saves. These leave an unfinished file,
+by which they are counted. All kills happen before the run ends: it takes as many steps as it needs
+for that. The uninterrupted run then takes the same number of steps. A difference in a single bit is
 an error.
 """
 
@@ -28,14 +28,14 @@ SETTINGS = (
     "--n_layer=2 --n_embd=64 --n_head=4 --block_size=32 --batch_size=4 --dropout=0.1 "
     "--dtype=float32 --dataset=pydoc --device=cpu --compile=False --eval_interval=10 "
     "--eval_iters=1 --log_interval=100000 --sample_tokens=0 --init_from=auto "
-    "--lr_schedule=constant"  # which does not depend on the last step
+    "--lr_schedule=constant"  # this schedule does not depend on the last step
 )
 FOREVER = 10**9  # steps
 
 
 # ---- Runs ----
 def start(out, steps, processes):
-    """Start a run of so many processes, and return the one that was started."""
+    """Start a run with this many processes, and return the process that was started."""
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", "--max-restarts=1000"]
@@ -54,14 +54,14 @@ def start(out, steps, processes):
 
 
 def wait_until_it_trains(process):
-    """Wait until a run, under torchrun the next one, has begun and printed its first evaluation."""
+    """Wait until a run has begun and printed an evaluation; under torchrun, the next run."""
     for begins in (r"machine ", r"step .* val loss"):
         if not any(re.match(begins, line) for line in process.stdout):
             raise SystemExit(f"the run ended, exit code {process.wait()}")
 
 
 def step_of(out):
-    """Return the step of the newest checkpoint, -1 if there is none or it is being replaced."""
+    """Return the step of the newest checkpoint, or -1 if there is none or it is being replaced."""
     try:
         return torch.load(out / "ckpt.pt", weights_only=True)["step"]
     except OSError:
@@ -75,7 +75,7 @@ def is_saving(out):
 
 # ---- Kills ----
 def wait_for_a_moment(out, draw):
-    """Wait for up to 0.8 s, in every other case then for a checkpoint that is being written."""
+    """Wait for up to 0.8 s and, in half of all cases, until a checkpoint is being written."""
     time.sleep(draw.uniform(0, 0.8))
     until = time.monotonic() + draw.choice([0, 2])
     while time.monotonic() < until and not is_saving(out):
@@ -83,7 +83,7 @@ def wait_for_a_moment(out, draw):
 
 
 def kill_runs(out, kills, draw):
-    """Kill a run at random, again and again; return how often it was saving."""
+    """Kill a run at random times, again and again; return how often it was saving."""
     n_saving = 0
     for kill in range(kills):
         process = start(out, FOREVER, 1)
@@ -99,7 +99,7 @@ def kill_runs(out, kills, draw):
 
 
 def kill_ranks(out, kills, draw):
-    """Kill one of torchrun's processes again and again, then all; return as kill_runs does."""
+    """Kill one of torchrun's processes again and again, then all; return the same as kill_runs."""
     process = start(out, FOREVER, 2)
     n_saving = 0
     for kill in range(kills):
@@ -108,7 +108,7 @@ def kill_ranks(out, kills, draw):
         os.kill(draw.choice(children(process)), signal.SIGKILL)
         n_saving += is_saving(out)
         print(f"kill {kill + 1}, newest checkpoint of step {step_of(out)}", flush=True)
-    wait_until_it_trains(process)  # it has come back from the last one, too
+    wait_until_it_trains(process)  # it has recovered from the last kill, too
     process.terminate()
     process.wait()
     return n_saving
@@ -123,7 +123,7 @@ def children(process):
 
 # ---- Comparison ----
 def differences(a, b):
-    """Return the names of the weights and of the optimizers' tensors that two runs do not share."""
+    """Return the names of the weights and of the optimizers' tensors that differ in two runs."""
     found = [name for name in a["model"] if not torch.equal(a["model"][name], b["model"][name])]
     for x, y in zip(a["optimizers"], b["optimizers"], strict=True):
         for i, tensors in x["state"].items():

@@ -1,10 +1,10 @@
-"""Training speed of the whole loop, by its log.jsonl, versus another checkout of this project.
+"""Compare the training speed of the whole loop, by its log.jsonl, with another checkout's.
 
     python bench/loop_speed.py --other=PATH [--block_size=128 --batch_size=16 --threads=2]
 
-Both versions train the same small model for some seconds, in turn, each run in a process of its
-own. A run's figure is the median of its progress lines' speeds, without the first two; evaluations,
-checkpoints and the start do not count.
+Both checkouts of this project train the same small model for some seconds, in turn. Each run is a
+process of its own. A run's figure is the median speed of its progress lines, without the first two.
+Evaluations, checkpoints and the start do not count.
 """
 
 import statistics

@@ -6,16 +6,18 @@
     python bench/memory.py --old=PATH         another checkout of this project as the peer
 
 Each case is a process of its own, which computes the loss and the gradients of one micro-batch,
-without the optimizer. All are in bfloat16 (autocast), and either all eager or all compiled; on a
+without the optimizer. All are in bfloat16 (autocast), and either all eager or all compiled. On a
 GPU they are always compiled.
 
-On a GPU the figure is the peak of allocated memory. On a CPU (of Linux) it is how far the peak of
-resident memory in a step lies above what is resident before it: the weights and the gradients of an
-earlier step, to which its own are added. What that step freed is given back to the system first.
+On a GPU the figure is the peak of allocated memory. On a CPU (under Linux) it is how far the peak
+of resident memory in a step lies above what is resident before the step. That memory holds the
+weights, and the gradients of an earlier step, to which the step adds its own. What the earlier step
+freed is first given back to the system.
 """
 
 import contextlib
 import ctypes
+import inspect
 import re
 from pathlib import Path
 
@@ -48,21 +50,25 @@ def ours(case, device):
 
         settings.append(checked_settings())
     gpt.set_up_machine(*settings)
-    defaults = {"qk_norm": True, "tie_weights": False, "dropout": 0.0}  # the settings'
+    defaults = {"qk_norm": True, "tie_weights": False, "dropout": 0.0}  # as in the settings
     sizes = defaults | case["sizes"] | case["more"]
     config = gpt.GPTConfig(**sizes, gradient_checkpointing=case["checkpointing"])
     model = gpt.GPT(config).to(device)
-    return lambda x, y: model(x, y, weights=torch.ones(x.shape, device=device))[1], model
+    loss_only = {}
+    if "loss_only" in inspect.signature(model.forward).parameters:  # from version 2.0.0 on
+        loss_only = {"loss_only": True}
+    ones = torch.ones(case["batch_size"], case["sizes"]["block_size"], device=device)
+    return lambda x, y: model(x, y, weights=ones, **loss_only)[1], model
 
 
 def resident(name):
-    """Return this process's VmRSS, resident memory, or VmHWM, its peak, in MiB."""
+    """Return this process's resident memory, VmRSS, or the peak of it, VmHWM, in MiB."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(re.search(rf"{name}:\s+(\d+)", status)[1]) / 1024
 
 
 def prepare(case):
-    """Return a function that returns the peak in MiB of one step."""
+    """Return a function that measures the peak memory of one step, in MiB."""
     device = best_device()
     loss_of, model = (peer if case["nanogpt"] else ours)(case, device)
     if case["compile"]:
@@ -85,7 +91,7 @@ def prepare(case):
     def measure_cpu():
         ctypes.CDLL(None).malloc_trim(0)
         clear_refs = Path("/proc/self/clear_refs")
-        clear_refs.write_text("5", encoding="utf-8")  # the peak is now what is resident
+        clear_refs.write_text("5", encoding="utf-8")  # sets the peak to what is resident now
         before = resident("VmRSS")
         step()
         return resident("VmHWM") - before
@@ -98,7 +104,7 @@ def prepare(case):
 
 
 def cases(f):
-    """Return {name: (this script, case)} of what the flags f ask for."""
+    """Return {name: (this script, case)} for what the flags f ask for."""
     sizes, more = SHAPES[f["shape"]]
     base = {"sizes": sizes, "more": more, "nanogpt": "", "checkpointing": False}
     base["batch_size"] = f["batch_size"]
@@ -112,7 +118,7 @@ def cases(f):
 
 
 def report(f, found, record=record):
-    """Record the medians of what was found for the flags f."""
+    """Record the medians of what was measured for the flags f."""
     record(
         "memory",
         shape=f["shape"],

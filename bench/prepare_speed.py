@@ -1,15 +1,15 @@
-"""Measure prepare.py: training a BPE vocabulary, and tokenizing 1 GB versus tiktoken's one thread.
+"""Measure prepare.py: training a BPE vocabulary, and tokenizing 1 GB versus tiktoken in one thread.
 
     python bench/prepare_speed.py [bpe] [tokenize] [--small=FILE] [--mb=110] [--gb=1] [--runs=3]
 
-The text is made of the sources in Python's standard library and in the installed packages, torch's
-among them, repeated where they are not enough, in files of 10 MB. GPT-2's encoding must be in
-TIKTOKEN_CACHE_DIR or come from the network. FILE is a small text for a vocabulary of 4,096, as tiny
-Shakespeare.
+The text is made of the sources in Python's standard library and in the installed packages, such as
+torch. They are repeated if they are not enough, and the files have 10 MB each. GPT-2's encoding
+must be in TIKTOKEN_CACHE_DIR or come from the network. FILE is a small text for a vocabulary of
+4,096, such as tiny Shakespeare.
 
-Memory is that of prepare.py and its worker processes together: the peak of the sum of their
-resident sets (pages shared by several count for each), and of their proportional sets (shared pages
-count once).
+Memory is that of prepare.py and its worker processes together. It is the peak of the sum of their
+resident sets, in which a shared page counts for each process, and of the sum of their proportional
+sets, in which a shared page counts once.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from common import ROOT, record
 
 
 def sources():
-    """Yield the sources' contents, again and again."""
+    """Yield the contents of the sources, again and again."""
     paths = {Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib")}
     suffixes = (".py", ".h", ".pyi", ".md", ".txt")
     files = sorted({p for path in paths for p in path.rglob("*") if p.suffix in suffixes})
@@ -44,7 +44,7 @@ def sources():
 
 
 def write_sources(folder, n_bytes, file_bytes=10_000_000):
-    """Fill folder with texts of about file_bytes each, n_bytes together."""
+    """Fill a folder with texts of about file_bytes each and n_bytes in total."""
     folder.mkdir()
     contents = sources()
     for n in range(round(n_bytes / file_bytes)):
@@ -123,13 +123,13 @@ def one_thread_of_tiktoken(paths):
 
 
 def bench_tokenize(folder, runs):
-    """Measure prepare.py's tokenizing of a folder in turn with tiktoken's, and record both."""
+    """Measure how fast prepare.py and tiktoken tokenize a folder, in turn, and record both."""
     paths = sorted(folder.iterdir())
     rows = []
     for _ in range(runs):
         one_thread, n_tokens = one_thread_of_tiktoken(paths)
         seconds, _, rss, pss, meta = run_prepare(f"--input={folder}", "--tokenizer=gpt2")
-        # Each document has ended with a token of its own.
+        # Each document ends with a token of its own.
         assert meta["train_tokens"] + meta["val_tokens"] == n_tokens + len(paths)
         ratio = one_thread / seconds
         rows.append((one_thread, seconds, rss, pss, ratio))

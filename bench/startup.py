@@ -1,9 +1,10 @@
-"""Seconds from a process's start to what a user waits for, or to its end, versus `import torch`.
+"""Measure the time from a process's start to what a user waits for, versus `import torch`.
 
     python bench/startup.py [--runs=5] [--old=PATH]
 
-sample.py takes the model that comes along or a newer run. Each figure is the median of the runs, in
-turn. --old is another checkout of this project, whose figures are then measured, too.
+Some cases take the time to the process's end. sample.py uses the model that comes with this
+project, or a newer run. Each figure is the median of the runs in seconds, taken in turn. --old is
+another checkout of this project, which is then measured, too.
 """
 
 import statistics
@@ -16,9 +17,10 @@ from common import ROOT, flags, record
 
 
 def seconds(command, until=None, cwd=ROOT):
-    """Return the seconds until a process ends or, with `until`, until its output goes on past it.
+    """Return the seconds until a process ends or, with `until`, until its output continues past it.
 
-    command: the words behind `python`. until: bytes. The process is then stopped.
+    command: the words after `python`.
+    until: bytes. Once they have been printed, the process is stopped.
     """
     began = time.perf_counter()
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
@@ -39,7 +41,7 @@ def seconds(command, until=None, cwd=ROOT):
 
 
 def goes_past(until, file):
-    """Read a file until some bytes have come and at least one more; return whether they have."""
+    """Read a file until the bytes `until` and one more have come; return whether they have."""
     seen = b""
     while not seen.partition(until)[2]:
         byte = file.read1(1)
@@ -50,7 +52,10 @@ def goes_past(until, file):
 
 
 def waits(out):
-    """Return {what a user waits for: (command, what it prints then)}; out: a folder for runs."""
+    """Return {what a user waits for: (command, what it prints then)}.
+
+    out: a folder for runs.
+    """
     shakespeare = ["gpt.py", "config/train_shakespeare.py", f"--out_dir={out}"]
     return {
         "import torch": (["-c", "import torch"], None),
@@ -70,7 +75,7 @@ def waits(out):
 def measure(checkouts, runs, only=""):
     """Return {what a user waits for: {checkout's name: seconds of each run}}, measured in turn.
 
-    checkouts: {name: path}. only: a part of the names of those that are measured.
+    checkouts: {name: path}. only: a text that the measured names contain.
     """
     found = {}
     with tempfile.TemporaryDirectory() as out:

@@ -1,10 +1,10 @@
-"""How the best learning rates move as the model grows, by the loss at several widths and depths.
+"""Measure how the best learning rates change as the model grows in width and depth.
 
     python bench/sweep.py [--steps=300] [--seeds=1]
 
-Each row is one shape (heads of 32 channels) and one learning rate, which is taken at half, once and
-twice its default while the other one stays. The loss is that of the whole validation split of tiny
-Shakespeare after `steps` steps, as the mean over the seeds.
+Each row is one shape (heads of 32 channels) and one learning rate. This rate is half its default,
+the default and twice the default, while the other rate stays the same. The loss is that of the
+whole validation split of tiny Shakespeare after `steps` steps, as the mean over the seeds.
 """
 
 import statistics

@@ -10,12 +10,12 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- begin: python bench/table.py -->\n", "<!-- end -->\n"
 BEGIN_FRONT = "<!-- begin: front, python bench/table.py -->\n"
-CONFIG_SINCE = "2026-11-26"  # results before are of config/train_shakespeare.py's earlier sizes
+CONFIG_SINCE = "2026-11-26"  # older results are of config/train_shakespeare.py's earlier sizes
 NO_RESULT = {"ratios": {}}
 
 
 class Row(NamedTuple):
-    """A row of a table of comparisons, and the result that it is from."""
+    """A row of a table of comparisons, and the result that it comes from."""
 
     what: str
     ours: str
@@ -32,9 +32,9 @@ def results(bench):
 
 
 def latest(bench, isa="", **wanted):
-    """Return a bench's last result whose hardware's name holds isa and whose figures are as wanted.
+    """Return a bench's last result with the `wanted` figures, on hardware whose name contains isa.
 
-    Without one return None.
+    Returns None if there is no such result.
     """
     found = [
         line
@@ -50,7 +50,7 @@ def spread(ratio):
 
 # ---- Rows of comparisons ----
 def rows():
-    """Yield the rows of what was measured on CPUs."""
+    """Yield the rows of all that was measured on CPUs."""
     yield from whole_command_on_cpu()
     for isa in ("AVX512-BF16", "AVX2"):
         r = latest("train_speed", isa, shape="shakespeare", batch_size=64) or NO_RESULT
@@ -66,7 +66,7 @@ def rows():
 
 
 def gpu_rows():
-    """Yield the rows of a GPU, in bfloat16 and, but for the first two, compiled."""
+    """Yield the rows of a GPU. All are in bfloat16, and all but the first two are compiled."""
     yield from whole_command_on_gpu()
     shapes = {
         "gpt2": "124M",
@@ -138,14 +138,14 @@ def whole_command_on_gpu():
 
 # ---- Tables ----
 def measured(found):
-    """Return the sentence that says when and where results were measured, with which torch."""
+    """Return the sentence that says when, where and with which torch results were measured."""
     keys = ("date", "hardware", "torch")
     days, machines, versions = (" and ".join(sorted({line[key] for line in found})) for key in keys)
     return f"Measured on {days} on {machines}, with torch {versions}."
 
 
 def table(found, short=False):
-    """Return the lines of a table of rows; short: with the median ratios alone."""
+    """Return the lines of a table of rows. If it is short, it has the median ratios alone."""
     found = list(found)
     last = "ratio" if short else "ratio, median (lowest to highest)"
     lines = [f"| | gpt.py | the other | {last} |", "|---|---|---|---|"]

@@ -1,19 +1,19 @@
-"""Run a training command as a user does, and take its whole wall time and its loss.
+"""Run a training command as a user does, and measure its whole wall time and its loss.
 
     python bench/time_to_loss.py config/train_shakespeare.py [--key=value ...] [--runs=3]
     python bench/time_to_loss.py --nanogpt=PATH --runs=3 config/train_shakespeare.py ...
 
 Runs differ in their seed. The loss over the whole validation split is the one that the command
-prints at its end. That of best.pt is also taken by nanoGPT's estimator, which is the mean loss of
-random windows of validation text: of 64 and of 256 tokens, and here of 2,400 windows, so that
-chance moves it less. The training time is that from the evaluation before the first step to the
-last one. Compilation begins with an empty cache.
+prints at its end. The loss of best.pt is also measured by nanoGPT's estimator. This is the mean
+loss of random windows of validation text, which have 64 or 256 tokens. Here there are 2,400
+windows, so chance moves the mean less. The training time is that from the evaluation before the
+first step to the last evaluation. Compilation begins with an empty cache.
 
-With --nanogpt its README's recipe for a CPU, or for a GPU, is run before each, by its own code, in
-which the seed is fixed: whole command versus whole command. The loss of the model that it leaves,
-on a CPU its last, on a GPU its best, is taken by the same estimator, with its own windows of 64 or
-256 tokens. With --until=LOSS its run is ended once a validation loss that it prints is as low.
---peer_runs=N repeats it for the first N runs alone.
+With --nanogpt, nanoGPT runs before each of our runs, whole command versus whole command. It runs by
+its own code, in which the seed is fixed, with its README's recipe for a CPU or for a GPU. The same
+estimator measures the loss of the model that it leaves, with its own windows of 64 or 256 tokens.
+On a CPU this is its last model, and on a GPU its best. With --until=LOSS its run is ended once a
+validation loss that it prints is as low. --peer_runs=N repeats it for the first N runs alone.
 """
 
 import json
@@ -101,7 +101,7 @@ def copy_nanogpt(path, copy):
     shutil.copytree(path, copy, ignore=shutil.ignore_patterns(".git"))
     data = ROOT / "data" / "shakespeare"
     folder = copy / "data" / "shakespeare_char"
-    for name in ("train.bin", "val.bin"):  # the same ids: both sort the characters
+    for name in ("train.bin", "val.bin"):  # both sort the characters, so the ids are the same
         shutil.copy(data / name, folder)
     chars = json.loads((data / "meta.json").read_text(encoding="utf-8"))["tokenizer"]["chars"]
     meta = {
@@ -113,7 +113,10 @@ def copy_nanogpt(path, copy):
 
 
 def train_nanogpt(copy, until):
-    """Run nanoGPT's recipe; return (wall_s, train_s). until: ends at a validation loss so low."""
+    """Run nanoGPT's recipe; return (wall_s, train_s).
+
+    until: the validation loss at which the run is ended.
+    """
     evaluations = []
     reached = False
     cache = {"TORCHINDUCTOR_CACHE_DIR": str(copy / "cache"), "PYTHONUNBUFFERED": "1"}
@@ -130,7 +133,7 @@ def train_nanogpt(copy, until):
                 evaluations.append(time.monotonic())
                 reached = reached or float(found[2]) <= until
                 print(f"nanoGPT: {evaluations[-1] - began:.1f} s, {line.strip()}", flush=True)
-            elif reached and line.startswith("iter"):  # its checkpoint is saved
+            elif reached and line.startswith("iter"):  # its checkpoint has been saved
                 run.terminate()
     ended = evaluations[-1] if reached else time.monotonic()
     return ended - began, evaluations[-1] - evaluations[0]
@@ -172,7 +175,7 @@ def rounded_mean(values, digits=4):
 
 
 def peer_figures(options, peers, walls, trains):
-    """Return the figures of nanoGPT's runs, and how many times as long as ours they took."""
+    """Return the figures of nanoGPT's runs, with the ratios of their times to ours."""
     peer_walls, peer_trains, losses = zip(*peers)
     return {
         "nanogpt_runs": int(options["peer_runs"] or options["runs"]),

@@ -1,15 +1,15 @@
-"""Training tokens per second, versus nanoGPT's on the same machine and batches of the same shape.
+"""Measure training tokens per second versus nanoGPT, on one machine and one shape of batches.
 
     python bench/train_speed.py --nanogpt=PATH
     python bench/train_speed.py --nanogpt=PATH --shape=gpt2 --batch_size=32 --data=data/NAME   (GPU)
 
-Both train a model of the shape's layers, heads and width by their own code, `accumulate`
-micro-batches a step. nanoGPT's runs with its own AdamW: in float32, its default on a CPU, and where
-the CPU has bfloat16 also with autocast, eagerly and compiled; on a GPU with autocast and
-torch.compile, its defaults. Ours runs compiled, as gpt.py does in longer runs, and eagerly. The
-figure is the median of `runs` measurements, in turn; mfu is ours, the share of the GPU's peak. The
-best micro-batch of each is found by several calls. The tokens are random or those of a prepared
-data set. nanoGPT's vocabulary is rounded up to a multiple of 64, as it advises.
+Both train a model of the shape's layers, heads and width by their own code, with `accumulate`
+micro-batches a step. nanoGPT runs with its own AdamW. On a CPU it runs in float32, its default. If
+the CPU has bfloat16, it also runs with autocast, eagerly and compiled. On a GPU it runs with
+autocast and torch.compile, its defaults. Ours runs compiled, as gpt.py does in longer runs, and
+eagerly. The figure is the median of `runs` measurements, taken in turn. mfu is our share of the
+GPU's peak. Several calls find the best micro-batch of each. The tokens are random or come from a
+prepared data set. nanoGPT's vocabulary is rounded up to a multiple of 64, as it advises.
 """
 
 import time
@@ -52,7 +52,7 @@ SHAPES = {  # the second set of sizes is for gpt.py alone
 
 # ---- Batches ----
 class RandomRows:
-    """Stands for a data set, as far as a Trainer needs one: each row is random tokens."""
+    """Stands in for a data set, as far as a Trainer needs one. Each row is random tokens."""
 
     def __init__(self, block_size, vocab_size):
         self.block_size = block_size
@@ -74,7 +74,7 @@ def open_data(case):
 
 # ---- Training steps ----
 def peer_model(case, device):
-    """Return nanoGPT's model of a case's sizes."""
+    """Return nanoGPT's model with a case's sizes."""
     model_py = nanogpt(case["nanogpt"])
     size = case["sizes"]["vocab_size"]
     if size >= 1000:
@@ -84,7 +84,7 @@ def peer_model(case, device):
 
 
 def peer(case, device):
-    """Return nanoGPT's training step, and the batches that it takes."""
+    """Return nanoGPT's training step, which takes the same batches each time."""
     model = peer_model(case, device)
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), device.type)
     forward = torch.compile(model) if case["compile"] else model
@@ -121,7 +121,7 @@ def ours(case, device):
     machine = gpt.set_up_machine(settings)
     model = gpt.GPT(gpt.model_config(settings, sizes["vocab_size"]))
     trainer = gpt.Trainer(settings, model, open_data(case), machine)
-    trainer.warm_up()
+    trainer.get_ready()
     batches = trainer.fetch(0)
 
     def step():
@@ -138,7 +138,7 @@ def prepare(case):
     torch.set_float32_matmul_precision("high")
     device = best_device()
     step = (peer if case["nanogpt"] else ours)(case, device)
-    tokens = case["accumulate"] * case["batch_size"] * case["sizes"]["block_size"]  # of a step
+    tokens = case["accumulate"] * case["batch_size"] * case["sizes"]["block_size"]  # per step
 
     def take_steps(n):
         for _ in range(n):
@@ -147,10 +147,10 @@ def prepare(case):
 
     def leave_memory():
         if device.type == "cuda":
-            torch.cuda.empty_cache()  # to the other processes
+            torch.cuda.empty_cache()  # the other processes need it
 
     def measure():
-        take_steps(2 if device.type == "cuda" else 1)  # they do not count
+        take_steps(2 if device.type == "cuda" else 1)  # these steps do not count
         began = time.perf_counter()
         take_steps(case["steps"])
         speed = case["steps"] * tokens / (time.perf_counter() - began)
@@ -163,7 +163,7 @@ def prepare(case):
 
 
 def cases(f):
-    """Return {name: (this script, case)} of what the flags f ask for."""
+    """Return {name: (this script, case)} for what the flags f ask for."""
     sizes, more = SHAPES[f["shape"]]
     base = {"sizes": sizes, "more": more, "nanogpt": "", "optimizer": "muon"}
     base |= {key: f[key] for key in ("batch_size", "steps", "accumulate", "data")}
@@ -182,7 +182,7 @@ def cases(f):
 
 
 def report(f, found, record=record):
-    """Print the medians of what was found for the flags f, and record them."""
+    """Print the medians of what was measured for the flags f, and record them."""
     sizes, more = SHAPES[f["shape"]]
     with torch.device("meta"):
         model = gpt.GPT(gpt.GPTConfig(**sizes | more))

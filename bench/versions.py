@@ -2,7 +2,7 @@
 
     python bench/versions.py --old=PATH [--pairs=3] [--only=PART] [--data_dir=FOLDER]
 
-It measures, in parts that --only selects by their names:
+It measures these parts, which --only selects by their names:
 
     train_shakespeare   config/train_shakespeare.py, on a CPU 2 minutes: tokens/s, steps, loss
     train_10M           10.65M parameters, compiled: tokens/s of the loop, and the process's memory
@@ -10,8 +10,8 @@ It measures, in parts that --only selects by their names:
     memory              the peak of one step at that shape, in MiB
     startup             seconds to what a user waits for
 
-Both checkouts run by their own commands, or by the same calls, which both know. The data set is
-that in data_dir, by default in this checkout's data/. Each line of JSON holds the medians of both,
+Both checkouts run by their own commands, or by calls that both know. The data set is the one in
+data_dir, by default in this checkout's data/. Each line of JSON holds the medians of both,
 and the ratios new / old: the median, the lowest and the highest of the pairs. --small=1 takes a few
 steps of each, to try the script, and records nothing.
 """
@@ -61,13 +61,13 @@ def run(checkout, arguments):
 
 
 def be_the_parent(command):
-    """Run a command as this process's only child; print its peak of resident memory in MiB."""
+    """Run a command as this process's only child; print its peak resident memory in MiB."""
     subprocess.run([sys.executable, *command], check=True, stdout=sys.stderr)
     print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)
 
 
 def compare_runs(f, part, arguments, figures):
-    """Run both checkouts in turn, and report these of the figures that the runs have."""
+    """Run both checkouts in turn, and report the given figures of their runs."""
     found = {"new": [], "old": []}
     for pair in range(f["pairs"]):
         for name, checkout in (("new", ROOT), ("old", f["old"])):
@@ -101,7 +101,7 @@ def train_10M(f):
 
 # ---- Parts of them ----
 def compare_cases(f, part, cases):
-    """Measure cases in turn, and report those of this version whose names the other's share."""
+    """Measure cases in turn, and report each of this version that the other also has."""
     found = in_turn(cases, f["pairs"])
     for name, numbers in found.items():
         twin = name.replace("ours", "old")
@@ -130,7 +130,7 @@ def start(f):
 
 # ---- Report ----
 def report(f, part, figure, new, old):
-    """Print, and keep, the medians of a figure of both versions, and their ratios."""
+    """Print and keep the medians of a figure for both versions, and their ratios."""
     keep = show if f["small"] else record
     keep(
         "versions",

@@ -1,7 +1,7 @@
 # python gpt.py config/debug.py
 # 2 CPU cores (AMD EPYC, AVX2; torch 2.13): validation loss 3.55 in 6 seconds.
-# Everything once, in seconds: data, training, evaluation, checkpoint, sample. The text that it
-# writes is noise.
+# This runs everything once, in seconds: data, training, evaluation, checkpoint and sample. The text
+# that it writes is noise.
 from pathlib import Path
 
 dataset = "pydoc"

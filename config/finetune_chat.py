@@ -1,6 +1,6 @@
 # python gpt.py config/finetune_chat.py
-# Not yet measured here. LoRA on a small open model, for conversations in a .jsonl of messages.
-# Data first:
+# Not yet measured here. It finetunes a small open model by LoRA, on conversations in a .jsonl of
+# messages. Prepare the data first:
 #   python prepare.py --input=chat.jsonl --name=chat --tokenizer=HuggingFaceTB/SmolLM2-135M
 # Then: python sample.py --chat --out_dir=out/chat
 import hub

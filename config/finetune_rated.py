@@ -1,5 +1,6 @@
 # python gpt.py config/finetune_rated.py
-# Not yet measured here. LoRA on GPT-2 with prompts and responses, weighed by ratings from 1 to 5:
+# Not yet measured here. It finetunes GPT-2 by LoRA, on prompts and responses that are weighted by
+# ratings from 1 to 5. Prepare the data first:
 #   python prepare.py --input=rated.csv --name=rated --tokenizer=gpt2
 import hub
 

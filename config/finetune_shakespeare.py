@@ -1,7 +1,7 @@
 # python gpt.py config/finetune_shakespeare.py
-# Not yet measured here. GPT-2, all its weights, on Shakespeare. Data first:
+# Not yet measured here. It finetunes all weights of GPT-2 on Shakespeare. Prepare the data first:
 #   python prepare.py shakespeare --tokenizer=gpt2 --name=shakespeare_bpe
-# Another model: python hub.py get FOLDER_OR_ID, which says how to go on.
+# For another model: python hub.py get FOLDER_OR_ID, which says how to continue.
 import hub
 
 if init_from == "scratch":

@@ -1,6 +1,7 @@
 # python gpt.py config/train_shakespeare_bpe.py
 # Data first: python prepare.py shakespeare --tokenizer=gpt2 --name=shakespeare_bpe
-# Tiny Shakespeare by GPT-2's tokens: 301,966 of them for 50,257 embeddings, so it overfits soon.
+# The text is tiny Shakespeare in GPT-2's tokens. There are only 301,966 of them for 50,257
+# embeddings, so the model soon overfits.
 dataset = "shakespeare_bpe"
 tie_weights = True
 eval_interval = 50

@@ -1,6 +1,6 @@
 # python gpt.py config/train_tiny.py
 # 9.8M parameters with Shakespeare's 65 characters, for a GPU. Loss and time: not yet measured.
-# For other data --dataset=NAME; the count that gpt.py prints is that of the vocabulary in use.
+# For other data use --dataset=NAME. gpt.py prints the count for the vocabulary in use.
 dataset = "shakespeare"
 block_size = 256
 n_layer = 6

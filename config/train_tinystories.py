@@ -1,6 +1,6 @@
 # python prepare.py tinystories --tokenizer=bpe && python gpt.py config/train_tinystories.py
-# Data by pip install datasets. Stories of few words (arXiv:2305.07759), a vocabulary of 8,192:
-# small models write whole ones. Not measured yet.
+# The data needs pip install datasets. The stories use few words (arXiv:2305.07759), and the
+# vocabulary has 8,192 tokens, so small models write whole stories. Not measured yet.
 dataset = "tinystories"
 tie_weights = True
 block_size = 512

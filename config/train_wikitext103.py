@@ -1,6 +1,7 @@
 # python prepare.py wikitext-103 --clean=wikitext && python gpt.py config/train_wikitext103.py
-# Data by pip install datasets.
-# 103M words of Wikipedia in GPT-2's tokens, by a model of 60.5M parameters. Not yet measured.
+# The data needs pip install datasets.
+# A model of 60.5M parameters learns from 103M words of Wikipedia in GPT-2's tokens. Not yet
+# measured.
 dataset = "wikitext-103"
 tie_weights = True
 block_size = 512

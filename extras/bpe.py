@@ -2,15 +2,15 @@
 
     tokens = train_bpe(count_words(texts, pattern), 8192)
 
-A text is cut into words by a regex, and words are bytes. The pair of neighbours that is the most
-frequent within words becomes a token, again and again. Source: arXiv:1508.07909, and GPT-2.
+A text is cut into words by a regex, and words are bytes. Training repeats one step: the most
+frequent pair of neighbours within words becomes a token. Source: arXiv:1508.07909, and GPT-2.
 """
 
 import heapq
 from collections import Counter, defaultdict
 from itertools import pairwise
 
-import regex  # tiktoken brings it
+import regex  # tiktoken depends on it, so it is installed
 
 LONGEST_WORD = 1000  # characters; merging takes time in proportion to the length
 
@@ -22,7 +22,7 @@ BYTES = [bytes([byte]) for byte in PRINTABLE + OTHERS]  # in GPT-2's order
 def count_words(texts, pattern):
     """Return how often each word, as bytes, occurs in the texts.
 
-    pattern: the regex whose matches are the words. Longer ones than LONGEST_WORD are cut.
+    pattern: the regex whose matches are the words. Words longer than LONGEST_WORD are cut.
     """
     found = Counter()
     for text in texts:
@@ -37,11 +37,11 @@ def count_words(texts, pattern):
 
 
 def train_bpe(word_counts, n_tokens):
-    """Return a vocabulary: bytes objects, whose places in the list are their ids.
+    """Return a vocabulary: a list of bytes objects, whose places in the list are their ids.
 
-    The first 256 are the single bytes in GPT-2's order. Of pairs that are equally frequent the one
-    with the lower left id is merged first, then the one with the lower right id. The vocabulary is
-    smaller than n_tokens where no pair is left.
+    The first 256 are the single bytes in GPT-2's order. Among equally frequent pairs, the one with
+    the lower left id is merged first. If the left ids are equal, the lower right id decides. The
+    vocabulary is smaller than n_tokens if no pair is left.
 
     >>> train_bpe({b"hug": 3, b"pug": 2, b"hugs": 1}, 259)[256:]
     [b'ug', b'hug', b'pug']
@@ -86,9 +86,9 @@ class Words:
                 self.where[pair].add(index)
 
     def merge(self, pair, token_id):
-        """Replace the pair by token_id everywhere, and return the pairs that came to be.
+        """Replace the pair by token_id everywhere, and return the new pairs.
 
-        Only the words that hold the pair are counted anew, which makes training fast.
+        Only the words that hold the pair are counted again, which makes training fast.
         """
         new_pairs = set()
         for index in self.where.pop(pair):
@@ -105,7 +105,7 @@ class Words:
 
 
 def merge(word, pair, token_id):
-    """Return the list of ids with token_id for each occurrence of the pair, from the left.
+    """Return a word's ids with each occurrence of the pair, from the left, replaced by token_id.
 
     >>> merge([7, 7, 7], (7, 7), 9)
     [9, 7]

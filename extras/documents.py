@@ -1,8 +1,9 @@
-"""Reads files, tables and data sets of Hugging Face as documents, whatever their size.
+"""Read files, tables and Hugging Face data sets of any size as documents.
 
-A document is an iterable of (text, weight). The weight, 0 to 255, is that of the text's tokens in
-the loss. A special token is a text of a class of its own. The functions that read are generators,
-which hold one block of a file at a time. Their ValueErrors name the file and the place in it.
+A document is an iterable of (text, weight). The weight, from 0 to 255, is that of the text's
+tokens in the loss. A special token is a text with a class of its own. The functions that read are
+generators, which hold one block of a file at a time. Their ValueErrors name the file and the place
+in it.
 """
 
 import codecs
@@ -26,9 +27,9 @@ class Special(str):
 EOT = Special("<|endoftext|>")
 USER = Special("<|user|>")
 ASSISTANT = Special("<|assistant|>")
-SPECIALS = f"{EOT} {USER} {ASSISTANT} <|pad|>"  # of the tokenizers that prepare.py makes
+SPECIALS = f"{EOT} {USER} {ASSISTANT} <|pad|>"  # for the tokenizers that prepare.py makes
 ROLE_MARKS = {"system": [], "user": [(USER, 0)], "assistant": [(ASSISTANT, 0)]}
-FULL_WEIGHT = 255  # weights are stored in a byte each
+FULL_WEIGHT = 255  # each weight is stored in one byte
 
 
 # ---- Files -------------------------------------------------------------------------------------
@@ -36,17 +37,17 @@ FULL_WEIGHT = 255  # weights are stored in a byte each
 
 @cache
 def say_once(message):
-    """Print a message once, since a file is read more than once."""
+    """Print a message only once, because a file is read more than once."""
     print(message)
 
 
 def suffix_of(path):
-    """Return the suffix that tells a file's kind: .txt of notes.txt and of NOTES.TXT.gz."""
+    """Return the suffix that tells a file's kind: .txt for notes.txt and for NOTES.TXT.gz."""
     return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
 def find_files(folder, suffixes):
-    """Return the files in a folder and its subfolders that have a suffix and are not empty.
+    """Return the non-empty files in a folder and its subfolders that have one of the suffixes.
 
     They are sorted by path. Raises FileNotFoundError if there are none.
     """
@@ -65,11 +66,11 @@ def find_files(folder, suffixes):
 def read_blocks(path, size=2**18):
     """Yield the text of a UTF-8 file, which may be a .gz, in blocks of `size` bytes.
 
-    A byte order mark is dropped. Raises ValueError if the file is no such text.
+    A byte order mark is dropped. Raises ValueError if the file is not such a text.
     """
     open_file = gzip.open if path.suffix.lower() == ".gz" else open
     decoder = codecs.getincrementaldecoder("utf-8")()
-    offset = 0  # of the block in the file
+    offset = 0  # where the block begins in the file
     at_end = False
     with open_file(path, "rb") as file:
         while not at_end:
@@ -117,7 +118,7 @@ LONGEST_PIECE = 2**24
 
 
 def read_pieces(blocks):
-    """Yield a text that comes in blocks, in pieces that can be tokenized one by one.
+    """Yield the pieces of a text that comes in blocks. Each can be tokenized on its own.
 
     A piece ends where every tokenizer ends a word anyway: before the space that follows a word,
     or after the line end between two words. Only a text of 16 million characters without such a
@@ -142,14 +143,17 @@ def read_pieces(blocks):
 
 
 def read_rows(path):
-    """Yield (where, row) of a .jsonl or .csv file; `where` names the file and the row's line."""
+    """Yield (where, row) for each row of a table; `where` names the file and the row's line.
+
+    path: a .jsonl or .csv file.
+    """
     if suffix_of(path) == ".jsonl":
         return read_jsonl(path)
     return read_csv(path)
 
 
 def read_jsonl(path):
-    """Yield (where, value) of the lines of a .jsonl file that are not blank."""
+    """Yield (where, value) for each line of a .jsonl file that is not blank."""
     for number, line in enumerate(read_lines(read_blocks(path)), 1):
         where = f"{path}, line {number}"
         if not line.strip():
@@ -162,7 +166,7 @@ def read_jsonl(path):
 
 
 def read_csv(path):
-    """Yield (where, row) of a .csv file, the row a dict by the names in the first line."""
+    """Yield (where, row) for each row of a .csv file. The first line names the row's keys."""
     csv.field_size_limit(2**31 - 1)  # Python's own limit, 128 KB, is too low for a text
     reader = csv.DictReader(read_lines(read_blocks(path)), strict=True)
     try:
@@ -180,7 +184,7 @@ TITLE = re.compile(r" ?= (?!= ).*(?<! =) =\s*$")  # " = Robert Boulter = "
 
 
 def read_articles(lines, clean):
-    """Yield the articles of wikitext, each of which begins with a title, as texts.
+    """Yield the articles of wikitext as texts. Each of them begins with a title.
 
     clean: whether to undo the data set's markup and spacing.
     """
@@ -227,8 +231,8 @@ def text_document(text):
 def row_document(where, row, text_column="", clean=""):
     """Return the document of a table's row: its text, or examples to finetune on.
 
-    Prompts weigh nothing in the loss, and responses weigh by their rating.
-    where: the row's place, with which the ValueError begins that is raised for a faulty row.
+    Prompts have no weight in the loss. A response's weight follows from its rating.
+    where: the row's place. The ValueError for a faulty row begins with it.
     """
     columns = row.keys() if isinstance(row, dict) and not text_column else set()
     if "messages" in columns:
@@ -245,9 +249,10 @@ def row_document(where, row, text_column="", clean=""):
 
 
 def chat_document(where, messages, weight):
-    """Return the document of a chat: an example for each answer, whose prompt is all before it.
+    """Return the document of a chat: one example for each answer.
 
-    A system text, a question and an answer make
+    The example's prompt is everything before the answer. A system text, a question and an answer
+    become
     text <|user|> text <|assistant|> text <|endoftext|>
     """
     prompt = []
@@ -281,7 +286,7 @@ def checked_text(where, row, column):
             f"{where} has no {column!r}, {those}: name the column of the text by --text_column"
         )
     text = row[column]
-    if not isinstance(text, str) or re.search("[\ud800-\udfff]", text):  # or half a character
+    if not isinstance(text, str) or re.search("[\ud800-\udfff]", text):  # or a lone surrogate
         raise ValueError(f"{where}: {column} is {str(text)[:60]!r}: it must be a whole text")
     return text
 
@@ -301,9 +306,9 @@ def rating_weight(where, row):
 
 
 def file_documents(files, text_column="", clean=""):
-    """Yield the documents of files: of a table its rows, of wikitext its articles, or the text.
+    """Yield the documents of files: a table's rows, wikitext's articles, or a file's whole text.
 
-    A text ends with a mark if there are several files.
+    A whole text ends with a mark if there are several files.
     """
     for path in files:
         if suffix_of(path) in (".csv", ".jsonl"):
@@ -327,8 +332,8 @@ def long_document(path, ends_with_mark):
 def hub_documents(path, config="", split="train", text_column="", clean="", by_lines=False):
     """Yield (split, document) of a data set of the Hugging Face hub, or of a local folder.
 
-    The split is None where a document is still to be drawn for one. A validation split comes
-    first, because max_tokens may end the work within the other.
+    The split is None if it is still to be drawn. A validation split comes first, because max_tokens
+    may end the work within the other split.
     by_lines: whether the rows are the lines of wikitext's articles.
     """
     for ours, theirs, rows in open_streams(path, config, split):

@@ -1,4 +1,4 @@
-"""Tokenizers in Hugging Face's form, tokenizer.json, as states of gpt.Tokenizer, and back.
+"""Convert Hugging Face's tokenizer.json to the state of a gpt.Tokenizer, and back.
 
 A byte-level BPE, such as GPT-2's, Llama 3's or SmolLM2's, becomes a tokenizer of tiktoken with the
 same ids. Any other one is run by the tokenizers library (pip install tokenizers), which nothing
@@ -33,12 +33,12 @@ def spell(token):
 
 
 def is_spelled(text):
-    """Tell whether spell can give this text."""
+    """Tell whether `spell` can return this text."""
     return set(text) <= BYTES.keys()
 
 
 def unspell(text):
-    """Return the bytes that spell makes text of."""
+    """Return the bytes that `spell` turns into text."""
     return bytes(BYTES[character] for character in text)
 
 
@@ -48,7 +48,7 @@ GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?
 # tiktoken's own spelling of the same pattern
 TIKTOKENS_GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
-# SmolLM2 cuts out digits before all else, so that for \s+(?!\S) a text ends before each of them.
+# SmolLM2 cuts out digits first, so to \s+(?!\S) each digit looks like the end of the text.
 SMOLLM2_PATTERN = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 
 BYTE_LEVEL = {
@@ -59,7 +59,7 @@ BYTE_LEVEL = {
 }
 DIGITS = {"type": "Digits", "individual_digits": True}
 
-# What the library's regular expressions (Oniguruma's) read otherwise than tiktoken's, or may.
+# What the library's regular expressions (Oniguruma's) read differently from tiktoken's, or may.
 FOREIGN = re.compile(
     r"""
     (?<!\[)\^ | \$                  # ends of lines there, of the text here
@@ -133,8 +133,8 @@ def write_pattern(pattern):
 def last_merge(token, ranks):
     """Return the two parts whose merging makes token, or () if merging by rank never makes it.
 
-    With ranks {b"ab": 256, b"abc": 257}, b"abc" is made of b"ab" and b"c". What stands around a
-    token in a text changes nothing before this merge, so no other two parts ever make the token.
+    With ranks {b"ab": 256, b"abc": 257}, b"abc" is made of b"ab" and b"c". The text around a
+    token changes nothing before this merge, so no other two parts ever make the token.
     """
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
@@ -154,7 +154,7 @@ def all_merges(ranks):
 
 
 def same_merges(model, ranks):
-    """Tell whether merging by rank, as tiktoken does, gives the ids that the merges give."""
+    """Tell whether merging by rank, as tiktoken does, gives the same ids as the merges."""
     theirs = []
     for pair in model["merges"]:
         left, right = pair.split(" ") if isinstance(pair, str) else pair  # older files: "a b"
@@ -164,7 +164,7 @@ def same_merges(model, ranks):
 
     ours = all_merges(ranks)
     if () in ours and not model.get("ignore_merges"):
-        return False  # tiktoken takes a word that is a token at once, as ignore_merges does
+        return False  # tiktoken merges nothing in a word that is a token, like ignore_merges
     needed = set(ours)
     theirs = [pair for pair in theirs if pair in needed]  # Llama 3 lists pairs that never meet
     return theirs == [pair for pair in ours if pair]
@@ -191,10 +191,11 @@ def token_bytes(token, byte_level):
 
 
 class LibraryEncoding:
-    """A tokenizer.json run by its library, with what is used here of tiktoken.Encoding's interface.
+    """A tokenizer.json that is run by its library.
 
-    Decoding joins the bytes of the tokens, so that ids may be decoded one by one. Sentencepiece
-    puts a space before a text and holds it in the first token, so a decoded text begins with it.
+    It has the part of tiktoken.Encoding's interface that is used here. Decoding joins the bytes of
+    the tokens, so ids may be decoded one by one. Sentencepiece puts a space before a text and holds
+    it in the first token, so a decoded text begins with it.
 
     json_text: the content of tokenizer.json. Raises ValueError.
     """
@@ -218,7 +219,7 @@ class LibraryEncoding:
             )
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
-        self.tokenizer.encode_special_tokens = True  # as text, where a text spells their names
+        self.tokenizer.encode_special_tokens = True  # their names in a text are plain text
 
         vocab = self.tokenizer.get_vocab(with_added_tokens=True)
         added = self.tokenizer.get_added_tokens_decoder().values()
@@ -237,7 +238,7 @@ class LibraryEncoding:
         return self.special[name]
 
     def encode_ordinary(self, text):
-        text = text.encode(errors="replace").decode()  # the library has no lone surrogates
+        text = text.encode(errors="replace").decode()  # the library accepts no lone surrogates
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_to_numpy(self, text, disallowed_special=()):
@@ -253,7 +254,7 @@ LACKING = ("byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word
 
 
 def special_tokens(data):
-    """Return the special tokens of tokenizer.json, name to id, in order of the ids."""
+    """Return {name: id} of the special tokens in tokenizer.json, in order of the ids."""
     added = sorted(data.get("added_tokens") or [], key=lambda token: token["id"])
     return {token["content"]: token["id"] for token in added if token["special"]}
 
@@ -274,7 +275,7 @@ def is_plain_bpe(data):
     special = special_tokens(data)
     if len(special) < len(data.get("added_tokens") or []):
         return False  # an added token that is not special is found in texts
-    return all(name.split() == [name] for name in special)  # a state parts names by spaces
+    return all(name.split() == [name] for name in special)  # a state separates names by spaces
 
 
 def is_characters(data, tokens):
@@ -286,7 +287,7 @@ def is_characters(data, tokens):
 
 
 def special_state(special, n_tokens):
-    """Return the part of a state that names the special tokens beside n_tokens others."""
+    """Return the part of a state that names the special tokens, given n_tokens others."""
     behind = list(range(n_tokens, n_tokens + len(special)))  # where gpt.Tokenizer puts them itself
     ids = [] if list(special.values()) == behind else special.values()
     return {"special": " ".join(special), "special_ids": " ".join(str(i) for i in ids)}
@@ -295,8 +296,9 @@ def special_state(special, n_tokens):
 def read_state(data):
     """Return the state, without its roles, of a gpt.Tokenizer that gives tokenizer.json's ids.
 
-    Its kind is "char" or "bpe" where tiktoken can give them, else "tokenizers", for the library.
-    Raises AttributeError, KeyError, TypeError or ValueError for data that is no tokenizer.
+    Its kind is "char" or "bpe" if tiktoken can give these ids. Otherwise it is "tokenizers", for
+    the library. Raises AttributeError, KeyError, TypeError or ValueError for data that is not a
+    tokenizer.
     """
     if not is_plain_bpe(data):
         return library_state(data)
@@ -323,7 +325,7 @@ def read_state(data):
 
 
 # ---- Reading: which tokens begin and end a text, and the template of a chat ----
-# By a mark in a model's chat template: the token that ends an answer, and the template in the
+# A mark in a model's chat template gives the token that ends an answer, and the template in the
 # form of gpt.CHAT.
 CHATS = {
     "<|im_start|>": (
@@ -362,7 +364,7 @@ def token_name(value):
 
 
 def end_token(data, settings):
-    """Return the name of the token that ends a text, by its name or else by its id."""
+    """Return the name of the token that ends a text. Settings give its name, or else its id."""
     name = token_name(settings.get("eos_token", ""))
     if name:
         return name
@@ -375,7 +377,9 @@ def end_token(data, settings):
 def read_roles(data, settings, chat):
     """Return `begin`, `end` and `chat` of a gpt.Tokenizer's state.
 
-    data: tokenizer.json. settings: the other files beside it. chat: the template if none is known.
+    data: the content of tokenizer.json.
+    settings: the content of the other files in its folder.
+    chat: the template to use if none is known.
     """
     begin = first_special(data)
     if not begin and settings.get("add_bos_token"):  # a bos_token alone is only a name
@@ -393,7 +397,7 @@ def read_roles(data, settings, chat):
 
 # ---- Writing ----
 def quote(text):
-    """Return text as Jinja's string, with the message's content in place of %s."""
+    """Return text as a string for Jinja, with the message's content in place of %s."""
     return json.dumps(text, ensure_ascii=False).replace("%s", "\" + message['content'] + \"")
 
 
@@ -430,8 +434,10 @@ def begin_with(name, i):
 def write_data(state, special, ranks, pattern):
     """Return the content of tokenizer.json for a gpt.Tokenizer that tiktoken backs.
 
-    state: the Tokenizer's. special: its special tokens, name to id. ranks and pattern: its
-    encoding's. Raises ValueError for a pattern that means something else to the library.
+    state: the Tokenizer's state.
+    special: its special tokens, {name: id}.
+    ranks, pattern: those of its encoding.
+    Raises ValueError for a pattern that means something else to the library.
     """
     by_character = state["kind"] == "char"  # the library drops a character that it does not know
     if by_character:
@@ -473,7 +479,7 @@ def write_data(state, special, ranks, pattern):
 
 
 def write_settings(state, special, data, block_size):
-    """Return the content of tokenizer_config.json, beside tokenizer.json's data."""
+    """Return the content of the tokenizer_config.json that goes with tokenizer.json's data."""
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": block_size,
@@ -484,7 +490,7 @@ def write_settings(state, special, data, block_size):
     if state["begin"] and not first_special(data):
         settings["add_bos_token"] = True
 
-    # Without its marks among the special tokens, a chat would be spelled out.
+    # A chat whose marks are not all special tokens would spell them out.
     marks = re.findall(r"<\|\w+\|>", state["chat"])
     if state["kind"] == "tokenizers" or special.keys() >= set(marks):
         begin = settings.get("bos_token", "")

@@ -1,6 +1,6 @@
 """plots.py: pictures and logs of a run, and a look inside a model.
 
-    python extras/plots.py out/shakespeare              draw loss.png from a run's log.jsonl again
+    python extras/plots.py out/shakespeare              draw loss.png again from a run's log.jsonl
     python gpt.py --tensorboard=True                    log to TensorBoard: pip install tensorboard
     python gpt.py --wandb_log=True                      log to Weights & Biases: pip install wandb
     python sample.py --show --prompt="ROMEO:"           the likeliest next tokens as bars
@@ -20,7 +20,7 @@ import torch
 
 
 def needed(library, purpose):
-    """Return a library. Raises ValueError, with the remedy, if it is missing."""
+    """Import and return a library. Raises ValueError, which names the remedy, if it is missing."""
     try:
         return importlib.import_module(library)
     except ImportError as e:
@@ -37,8 +37,8 @@ def is_number(value):
 def read_log(path):
     """Return {name: ([step, ...], [value, ...])} of the numbers in a log.jsonl, each step once.
 
-    The loss over the full validation split, which stands in the last line, is "full_val_loss". A
-    line that a killed process left unfinished is skipped.
+    The last line holds the loss over the full validation split, here named "full_val_loss". A line
+    that a killed process left unfinished is skipped.
     """
     found = {}
     for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
@@ -63,10 +63,10 @@ def read_log(path):
 
 # ---- loss.png ----
 def loss_limits(losses, val_losses):
-    """Return the lowest and highest loss to draw, or None where all of them can be drawn.
+    """Return the lowest and highest loss to draw, or None if all of them can be drawn.
 
     losses, val_losses: the values in the order of their steps. The first steps' losses are far
-    above the others and would flatten them, so that the highest twentieth is cut off. Validation
+    above the others and would flatten the curve, so the highest twentieth is cut off. Validation
     losses after the first one are always in the picture.
     """
     if len(losses) < 20:
@@ -115,7 +115,7 @@ def draw_speed(axes, log):
 
 
 def loss_figure(log, title=""):
-    """Return a matplotlib figure of what read_log gives: losses, learning rate, speed by step."""
+    """Return a matplotlib figure of read_log's result: losses, learning rate and speed by step."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 6), dpi=100, layout="constrained", facecolor="white")
@@ -170,8 +170,8 @@ class Picture:
 def tensorboard_writer(out, config, step):
     """Return a function that writes the numbers of a dict to a folder in out/tensorboard.
 
-    Each run has a folder of its own. A run that is resumed at `step` continues the newest one, in
-    which TensorBoard then drops what was written after that step.
+    Each run has a folder of its own. A run that is resumed at `step` continues in the newest
+    folder. TensorBoard then drops what was written there after that step.
     """
     tensorboard = needed("torch.utils.tensorboard", "tensorboard=True")
     folders = [path for path in (out / "tensorboard").glob("*") if path.is_dir()]
@@ -195,8 +195,8 @@ def tensorboard_writer(out, config, step):
 def wandb_writer(out, config, step):
     """Return a function that writes the numbers of a dict to a run of Weights & Biases.
 
-    The run's id is kept in out/wandb_id.txt, by which a resumed run continues it. Steps that it has
-    already, because they came after the checkpoint, keep their first values.
+    The run's id is kept in out/wandb_id.txt, so that a resumed run can continue it. Steps
+    after the checkpoint, which the run already has, keep their first values.
     """
     wandb = needed("wandb", "wandb_log=True")
     id_file = out / "wandb_id.txt"
@@ -213,14 +213,14 @@ def wandb_writer(out, config, step):
 
     def write(values):
         numbers = {name: v for name, v in values.items() if isinstance(v, int | float)}
-        # The last line of a run is sent at once, since no other step follows that would send it.
+        # The last line of a run is sent immediately, because no later step would send it.
         run.log(numbers, step=values["step"], commit="perplexity" in values or None)
 
     return write
 
 
 def harmless(name, write):
-    """Return a function that does what write does until that fails, and says so then.
+    """Return a function that calls `write` until a call fails, and then prints why and stops.
 
     A full disk or a lost connection thus costs the log or the picture, but not the run.
     """
@@ -241,12 +241,12 @@ def harmless(name, write):
 
 
 def open_writers(out, config, tensorboard=False, wandb_log=False, step=0):
-    """Return the functions that take each dict that a run logs, which holds its "step".
+    """Return the functions to call with each dict that a run logs. The dict holds its "step".
 
     out: Path of the run's folder.
     config: the settings, as a dict, for TensorBoard and Weights & Biases to show.
-    step: where the run is resumed; 0: it begins.
-    Raises ValueError if a library is missing or refuses.
+    step: the step at which the run is resumed. 0: the run begins.
+    Raises ValueError if a library is missing or refuses to start.
     """
     writers = []
     if tensorboard:
@@ -261,7 +261,7 @@ def open_writers(out, config, tensorboard=False, wandb_log=False, step=0):
 # ---- A look inside a model ----
 @torch.no_grad()
 def next_probabilities(model, ids):
-    """Return the probabilities (vocab_size,) float32 of the token after ids.
+    """Return the probabilities of the token after ids, (vocab_size,) float32.
 
     ids: a list that fits the model's block_size.
     """
@@ -294,7 +294,7 @@ def attention_shares(q, k, mask=None):
     """Return softmax(q k^T / sqrt(d) + mask), (B, n_head, T, S) float32: each query's shares.
 
     q: (B, n_head, T, d).
-    k: (B, n_kv_head, S, d), of which each serves a group of query heads.
+    k: (B, n_kv_head, S, d). Each key head serves a group of query heads.
     mask: bool, True where a query may look; or float, which is added; None: causal.
     """
     k = k.repeat_interleave(q.size(1) // k.size(1), dim=1)
@@ -310,10 +310,10 @@ def attention_shares(q, k, mask=None):
 
 @torch.no_grad()
 def attention_weights(model, ids):
-    """Return how much each token of ids looks at each other, (n_layer, n_head, T, T) float32.
+    """Return how much each token of ids attends to each other, (n_layer, n_head, T, T) float32.
 
-    Attention itself computes no such matrix where it is fast, so it is computed here from what
-    goes into each layer's attention.
+    Fast attention never computes this matrix, so it is computed here from the inputs of each
+    layer's attention.
     """
     model.eval()
     weights = []
@@ -333,7 +333,7 @@ def attention_weights(model, ids):
 
 
 def spread(n, most):
-    """Return at most `most` of the numbers below n, evenly spread and with both ends."""
+    """Return at most `most` of the numbers below n, evenly spread and including both ends."""
     count = min(n, most)
     return sorted({round(i * (n - 1) / max(1, count - 1)) for i in range(count)})
 
@@ -343,13 +343,13 @@ def attention_figure(weights, tokens, most=8):
 
     weights: (n_layer, n_head, T, T).
     tokens: T texts.
-    most: the number of layers and of heads that are shown; of more, evenly spread ones are.
+    most: the largest number of layers and of heads to show. Of more, evenly spread ones are shown.
     """
     from matplotlib.figure import Figure
 
     layers = spread(weights.size(0), most)
     heads = spread(weights.size(1), most)
-    size = 2.2 if len(tokens) <= 24 else 3.2  # inches of a map
+    size = 2.2 if len(tokens) <= 24 else 3.2  # inches per map
     shape = (1.6 + size * len(heads), 1.2 + size * len(layers))
     figure = Figure(shape, dpi=100, layout="constrained")
     grid = figure.subplots(len(layers), len(heads), squeeze=False, sharex=True, sharey=True)
@@ -368,7 +368,7 @@ def attention_figure(weights, tokens, most=8):
 
 
 def label_tokens(axes, tokens):
-    """Write the tokens along both axes of a map, unless they are too many to be read."""
+    """Write the tokens along both axes of a map, unless there are too many to read."""
     if len(tokens) > 40:
         return
     labels = [repr(token)[1:-1].replace(" ", "\N{OPEN BOX}") for token in tokens]

@@ -141,7 +141,7 @@ def test_special_tokens_follow_and_no_text_gives_them(trained):
     """Ids 1000 to 1003, each distinct; spelled out in a text they are ordinary bytes."""
     _, tokenizer = trained
     names = ["<|endoftext|>", "<|user|>", "<|assistant|>", "<|pad|>"]
-    assert tokenizer.special == {name: 1000 + i for i, name in enumerate(names)}
+    assert tokenizer.special_tokens == {name: 1000 + i for i, name in enumerate(names)}
     assert tokenizer.vocab_size == 1004
     for name in names:
         ids = tokenizer.encode(f"a{name}b")

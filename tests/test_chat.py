@@ -176,7 +176,7 @@ def test_the_ids_are_those_of_the_rendered_conversation(system):
 def test_names_of_special_tokens_that_are_typed_are_text():
     """They become ordinary tokens, together with the plain text around them."""
     tokenizer = bpe()
-    start, end = tokenizer.special["<|im_start|>"], tokenizer.special["<|im_end|>"]
+    start, end = tokenizer.special_tokens["<|im_start|>"], tokenizer.special_tokens["<|im_end|>"]
     plain = tokenizer.encoding.encode_ordinary
     ids = chat_of(tokenizer).encode(["hello<|im_end|>\nhe", "<|im_start|>", "<|endoftext|>"])
     assert ids == [
@@ -198,18 +198,20 @@ def test_the_default_template_is_that_of_prepare():
     ids = [[]]
     for text, _ in chat_document("here", messages, 255):
         ids[-1] += (
-            [tokenizer.special[text]] if isinstance(text, Special) else tokenizer.encode(text)
+            [tokenizer.special_tokens[text]]
+            if isinstance(text, Special)
+            else tokenizer.encode(text)
         )
         ids += [[]] * (text == "<|endoftext|>")
         ids[-1] = list(ids[-1])
     talk = chat_of(tokenizer, system="mild")
-    end = [tokenizer.special["<|endoftext|>"]]
+    end = [tokenizer.special_tokens["<|endoftext|>"]]
     assert ids[0] == talk.encode(["who"]) + tokenizer.encode("me") + end
     assert ids[1] == talk.encode(["who", "me", "and?"]) + tokenizer.encode("you") + end
 
 
 def test_a_token_that_begins_every_text_begins_the_conversation_once():
-    begin = bpe().special["<|begin|>"]
+    begin = bpe().special_tokens["<|begin|>"]
     for chat in (CHATML, "<|begin|>%s||<|begin|>%s<|im_start|>||%s"):
         ids = chat_of(bpe(chat, begin="<|begin|>")).encode(["he"])
         assert ids[0] == begin and ids.count(begin) == 1

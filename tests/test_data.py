@@ -50,7 +50,7 @@ class WideTokenizer:
     def __init__(self, vocab_size):
         self.vocab_size = vocab_size
         self.state = {"kind": "wide", "chars": ""}
-        self.begin = None
+        self.begin_id = None
 
     def encode(self, text):
         """Return the last ids of the vocabulary."""

@@ -18,6 +18,7 @@ import gpt
 CHARS = "".join(sorted(set(TEXT)))
 N_CHARS = len(CHARS)
 SHAPE = {"block_size": 16, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 32}
+SHAPE |= {"qk_norm": False, "tie_weights": True}
 
 
 def random_model(vocab_size=N_CHARS, **changes):
@@ -81,7 +82,7 @@ def test_a_text_begins_as_all_texts_do():
     """A tokenizer's begin token is seen first, so that the first character, too, is a target."""
     tokenizer = gpt.Tokenizer("char", CHARS[:-1], special="<s>", begin="<s>")
     text = "".join(c for c in TEXT[700:760] if c != CHARS[-1])
-    model, ids = random_model(), [tokenizer.begin, *tokenizer.encode(text)]
+    model, ids = random_model(), [tokenizer.begin_id, *tokenizer.encode(text)]
     figures = evaluate.evaluate_text(model, tokenizer, text)
     assert (ids[0], figures["tokens"]) == (len(CHARS) - 1, len(text))
     assert figures["loss"] == pytest.approx(hand_loss(model, ids, 16), abs=1e-5)
@@ -99,7 +100,7 @@ def test_bits_per_byte_do_not_depend_on_the_tokenizer():
         (gpt.Tokenizer("bpe", ranks=ranks, pattern="(?s:..)"), 1600),
     ):
 
-        def says_anything(x, y, weights, choices=choices):
+        def says_anything(x, y, weights, loss_only, choices=choices):
             return None, torch.tensor(math.log(choices))
 
         model = SimpleNamespace(
@@ -208,7 +209,7 @@ def test_examples_are_weighed_and_do_not_overlap(tmp_path, write_examples):
     model = random_model(tokenizer.vocab_size)
     nats, total = 0.0, 0.0
     for example in examples:
-        ids = [i for text, _ in example for i in tokenizer.encode(text)] + [tokenizer.end]
+        ids = [i for text, _ in example for i in tokenizer.encode(text)] + [tokenizer.end_id]
         (prompt, _), (_, weight) = example
         with torch.no_grad():
             logits = model(torch.tensor([ids[:-1]]))[0][0]

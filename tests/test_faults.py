@@ -218,7 +218,7 @@ def test_memory_that_is_full_where_nothing_can_be_made_smaller(settings, acceler
     trainer = new_trainer()
     trainer.machine.world_size = 2
     with pytest.raises(ValueError, match=FULL):
-        trainer.warm_up()
+        trainer.get_ready()
     assert trainer.micro_rows == 4
 
 
@@ -340,7 +340,7 @@ def test_optimizer_state_that_does_not_fit_is_named(finished, settings, change):
 def test_a_run_of_an_earlier_version_is_resumed(finished, settings, tmp_path):
     """Its seconds, which a clock that was set may have made negative, begin at 0 then."""
     state = gpt.read_checkpoint(finished / "ckpt.pt")
-    for name in ("version", "progress", "measure"):
+    for name in ("version", "progress", "val_conditions"):
         del state[name]
     state |= {"stale": 0, "reserve": 0.5, "paused": 3.0, "elapsed_s": -3600.0}
     gpt.save_checkpoint(finished / "ckpt.pt", state)

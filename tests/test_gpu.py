@@ -1,6 +1,5 @@
 """What only a CUDA GPU can show: graphs, compiled or not, do what plain calls do."""
 
-import functools
 import math
 
 import pytest
@@ -22,7 +21,7 @@ pytestmark = [
 def new_gpu_trainer(**changes):
     """Return a Trainer on the GPU that has warmed up, and compiled if it shall."""
     trainer = new_trainer(device="cuda", learning_rate=0.03, muon_lr=0.1, **changes)
-    trainer.warm_up()
+    trainer.get_ready()
     return trainer
 
 
@@ -197,11 +196,10 @@ def test_losses_with_a_padded_head_are_near_those_in_float64(
     y, w = torch.randint(size, (64,), device="cuda"), torch.rand(64, device="cuda")
     torch._dynamo.reset()
     config = gpt.GPTConfig(train_temperature=0.8)
-    losses_of = functools.partial(gpt.token_losses, config=config, training=True)
     loss_of = gpt.weighted_loss
     if compiled:
         loss_of = torch.compile(loss_of, dynamic=False, fullgraph=True)
-    loss = loss_of(x, head, y, w, losses_of)
+    loss = loss_of(x, head, y, w, config, True)
     loss.backward()
     exact = [t.detach().double().requires_grad_() for t in (x, head)]
     losses = F.cross_entropy(exact[0] @ exact[1].T / 0.8, y, reduction="none")

@@ -232,7 +232,9 @@ def test_a_byte_level_tokenizer_becomes_tiktokens(library_tokenizers, folder, na
     )
     assert tokenizer.state["kind"] == "bpe"
     assert tokenizer.vocab_size == theirs.get_vocab_size()
-    assert tokenizer.special == {token["content"]: token["id"] for token in data["added_tokens"]}
+    assert tokenizer.special_tokens == {
+        token["content"]: token["id"] for token in data["added_tokens"]
+    }
     assert tokenizer.state["pattern"] == MODELS[name][3] or name == "smollm2"
     assert tokenizer.state["special_ids"] == (
         "" if name != "smollm2" else " ".join(map(str, range(17)))
@@ -400,7 +402,7 @@ def test_an_added_id_that_does_not_hold_is_left_to_the_library(library_tokenizer
     data = copy.deepcopy(library_tokenizers["gpt2"])
     data["added_tokens"][0]["id"] = 1300
     tokenizer = read_tokenizer(folder(data))
-    assert tokenizer.special == {"<|endoftext|>": 1200}
+    assert tokenizer.special_tokens == {"<|endoftext|>": 1200}
 
 
 def test_dropout_is_left_to_the_library(library_tokenizers, folder):
@@ -434,9 +436,9 @@ def test_names_in_texts_are_no_special_tokens(library_tokenizers, folder):
     """Of both kinds: spelled out they are ordinary tokens."""
     for data in (library_tokenizers["smollm2"], sentencepiece(True)):
         tokenizer = read_tokenizer(folder(data))
-        for name, i in tokenizer.special.items():
+        for name, i in tokenizer.special_tokens.items():
             assert tokenizer.encoding.encode_single_token(name) == i
-            assert not set(tokenizer.encode(f"a{name}b")) & set(tokenizer.special.values())
+            assert not set(tokenizer.encode(f"a{name}b")) & set(tokenizer.special_tokens.values())
             assert tokenizer.decode([i]) == name
 
 
@@ -468,7 +470,7 @@ def test_begin_is_what_is_really_put_before_a_text(library_tokenizers, folder):
     assert roles(folder, data | {"post_processor": sequence})[0] == bos
     off = {"bos_token": bos, "add_bos_token": False, "tokenizer_class": "PreTrainedTokenizerFast"}
     path = folder(data | {"post_processor": post}, tokenizer_config=off)  # a no is not heard there
-    assert read_tokenizer(path).begin == 1200
+    assert read_tokenizer(path).begin_id == 1200
     assert AutoTokenizer.from_pretrained(path)("a")["input_ids"] == [
         1200,
         *read_tokenizer(path).encode("a"),
@@ -494,7 +496,7 @@ def test_end_comes_from_the_first_file_that_names_it(library_tokenizers, folder)
         == "<|eot_id|>"
     )
     assert roles(folder, data, tokenizer_config={"eos_token": end})[1] == end
-    assert read_tokenizer(folder(data)).end == 1201
+    assert read_tokenizer(folder(data)).end_id == 1201
     first = {"eos_token_id": 0}  # the token that is 0 is one as any other
     files = {"config": first, "tokenizer_config": {}, "special_tokens_map": {}}
     found = roles(folder, library_tokenizers["smollm2"], generation_config={}, **files)
@@ -544,14 +546,14 @@ def test_apply_chat_template_renders_our_text(tmp_path, chat, special, end, begi
     tokenizer = own_bpe(ALL_BYTES, special=special, end=end, begin=begin, chat=chat)
     write_tokenizer(tokenizer, tmp_path, 64)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
-    marks = dict(zip(("system", "user", "assistant"), tokenizer.chat, strict=True))
+    marks = dict(zip(("system", "user", "assistant"), tokenizer.chat_parts, strict=True))
     for messages in (MESSAGES, MESSAGES[1:2], MESSAGES[:3]):
         parts = [marks[m["role"]].replace("%s", m["content"], 1) for m in messages]
         last = end if messages[-1]["role"] == "assistant" and end not in chat else ""
         rendered = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         assert rendered == begin + "".join(parts) + last
     ids = theirs.apply_chat_template(MESSAGES, add_generation_prompt=True, return_dict=False)
-    known = {i for name, i in tokenizer.special.items() if name in chat}
+    known = {i for name, i in tokenizer.special_tokens.items() if name in chat}
     assert known <= set(ids)
 
 
@@ -573,7 +575,7 @@ def assert_comes_back(tokenizer, path):
     write_tokenizer(tokenizer, path, 256)
     again = read_tokenizer(path)
     assert again.state == tokenizer.state
-    assert again.special == tokenizer.special
+    assert again.special_tokens == tokenizer.special_tokens
     write_tokenizer(again, path / "again", 256)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (path / name).read_bytes() == (path / "again" / name).read_bytes()
@@ -589,7 +591,7 @@ def test_what_was_read_is_written_for_transformers(library_tokenizers, folder, t
     tokenizer = read_tokenizer(folder(data, tokenizer_config=config))
     out = tmp_path / "out"
     assert_comes_back(tokenizer, out)
-    first = [] if tokenizer.begin is None else [tokenizer.begin]
+    first = [] if tokenizer.begin_id is None else [tokenizer.begin_id]
     texts = [
         text.replace("<|endoftext|>", "")
         for text in [TOPICS[:20_000], *random_strings(200, seed=1)]
@@ -600,11 +602,11 @@ def test_what_was_read_is_written_for_transformers(library_tokenizers, folder, t
                 json.dumps({"model_type": model_type}), encoding="utf-8"
             )
         theirs = AutoTokenizer.from_pretrained(out)
-        assert (theirs.eos_token_id, theirs.bos_token_id) == (tokenizer.end, tokenizer.begin)
+        assert (theirs.eos_token_id, theirs.bos_token_id) == (tokenizer.end_id, tokenizer.begin_id)
         for text in texts[:50] if model_type else texts:
             assert theirs(text)["input_ids"] == first + tokenizer.encode(text)
             assert theirs.decode(tokenizer.encode(text)) == text
-    for special, i in tokenizer.special.items():
+    for special, i in tokenizer.special_tokens.items():
         assert theirs(f"a{special}")["input_ids"] == [*first, *tokenizer.encode("a"), i]
 
 
@@ -632,12 +634,12 @@ def test_our_own_bpe_is_written(tmp_path):
         random_strings(2000),
     )
     theirs = AutoTokenizer.from_pretrained(tmp_path)
-    assert theirs.pad_token_id == tokenizer.special["<|pad|>"]
+    assert theirs.pad_token_id == tokenizer.special_tokens["<|pad|>"]
     assert theirs("a<|user|>b<|endoftext|>")["input_ids"] == [
         *tokenizer.encode("a"),
-        tokenizer.special["<|user|>"],
+        tokenizer.special_tokens["<|user|>"],
         *tokenizer.encode("b"),
-        tokenizer.end,
+        tokenizer.end_id,
     ]
 
 
@@ -695,7 +697,10 @@ def test_tiktokens_patterns_and_special_tokens_are_written(monkeypatch, tmp_path
     assert_like(tokenizer, theirs, [*random_strings(2000), TOPICS[:50_000]])
     monkeypatch.undo()
     again = read_tokenizer(tmp_path)
-    assert (again.special, again.vocab_size) == (tokenizer.special, tokenizer.vocab_size)
+    assert (again.special_tokens, again.vocab_size) == (
+        tokenizer.special_tokens,
+        tokenizer.vocab_size,
+    )
     data = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
     if name in ("gpt2", "r50k_base", "p50k_base", "p50k_edit"):
         assert data["pre_tokenizer"]["type"] == "ByteLevel"
@@ -759,7 +764,7 @@ def test_sentencepiece_is_left_to_the_library(folder, tmp_path, metaspace):
     tokenizer = read_tokenizer(
         folder(data, tokenizer_config={"eos_token": "</s>", "chat_template": "<|im_start|>"})
     )
-    assert (tokenizer.state["kind"], tokenizer.begin, tokenizer.end) == ("tokenizers", 1, 2)
+    assert (tokenizer.state["kind"], tokenizer.begin_id, tokenizer.end_id) == ("tokenizers", 1, 2)
     assert (tokenizer.vocab_size, tokenizer.state["special"]) == (600, "")
     for text in [*random_strings(500), TOPICS[:20_000], "a\n  b", "<0x41> </s>", ""]:
         ids = tokenizer.encode(text)
@@ -784,11 +789,11 @@ def test_a_begin_by_add_bos_token_is_kept(library_tokenizers, folder, tmp_path):
     """In the settings, beside the library's tokenizer; an own one says it in its tokenizer.json."""
     config = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}
     tokenizer = read_tokenizer(folder(sentencepiece(True), tokenizer_config=config))
-    assert tokenizer.begin == 1
+    assert tokenizer.begin_id == 1
     assert_comes_back(tokenizer, tmp_path / "spm")
     config = {"bos_token": "<|endoftext|>", "add_bos_token": True}
     tokenizer = read_tokenizer(folder(library_tokenizers["gpt2"], tokenizer_config=config))
-    assert tokenizer.begin == tokenizer.end == 1200
+    assert tokenizer.begin_id == tokenizer.end_id == 1200
     assert_comes_back(tokenizer, tmp_path / "gpt2")
     theirs = AutoTokenizer.from_pretrained(tmp_path / "gpt2")
     assert theirs("a")["input_ids"] == [1200, *tokenizer.encode("a")]

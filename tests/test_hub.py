@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from conftest import ROOT
 from forks import run_jobs
@@ -182,6 +183,8 @@ def random_model(**changes):
         "n_head": 4,
         "n_kv_head": 2,
         "n_embd": 64,
+        "qk_norm": False,
+        "tie_weights": True,
     }
     model = gpt.GPT(gpt.GPTConfig(**shape | {"dropout": 0.0} | changes)).eval()
     with torch.no_grad():
@@ -241,6 +244,52 @@ def test_own_models_are_exported(tmp_path, case):
     assert transformers.GenerationConfig.from_pretrained(tmp_path / "new").do_sample
 
 
+SLOWED = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+
+
+@pytest.mark.parametrize("case", [*EXPORTED, "slowed"])
+def test_the_plain_form_computes_transformers_logits(tmp_path, case):
+    """So that what is compared with it is compared with transformers."""
+    changes, _ = EXPORTED.get(case, ({"rope_scaling": SLOWED}, ""))
+    model = random_model(**changes)
+    export(tmp_path / "new", model)
+    other = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "new", dtype=torch.float32
+    ).eval()
+    ids = torch.randint(VOCAB, (BLOCK,), generator=torch.Generator().manual_seed(3))
+    logits = hub.reference_logits(model.config, model.state_dict(), ids)
+    with torch.no_grad():
+        expected = other(input_ids=ids[None]).logits[0]
+    assert (logits - expected).abs().max() < 1e-4
+
+
+CODE_CHANGES = {
+    "activation": lambda: (
+        gpt.MLP,
+        lambda self, x: self.c_proj(F.relu(self.c_fc(x).chunk(2, -1)[0]).square()),
+    ),
+    "residual": lambda: (
+        gpt.Block,
+        lambda self, x, *more: x + 0.9 * self.attn(self.ln_1(x), *more) + self.mlp(self.ln_2(x)),
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CODE_CHANGES)
+def test_a_change_of_the_code_is_found_before_it_is_exported(tmp_path, monkeypatch, change):
+    """A model whose code was changed in place would be another one in transformers."""
+    module, forward = CODE_CHANGES[change]()
+    monkeypatch.setattr(module, "forward", forward)
+    with pytest.raises(ValueError, match="logits that differ by .* from those that transformers"):
+        export(tmp_path / "new", random_model())
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
@@ -271,7 +320,7 @@ def test_a_field_that_export_does_not_know_must_be_off():
         logit_limit: float = 0.0
 
     tokenizer = gpt.Tokenizer("char", CHARS)
-    for switches in ({}, GPT2_SWITCHES | {"n_head": 4}):
+    for switches in ({}, GPT2_SWITCHES | {"n_kv_head": 4, "qk_norm": False}):
         plain = hub.write_config(gpt.GPTConfig(**switches), tokenizer, torch.float32)
         assert hub.write_config(Capped(**switches), tokenizer, torch.float32) == plain
         with pytest.raises(ValueError, match="^logit_limit is 30.0: hub.py does not know this"):

@@ -1,9 +1,8 @@
 """The model against formulas written out here, and against transformers' Llama and GPT-2."""
 
 import contextlib
-import functools
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -24,6 +23,8 @@ SMALL = {
     "n_embd": 32,
     "mlp_ratio": 3.0,
     "dropout": 0.0,
+    "qk_norm": False,
+    "tie_weights": True,
 }
 LLAMA_LIKE = SMALL | {"n_kv_head": 2}
 GPT2_LIKE = SMALL | {"bias": True, "use_rope": False, "use_rms_norm": False, "use_swiglu": False}
@@ -548,8 +549,7 @@ def exact_loss(x, head, targets, weights, temperature=1.0):
 def loss_at(x, head, targets, weights, temperature=1.0):
     """Return gpt's weighted_loss in training, at this train_temperature."""
     config = gpt.GPTConfig(train_temperature=temperature)
-    losses_of = functools.partial(gpt.token_losses, config=config, training=True)
-    return gpt.weighted_loss(x, head, targets, weights, losses_of)
+    return gpt.weighted_loss(x, head, targets, weights, config, True)
 
 
 def loss_inputs(n=11, n_embd=5, vocab_size=7, dtype=torch.float32):
@@ -677,7 +677,7 @@ def test_evaluation_computes_no_gradients():
     model = random_model(**LLAMA_LIKE)
     ids = random_ids(model.config, 2, 12)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(ids, ids, weights=torch.ones(2, 12))
+        model(ids, ids, loss_only=True)
         loss = counter.get_total_flops()
         model(ids)
     assert counter.get_total_flops() == 2 * loss
@@ -722,7 +722,7 @@ def test_norms_that_autocast_makes_float32_leave_the_rest_in_bfloat16(monkeypatc
     monkeypatch.setattr(gpt, "weighted_loss", watched_loss)
     ids = random_ids(model.config, 2, 12)
     with torch.autocast("cpu", torch.bfloat16):
-        model(ids, ids, weights=torch.ones(2, 12))[1].backward()
+        model(ids, ids, loss_only=True)[1].backward()
     assert len(seen) > 4 and {t.dtype for t in seen} == {torch.bfloat16}
 
 
@@ -730,7 +730,7 @@ def others_in_float(others):
     return [t.float() if isinstance(t, torch.Tensor) else t for t in others]
 
 
-def test_logits_and_loss_come_together_unless_weights_are_given():
+def test_logits_and_loss_come_together_unless_the_loss_is_all_that_is_wanted():
     model = gpt.GPT(
         gpt.GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_kv_head=1, n_embd=16)
     )
@@ -738,7 +738,7 @@ def test_logits_and_loss_come_together_unless_weights_are_given():
     logits, loss = model.eval()(x, y)
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten())
     assert float(loss.detach()) == pytest.approx(float(expected.detach()), abs=1e-6)
-    none, weighted = model(x, y, weights=torch.ones(2, 8))
+    none, weighted = model(x, y, loss_only=True)
     assert none is None and float(weighted.detach()) == pytest.approx(
         float(expected.detach()), abs=1e-6
     )
@@ -1180,6 +1180,48 @@ def test_checkpoints_of_a_compiled_model_load_into_a_plain_one(settings, tmp_pat
 
 
 # ---- Configuration, sizes, FLOPs ----
+def test_a_config_has_the_settings_defaults():
+    """One default for one setting: GPTConfig() is the model that gpt.py trains by default."""
+    config = asdict(gpt.GPTConfig())
+    shared = config.keys() & gpt.SETTINGS.keys()
+    assert len(shared) == 15
+    assert {n: config[n] for n in shared} == {n: gpt.SETTINGS[n].default for n in shared}
+
+
+def test_fields_that_matter_only_in_training_change_no_logits():
+    """A field that is declared training_only affects neither the weights nor evaluation."""
+    assert set(gpt.TRAINING_ONLY) == {"dropout", "train_temperature", "gradient_checkpointing"}
+    plain = random_model(**LLAMA_LIKE)
+    ids = random_ids(plain.config, 2, 12)
+    values = {"dropout": 0.5, "train_temperature": 0.5, "gradient_checkpointing": True}
+    other = gpt.GPT(replace(plain.config, **values)).eval()
+    other.load_state_dict(plain.state_dict())
+    with torch.no_grad():
+        for mine, theirs in zip(plain(ids, ids), other(ids, ids), strict=True):
+            assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("shape", [LLAMA_LIKE, GPT2_LIKE], ids=["rope", "learned"])
+def test_a_cropped_model_computes_what_the_whole_one_does(shape):
+    """Texts that fit have the same logits, with and without a cache; longer ones do not fit."""
+    model = random_model(**shape)
+    ids = random_ids(model.config, 2, 7)
+    with torch.no_grad():
+        expected, _ = model(ids)
+        model.crop_block_size(7)
+        logits, _ = model(ids)
+        cached, _ = model(ids, cache=gpt.KVCache(model.config, 2))
+    assert torch.equal(logits, expected)
+    assert (cached - expected).abs().max() < 1e-4
+    assert model.config.block_size == 7
+    assert gpt.GPT(model.config).state_dict().keys() == model.state_dict().keys()
+    gpt.GPT(model.config).load_state_dict(model.state_dict())
+    with pytest.raises(AssertionError, match="8 tokens do not fit in block_size 7"):
+        model(random_ids(model.config, 2, 8))
+    with pytest.raises(AssertionError):
+        model.crop_block_size(8)
+
+
 @pytest.mark.parametrize(
     ("values", "named"),
     [
@@ -1259,6 +1301,8 @@ def test_parameter_count_of_gpt2():
         use_rope=False,
         use_rms_norm=False,
         use_swiglu=False,
+        qk_norm=False,
+        tie_weights=True,
     )
     assert model.n_params() == 124_439_808
 

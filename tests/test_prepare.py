@@ -582,7 +582,7 @@ def test_examples_weigh_their_responses_by_rating(prepared, tmp_path, make, kind
                 tokenizer.encode(example["prompt"]),
                 tokenizer.encode(example["response"]),
             )
-            ids += [*prompt, *response, tokenizer.special["<|endoftext|>"]]
+            ids += [*prompt, *response, tokenizer.special_tokens["<|endoftext|>"]]
             weight = round((float(example["rating"]) - 1) / 4 * 255)
             weights += [0] * len(prompt) + [weight] * (len(response) + 1)
         assert read_bins(folder, split) == ids
@@ -620,7 +620,7 @@ def test_each_answer_of_a_chat_is_an_example(prepared, tmp_path):
     assert read_bins(folder, "val.weight", 1) == expected
     assert read_bins(folder, "train.weight", 1) == [0, 0, 0, 255, 255]
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    special = gpt.Tokenizer(**meta["tokenizer"]).special
+    special = gpt.Tokenizer(**meta["tokenizer"]).special_tokens
     assert read_bins(folder, "train")[::2][:2] == [special["<|user|>"], special["<|assistant|>"]]
 
 
@@ -772,7 +772,7 @@ def test_a_tokenizer_is_taken_from_a_hugging_face_folder(prepared, tmp_path):
     data = gpt.Data(tmp_path / "data" / name, 1)
     assert data.tokens["train"][np.arange(len(expected))].tolist() == expected
     assert len(data.tokens["train"]) == len(expected) == 13
-    assert (data.tokenizer.begin, data.tokenizer.chat) == (None, gpt.CHAT.split("||"))
+    assert (data.tokenizer.begin_id, data.tokenizer.chat_parts) == (None, gpt.CHAT.split("||"))
 
 
 def test_an_unknown_character_is_named_with_its_position(prepared, refused, tmp_path):
@@ -923,7 +923,7 @@ def test_pieces_and_processes_change_no_token(large, prepared, tmp_path):
         expected = []
         for path in chosen:
             expected += tokenizer.encode(path.read_bytes().decode())
-            expected.append(tokenizer.special["<|endoftext|>"])
+            expected.append(tokenizer.special_tokens["<|endoftext|>"])
         assert np.fromfile(folder / f"{split}.bin", "<u2").tolist() == expected
         assert meta[f"{split}_tokens"] == len(expected)
         assert meta[f"{split}_bytes"] == sum(path.stat().st_size for path in chosen)

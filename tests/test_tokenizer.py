@@ -86,7 +86,7 @@ def test_an_unknown_character_is_named(text, named, place):
 def test_special_tokens_follow_the_characters():
     """Their ids come after the others in the order of their names; decoding shows the names."""
     tokenizer = gpt.Tokenizer("char", "abc", special=SPECIAL)
-    assert tokenizer.special == {
+    assert tokenizer.special_tokens == {
         "<|endoftext|>": 3,
         "<|user|>": 4,
         "<|assistant|>": 5,
@@ -96,7 +96,7 @@ def test_special_tokens_follow_the_characters():
     assert tokenizer.encode("cab") == [2, 0, 1]
     assert tokenizer.decode([4, 0, 5, 1, 3]) == "<|user|>a<|assistant|>b<|endoftext|>"
     plain = gpt.Tokenizer("char", "abc")
-    assert (plain.special, plain.vocab_size) == ({}, 3)
+    assert (plain.special_tokens, plain.vocab_size) == ({}, 3)
 
 
 def test_no_text_gives_a_special_token():
@@ -111,7 +111,7 @@ def test_bpe_merges_and_counts(tiny_bpe):
     """Ids are those that the merges give by hand: th is 256, the is 257, bytes are themselves."""
     tokenizer = gpt.Tokenizer("tiny")
     assert tokenizer.vocab_size == 259
-    assert tokenizer.special == {"<|endoftext|>": 258}
+    assert tokenizer.special_tokens == {"<|endoftext|>": 258}
     assert tokenizer.encode("the then th") == [257, 32, 257, 110, 32, 256]
     assert tokenizer.encode("é") == [0xC3, 0xA9]
 
@@ -148,7 +148,7 @@ def test_an_own_bpe_merges_by_rank():
     assert tokenizer.encode("ab") == [255 - ord("a"), 255 - ord("b")]
     assert tokenizer.encode("\n the") == [255 - 10, 255 - 32, 257]  # the space is the first word's
     assert tokenizer.decode_bytes([259, 255 - 0xA5]) == "日".encode()
-    assert tokenizer.special == {
+    assert tokenizer.special_tokens == {
         "<|endoftext|>": 262,
         "<|user|>": 263,
         "<|assistant|>": 264,
@@ -156,7 +156,7 @@ def test_an_own_bpe_merges_by_rank():
     }
     assert tokenizer.decode([263, 257, 262]) == "<|user|>the<|endoftext|>"
     assert max(tokenizer.encode("<|user|>the<|endoftext|>")) < 262
-    assert (own_bpe("").special, own_bpe("").vocab_size) == ({}, 262)
+    assert (own_bpe("").special_tokens, own_bpe("").vocab_size) == ({}, 262)
 
 
 def test_an_own_bpe_is_tiktokens():
@@ -189,14 +189,14 @@ def test_state_rebuilds_the_tokenizer(tiny_bpe, name):
     rebuilt = gpt.Tokenizer(**json.loads(json.dumps(tokenizer.state)))
     assert rebuilt.encode("then\n") == tokenizer.encode("then\n") == expected
     assert rebuilt.vocab_size == tokenizer.vocab_size
-    assert rebuilt.special == tokenizer.special
+    assert rebuilt.special_tokens == tokenizer.special_tokens
     assert rebuilt.state == tokenizer.state
 
 
 def test_special_ids_leave_the_other_tokens_the_free_ones():
     """Special tokens may stand anywhere; the others take the ids that are left, in their order."""
     tokenizer = gpt.Tokenizer("char", "abc", special="<s> </s>", special_ids="0 2")
-    assert tokenizer.special == {"<s>": 0, "</s>": 2}
+    assert tokenizer.special_tokens == {"<s>": 0, "</s>": 2}
     assert tokenizer.encode("abc") == [1, 3, 4]
     assert tokenizer.decode([0, 4, 2]) == "<s>c</s>"
     assert tokenizer.vocab_size == 5
@@ -204,16 +204,16 @@ def test_special_ids_leave_the_other_tokens_the_free_ones():
 
 def test_begin_and_end_are_ids_of_special_tokens_or_none():
     tokenizer = gpt.Tokenizer("char", "abc", special="<s> </s>", begin="<s>", end="</s>")
-    assert (tokenizer.begin, tokenizer.end) == (3, 4)
+    assert (tokenizer.begin_id, tokenizer.end_id) == (3, 4)
     plain = gpt.Tokenizer("char", "abc")
-    assert (plain.begin, plain.end) == (None, None)
-    assert gpt.Tokenizer("char", "abc", special=SPECIAL).end == 3  # <|endoftext|>
+    assert (plain.begin_id, plain.end_id) == (None, None)
+    assert gpt.Tokenizer("char", "abc", special=SPECIAL).end_id == 3  # <|endoftext|>
 
 
 def test_a_chat_template_is_split_at_its_bars():
     """Into what stands around a system text, a question and an answer."""
-    assert gpt.Tokenizer("char", "a").chat == ["%s", "<|user|>%s<|assistant|>", "%s"]
-    assert gpt.Tokenizer("char", "a", chat="[%s]||Q%s||A%s.").chat == ["[%s]", "Q%s", "A%s."]
+    assert gpt.Tokenizer("char", "a").chat_parts == ["%s", "<|user|>%s<|assistant|>", "%s"]
+    assert gpt.Tokenizer("char", "a", chat="[%s]||Q%s||A%s.").chat_parts == ["[%s]", "Q%s", "A%s."]
 
 
 def test_the_state_of_older_data_sets_is_enough():

@@ -1081,7 +1081,7 @@ def test_the_batch_that_compile_is_tried_on_leaves_no_gradient(settings, monkeyp
     monkeypatch.setattr(torch, "compile", lambda call, **_: call)
     trainer = new_trainer(compile=True)
     before = {name: weight.clone() for name, weight in trainer.model.state_dict().items()}
-    trainer.warm_up()
+    trainer.get_ready()
     assert all(p.grad is None for p in trainer.model.parameters())
     assert_same(before, dict(trainer.model.state_dict()))
 
@@ -1132,7 +1132,7 @@ def test_samples_begin_with_a_newline_or_an_examples_prompt(
     class Model(torch.nn.Module):
         def generate(self, idx, max_tokens, **_):
             prompts.extend(idx)
-            end = data.tokenizer.special.get("<|endoftext|>", 0)
+            end = data.tokenizer.special_tokens.get("<|endoftext|>", 0)
             yield from torch.tensor([[1], [end], [2]])[:max_tokens]
 
     machine = gpt.set_up_machine(chosen)
