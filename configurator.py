@@ -64,9 +64,10 @@ def value_of(text, kind):
 
 # ---- Flags ----
 def text_of_bare_flag(name, setting, rest):
-    """Return the text of a flag without an equals sign, which may be the first word of rest.
+    """Return the text of a flag without an equals sign.
 
-    That word is then removed from rest. Raises ValueError if the flag needs a value and has none.
+    The text may be the first word of rest, which is then removed from rest. Raises ValueError if
+    the flag needs a value and has none.
     """
     if setting.type is bool:
         if rest and rest[0].lower() in ("true", "false", "1", "0", "none"):
@@ -123,11 +124,11 @@ def run_config(path, names):
     except SyntaxError as e:
         raise ValueError(f"{path}, line {e.lineno}: {e.msg}") from e
     except Exception as e:  # a config file may raise anything
-        # Only a file that this one imports can lack a name that config files are run with.
+        # These names are defined here, so the error comes from a file that this one imports.
         if isinstance(e, NameError) and e.name in names:
             raise ValueError(
-                f"{path}: a config file that it imports does not know {e.name}: config files "
-                "build on each other on the command line, as in gpt.py config/a.py config/b.py"
+                f"{path}: it imports a config file in which {e.name} is not defined: name both "
+                "files on the command line instead, as in gpt.py config/a.py config/b.py"
             ) from e
         raise ValueError(f"{path}: {type(e).__name__}: {e}") from e
     return after
@@ -201,14 +202,14 @@ def process_rank():
 
 
 def explains_itself(error):
-    """Return whether an error's message says enough: a user's mistake, or something is lacking."""
-    if isinstance(error, RuntimeError):  # any other one is a bug
+    """Return whether an error's message is enough: a user's mistake, or something is missing."""
+    if isinstance(error, RuntimeError):  # any other RuntimeError is a bug
         return "out of memory" in str(error) or LOST_PROCESS in str(error)
     return True
 
 
 def report(error):
-    """Print an error as one sentence, but not one that the first process prints anyway."""
+    """Print an error as one sentence, unless the first process prints the same one."""
     message = " ".join(str(error).split())
     if LOST_PROCESS in message:
         message = "another process has ended"
@@ -226,8 +227,8 @@ def report(error):
 def run_script(script, main, settings, check, derive=dict, word_settings=()):
     """Configure a script from its command line, and run main().
 
-    A mistake is reported in one sentence, with exit code 2. Ctrl-C gives exit code 130, a closed
-    output 141, and a signal that main returns as {"stopped_by": signal} 128 + signal. With
+    A mistake is reported in one sentence, with exit code 2. The exit code is 130 after Ctrl-C and
+    141 if the output was closed. If main returns {"stopped_by": signal}, it is 128 + signal. With
     TRACEBACK=1 in the environment, a mistake is shown with its traceback.
 
     script: the globals of the script; the other arguments are those of configure.

@@ -8,7 +8,6 @@ A text is read in windows of block_size tokens. Each token counts once. The firs
 are predicted from little context, so windows that overlap give lower, and fairer, figures.
 """
 
-import math
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,9 @@ from gpt import (
     as_path,
     check_setting,
     check_tokenizer,
+    in_words,
     load_checkpoint,
+    loss_figures,
     native_bfloat16,
     pick_device,
     read_settings,
@@ -37,7 +38,7 @@ stride = 0  # tokens from the start of one window to that of the next; 0: block_
 block_size = 2048  # longest window in tokens; a model with a shorter context uses that instead
 batch_size = 8  # windows that are computed together
 device = "auto"  # auto: cuda, else mps, else cpu | any torch device
-dtype = "auto"  # of matrix products; auto: bfloat16 where the hardware has it | float32 | bfloat16
+dtype = "auto"  # of matrix products | auto: bfloat16 where the hardware has it | float32 | bfloat16
 
 SETTINGS = read_settings(Path(__file__).read_text(encoding="utf-8-sig"))
 HERE = Path(__file__).resolve().parent
@@ -56,7 +57,7 @@ def window_batches(tokens, block_size, stride, batch_size):
     n = len(tokens)
     block_size = min(block_size, n - 1)
     stride = min(stride or block_size, block_size)
-    n_seen = block_size - stride  # targets that the previous window had already
+    n_seen = block_size - stride  # targets that the previous window already had
     starts = np.arange(0, n - 1 - n_seen, stride)
     for i in range(0, len(starts), batch_size):
         rows = starts[i : i + batch_size]
@@ -92,18 +93,6 @@ def mean_loss(model, batches, dtype=torch.float32):
     return nats / total
 
 
-def figures_of(loss, n_tokens, n_bytes=None):
-    """Return loss, perplexity, bits per byte and number of tokens as a dict.
-
-    n_bytes: the length of the text; None: there is no text whose bytes all count.
-    """
-    figures = {"loss": loss, "perplexity": math.exp(min(loss, 700))}
-    if n_bytes is not None:
-        figures["bits_per_byte"] = loss / math.log(2) * n_tokens / n_bytes
-    figures["tokens"] = n_tokens
-    return figures
-
-
 def evaluate_text(
     model, tokenizer, text, block_size=None, stride=0, batch_size=8, dtype=torch.float32
 ):
@@ -124,7 +113,7 @@ def evaluate_text(
         raise ValueError("the text has fewer than 2 tokens, so none can be predicted")
     block_size = block_size or model.config.block_size
     batches = window_batches(tokens, block_size, stride, batch_size)
-    return figures_of(mean_loss(model, batches, dtype), len(ids), len(text.encode()))
+    return loss_figures(mean_loss(model, batches, dtype), len(ids), len(text.encode()))
 
 
 def evaluate_dataset(
@@ -141,10 +130,10 @@ def evaluate_dataset(
     if not data.weighted:
         tokens = data.tokens["val"]
         batches = window_batches(tokens, data.block_size, stride, batch_size)
-        return figures_of(mean_loss(model, batches, dtype), n_tokens, data.meta["val_bytes"])
+        return loss_figures(mean_loss(model, batches, dtype), n_tokens, data.meta["val_bytes"])
     if stride:
         raise ValueError(f"stride is {stride}: {folder} holds examples, which need stride 0")
-    return figures_of(mean_loss(model, example_batches(data, batch_size), dtype), n_tokens)
+    return loss_figures(mean_loss(model, example_batches(data, batch_size), dtype), n_tokens)
 
 
 # ---- Main ----
@@ -159,7 +148,7 @@ def read_model(source):
 
 
 def pick_dtype(name, device):
-    """Return the torch.dtype of matrix products that the setting `dtype` names."""
+    """Return the torch.dtype that the setting `dtype` names, for matrix products."""
     if name == "bfloat16" or (name == "auto" and native_bfloat16(device)):
         return torch.bfloat16
     return torch.float32
@@ -193,9 +182,7 @@ def main():
     else:
         folder = as_path(data_dir or HERE / "data") / dataset
         figures = evaluate_dataset(model, tokenizer, folder, *windows)
-    n_tokens = figures.pop("tokens")
-    words = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
-    print(f"{source}, {text or dataset}, {n_tokens:,} tokens: {words.replace('_', ' ')}")
+    print(f"{source}, {text or dataset}, {figures['tokens']:,} tokens: {in_words(figures)}")
 
 
 if __name__ == "__main__":

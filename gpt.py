@@ -5,17 +5,20 @@
 """gpt.py: a modern GPT and its whole training loop in one file.
 
     python gpt.py config/train_shakespeare.py           train; each setting below is also a flag
-    torchrun --standalone --nproc_per_node=8 gpt.py     train on 8 GPUs with the same global batches
+    torchrun --standalone --nproc_per_node=8 gpt.py     train on 8 GPUs, with the same global batch
     python gpt.py --init_from=resume                    resume an interrupted run
     python sample.py --prompt "ROMEO:"                  let the newest run continue a text
 
 You can also paste this file into a notebook cell and run it. It reads from top to bottom: settings,
-tokenizer, model, loss, generation, optimizers, data, checkpoints, machine, evaluation, training.
+tokenizer, model, loss, generation, optimizers, data, checkpoints, machine, evaluation, progress,
+resuming, trainer, folder of a run, what it prints, the training loop, main.
 """
 
 import time
 
-STARTED = time.monotonic()  # before the import of torch, whose seconds count in max_minutes
+STARTED = (
+    time.monotonic()
+)  # before importing torch, which takes seconds that count toward max_minutes
 
 import ast
 import base64
@@ -57,18 +60,18 @@ dataset = "shakespeare"  # folder under data_dir; shakespeare and pydoc are prep
 data_dir = ""  # folder of all data sets; empty: data/ beside gpt.py
 out_dir = ""  # folder for this run's checkpoints and log; empty: out/<dataset> beside gpt.py
 init_from = "scratch"  # scratch | resume | auto: resume if there is a run | checkpoint to finetune
-seed = 1337  # seed of weights, batches, dropout and samples
-eval_only = False  # only evaluate init_from, or else out_dir/best.pt, on the whole validation split
+seed = 1337  # random seed for weights, batches, dropout and samples
+eval_only = False  # only evaluate init_from, or out_dir/best.pt, on the whole validation split
 eval_interval = 250  # steps between evaluations, each of which begins by saving a checkpoint
 early_stop = 0  # end after this many evaluations in a row without a new best loss; 0: never
-eval_iters = 20  # batches per evaluation; the run ends with one over the whole validation split
+eval_iters = 20  # batches per evaluation; the last evaluation covers the whole validation split
 log_interval = 50  # steps between progress lines
 tensorboard = False  # also log to TensorBoard, in out_dir/tensorboard
 wandb_log = False  # also log to Weights & Biases, which reads WANDB_PROJECT, WANDB_MODE and so on
 sample_at_eval = False  # print a sample at each evaluation, not only at the end
 sample_tokens = 300  # length of these samples in tokens; 0: none
 max_bad_steps = 10  # how many steps in a row may have non-finite gradients; one more ends the run
-dry_run = False  # only print the plan of the run, with three measured steps, and write nothing
+dry_run = False  # only print the run's plan, based on three timed steps, and write nothing
 # model
 block_size = 256  # context length in tokens
 n_layer = 4  # number of blocks
@@ -76,7 +79,7 @@ n_head = 4  # query heads per block
 n_kv_head = 1  # key/value heads per block, each shared by a group of query heads (GQA)
 n_embd = 128  # width of the residual stream
 mlp_ratio = 4.0  # MLP width divided by n_embd; SwiGLU, which has a third matrix, uses 2/3 of it
-dropout = 0.0  # dropout rate of whole channels, after the embedding, each attention and each MLP
+dropout = 0.0  # rate at which channels are dropped after the embedding, each attention and MLP
 train_temperature = 1.0  # training divides the logits by it; a value below 1 curbs overconfidence
 bias = False  # biases in the linear layers and in LayerNorm
 use_rope = True  # rotary positions; False: learned positions
@@ -102,14 +105,14 @@ max_iters = 2000  # number of optimizer steps
 max_minutes = 0.0  # above 0: minutes that the whole process may take, instead of max_iters
 warmup_iters = 20  # steps of linear warm-up
 lr_schedule = "linear"  # after warm-up: cosine | linear | constant | wsd (linear in the last fifth)
-lr_decay_iters = 0  # step at which min_lr is reached; 0: the last one
+lr_decay_iters = 0  # step at which min_lr is reached; 0: the last step
 min_lr = 0.0  # final learning rate of AdamW; the blocks' falls in the same proportion
 # machine
 device = "auto"  # auto: cuda, else mps, else cpu | any torch device, such as cuda:1
 dtype = "auto"  # auto: by hardware | float32 | bfloat16 | float16 with loss scaling, on CUDA only
 fsdp = False  # under torchrun: shard weights, gradients and optimizer state over the GPUs (FSDP2)
 cuda_graphs = True  # on one GPU, record a step and replay it, so that no kernel waits for Python
-compile: bool | None = None  # use torch.compile; None: if the run is long enough for it to pay
+compile: bool | None = None  # use torch.compile; None: only if the run is long enough
 
 # ---- Reading and checking settings --------------------------------------------------------------
 __version__ = "2.0.0"
@@ -128,7 +131,7 @@ def read_settings(source):
 
     source: the script's text. A setting has the type of its annotation or else of its value.
     """
-    settings = {}
+    declared = {}
     head = re.split(r"(?m)^(?:@|class |def )", source, maxsplit=1)[0]
     lines = head.splitlines()
     for node in ast.parse(head).body:
@@ -142,8 +145,8 @@ def read_settings(source):
             default = ast.literal_eval(node.value)
             known_types = {"bool": bool, "int": int, "float": float, "str": str}
             type_ = known_types.get(annotation, type(default))
-            settings[name] = Setting(type_, bool(optional), help_text, default)
-    return settings
+            declared[name] = Setting(type_, bool(optional), help_text, default)
+    return declared
 
 
 def own_source():
@@ -151,20 +154,21 @@ def own_source():
     return "".join(linecache.getlines(own_source.__code__.co_filename, globals()))
 
 
-SETTINGS = read_settings(own_source())
+SETTINGS = read_settings(own_source())  # defaults too; the names above hold the current values
 
 
-def check_setting(name, value, settings):
-    """Return the value as the setting `name` stores it; flags, configs and keywords come here.
+def check_setting(name, value, declared):
+    """Return the value as the setting `name` stores it.
 
-    NumPy numbers, paths, devices and dtypes become plain numbers and strings, so that a checkpoint
-    can hold them. Raises ValueError for an unknown name and for a value of the wrong type.
+    Flags, config files and keywords all pass through here. NumPy numbers, paths, devices and dtypes
+    become plain numbers and strings, so that a checkpoint can hold them. declared: what
+    read_settings returned. Raises ValueError for an unknown name and a value of the wrong type.
     """
-    if name not in settings:
-        close = difflib.get_close_matches(name, settings, 1)
+    if name not in declared:
+        close = difflib.get_close_matches(name, declared, 1)
         remedy = f"did you mean {close[0]}?" if close else "--help lists all settings"
         raise ValueError(f"unknown setting {name!r}: {remedy}")
-    expected, optional, _, _ = settings[name]
+    expected, optional, _, _ = declared[name]
     value = as_plain(value, expected)
     if type(value) is float and not math.isfinite(value):
         raise ValueError(f"{name} is {value}: expected a finite number")
@@ -193,7 +197,7 @@ CHOICES = {
     "dtype": ("auto", "float32", "bfloat16", "float16"),
     "lr_schedule": ("cosine", "linear", "wsd", "constant"),
 }
-POSITIVE = ("batch_size", "gradient_accumulation_steps", "learning_rate", "block_size")
+POSITIVE = ("batch_size", "gradient_accumulation_steps", "learning_rate")
 POSITIVE += ("eval_interval", "eval_iters", "log_interval")
 BELOW_ONE = ("beta1", "beta2", "muon_momentum")
 NAMES_OF_THIS_FILE = set()  # filled at the end of the file
@@ -205,7 +209,7 @@ def checked_settings(**changes):
     Raises ValueError for the first one that is unknown, of the wrong type or out of range.
     """
     values = {name: globals()[name] for name in SETTINGS} | changes
-    if __name__ == "gpt":  # imported: a number or text added from outside is a misspelled setting
+    if __name__ == "gpt":  # imported: a name added from outside is taken for a misspelled setting
         for name in set(globals()) - NAMES_OF_THIS_FILE:
             if isinstance(globals()[name], bool | int | float | str | np.generic | Path):
                 values[name] = globals()[name]
@@ -254,13 +258,15 @@ CHAT = "%s||<|user|>%s<|assistant|>||%s"
 class Tokenizer:
     """Converts text to ids and back, with a tiktoken.Encoding.
 
-    The fields are texts, which data sets and checkpoints store, to rebuild the tokenizer.
+    The fields are strings. Data sets and checkpoints store them to rebuild the tokenizer.
 
     kind: "char" gives each character of `chars` one id; "bpe" merges bytes by `ranks`, the tokens'
         bytes in base64, within the words that `pattern` matches; "tokenizers" passes `json`, the
-        text of a tokenizer.json, to Hugging Face's library; any other kind is tiktoken's.
-    special: names of special tokens, which encode never returns. Their ids follow the other tokens'
-        or are given as `special_ids`. `begin` begins a text; `end` ends a document and an answer.
+        text of a tokenizer.json, to Hugging Face's library; any other kind is the name of a
+        tiktoken encoding.
+    special: names of special tokens; encode never returns their ids. These follow the other tokens'
+        ids or are given as `special_ids`.
+    begin, end: names of the special tokens that begin a text and end a document or an answer.
     """
 
     kind: str
@@ -288,7 +294,7 @@ class Tokenizer:
         self.chat_parts = self.chat.split("||")
 
     def make_encoding(self):
-        """Return the tiktoken.Encoding, or what takes its place, that the fields describe."""
+        """Return the encoding that the fields describe: a tiktoken.Encoding or LibraryEncoding."""
         if self.chars:
             tokens = [c.encode() for c in self.chars]
         elif self.ranks:
@@ -319,7 +325,7 @@ class Tokenizer:
             i = min(text.index(c) for c in unknown)
             known = "".join(c for c in self.chars if c.isprintable())[:100]
             raise ValueError(
-                f"the vocabulary, {known!r}, lacks {text[i]!r}, character {i} of the text"
+                f"character {i} of the text, {text[i]!r}, is not in the vocabulary ({known!r})"
             )
         return self.encoding.encode_ordinary(text)
 
@@ -345,7 +351,7 @@ def load_encoding(name):
 
 # ---- Model --------------------------------------------------------------------------------------
 def training_only(default):
-    """Declare a field of GPTConfig that matters in training, but not to what the weights mean."""
+    """Declare a field of GPTConfig that affects training only, not the model that results."""
     return field(default=default, metadata={"training_only": True})
 
 
@@ -353,7 +359,7 @@ def training_only(default):
 class GPTConfig:
     """The shape of a model. GPT-2 has bias=True, n_kv_head=n_head and every use_ field False."""
 
-    # Where a setting above has the same name, its value there is the default here, too.
+    # A field with the name of a setting has the value in this file, not a flag's, as its default.
     block_size: int = block_size
     vocab_size: int = 8192
     n_layer: int = n_layer
@@ -495,14 +501,16 @@ def attend(q, k, v, mask=None):
         v = v.repeat_interleave(groups, dim=1)
     elif groups > 1:  # the heads of a group become rows, so that keys and values need no copy
         q = q.reshape(B, n_kv_head, groups * T, d)
-        heads = max(groups, mask.size(1))  # a mask for all heads is repeated for only one group
+        heads = max(
+            groups, mask.size(1)
+        )  # a mask that all heads share is expanded to one group's heads
         mask = mask.expand(-1, heads, T, -1).reshape(len(mask), -1, groups * T, k.size(2))
     y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
     return y.reshape(B, n_head, T, d)
 
 
 def kernels_know_groups(q, mask):
-    """Tell whether a fast CUDA kernel lets a group of query heads share a key/value head.
+    """Return whether a fast CUDA kernel lets a group of query heads share a key/value head.
 
     Without a mask, flash attention does so from Ampere on. With a mask and a single query, cuDNN
     does so on Hopper from CUDA 13 on.
@@ -564,7 +572,9 @@ class CausalSelfAttention(nn.Module):
         self.n_kv_head = config.n_kv_head
         self.head_dim = config.head_dim
         heads = (config.n_head, config.n_kv_head, config.n_kv_head)
-        self.parts = [n * config.head_dim for n in heads]  # numbers of c_attn's rows for q, k, v
+        self.parts = [
+            n * config.head_dim for n in heads
+        ]  # how many of c_attn's rows belong to q, k, v
         self.c_attn = nn.Linear(config.n_embd, sum(self.parts), bias=config.bias)
         self.c_proj = nn.Linear(config.n_head * config.head_dim, config.n_embd, bias=config.bias)
         self.qk_norm = nn.Identity()
@@ -595,8 +605,8 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.use_swiglu = config.use_swiglu
-        self.parts = [config.mlp_hidden]  # numbers of c_fc's rows: for gate and up, or one matrix
-        if config.use_swiglu:
+        self.parts = [config.mlp_hidden]  # how many of c_fc's rows belong to its one matrix
+        if config.use_swiglu:  # or to gate and up
             self.parts = [config.mlp_hidden, config.mlp_hidden]
         self.c_fc = nn.Linear(config.n_embd, sum(self.parts), bias=config.bias)
         self.c_proj = nn.Linear(config.mlp_hidden, config.n_embd, bias=config.bias)
@@ -646,7 +656,7 @@ class GPT(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """Draw the weights from normal distributions with these deviations, and set biases to 0:
+        """Draw weights from normal distributions with these standard deviations; set biases to 0:
 
                                   untied head                  tied head, as in GPT-2
         linear layers             1 / sqrt(columns)            0.02
@@ -664,7 +674,9 @@ class GPT(nn.Module):
         for block in self.h:
             nn.init.normal_(block.attn.c_proj.weight, std=proj_std)
             nn.init.normal_(block.mlp.c_proj.weight, std=proj_std)
-        nn.init.zeros_(self.lm_head.weight)  # before the embedding, whose matrix it may be
+        nn.init.zeros_(
+            self.lm_head.weight
+        )  # before the embedding is drawn, because they may share a matrix
         for embedding in (self.wte, self.wpe):
             if embedding is not None:
                 nn.init.normal_(embedding.weight, std=0.01 if tied else 0.3)
@@ -708,7 +720,7 @@ class GPT(nn.Module):
         if at is not None:
             x = x[torch.arange(len(x), device=x.device), at][:, None]
         x = self.ln_f(x).to(dtype)
-        logits = None if loss_only else self.lm_head(x)
+        logits = None if loss_only else self.lm_head(x)  # summed_loss computes the same by parts
         if targets is None:
             return logits, None
         weights = (targets >= 0) * (1.0 if weights is None else weights)
@@ -721,7 +733,7 @@ class GPT(nn.Module):
         """Return what each query may look at, as attend's mask; None for plain causal attention.
 
         positions: (B or 1, T), those of the queries. The keys are at positions 0 to T - 1 or, with
-        a cache, at 0 to block_size - 1, of which those after the query are not in use yet.
+        a cache, at 0 to block_size - 1; those after the query are later tokens or unused.
         """
         if cache is None:
             return None
@@ -755,15 +767,25 @@ class GPT(nn.Module):
         return 6 * (self.n_params() - lookups) + attention
 
     @torch.inference_mode()
-    def generate(self, prompts, max_tokens, pick=None, forward=None, cuda_graphs=True, **sampling):
+    def generate(
+        self,
+        prompts,
+        max_tokens,
+        pick=None,
+        forward=None,
+        cuda_graphs=True,
+        generator=None,
+        **sampling,
+    ):
         """Yield the next ids of all prompts, (B,) int64, max_tokens times.
 
         prompts: (B, T) int64 ids, or a list of B lists of ids of any lengths.
-        pick: a function of logits (B, vocab_size) and of `sampling` that replaces sample_next; it
-            is never recorded, so that it may do what it likes.
+        pick: a function of logits (B, vocab_size), `generator` and `sampling` that replaces
+            sample_next; it is never recorded, so it may run any code.
         forward: a compiled forward, used in the steps that take one id per row.
         cuda_graphs: whether these steps are recorded on a GPU; see Replay.
-        sampling: the keywords of sample_next.
+        generator: a torch.Generator on the model's device, from which the draws come.
+        sampling: the other keywords of sample_next.
         Raises ValueError for an empty prompt. For texts longer than a block, see context_length.
         """
         if not all(len(prompt) for prompt in prompts):
@@ -775,27 +797,26 @@ class GPT(nn.Module):
         texts = [torch.as_tensor(prompt, dtype=torch.long, device=device) for prompt in prompts]
         drawn = []  # the ids of each step, (B,)
 
-        def next_logits(last):
-            logits, _ = (forward or self)(last[:, None], cache=cache)
+        def next_logits(ids):
+            logits, _ = (forward or self)(ids[:, None], cache=cache)
             return logits[:, -1]
 
-        def next_ids(last):
-            return sample_next(next_logits(last), **sampling)
+        def next_ids(ids):
+            return sample_next(next_logits(ids), generator=generator, **sampling)
 
-        generator = sampling.get("generator")
-        decode = Replay(next_ids, device, cuda_graphs, generator)
-        decode_logits = Replay(next_logits, device, cuda_graphs)
+        recorded_logits = Replay(next_logits, device, cuda_graphs)
+        recorded_ids = Replay(next_ids, device, cuda_graphs, generator)
         for step in range(max_tokens):
             kept = [context_length(len(text) + step, block_size) for text in texts]
-            before = [context_length(len(text) + step - 1, block_size) for text in texts]
-            # At first, and when a text has just lost its older half, the cache is filled.
-            if step == 0 or any(now <= then for now, then in zip(kept, before)):
+            kept_before = [context_length(len(text) + step - 1, block_size) for text in texts]
+            # In the first step, and when a text has just lost its older half, the cache is filled.
+            if step == 0 or any(now <= then for now, then in zip(kept, kept_before)):
                 logits = self.prefill(last_tokens(texts, drawn[-block_size:], kept), cache)
-                ids = (pick or sample_next)(logits, **sampling)
+                ids = (pick or sample_next)(logits, generator=generator, **sampling)
             elif pick:
-                ids = pick(decode_logits(drawn[-1]), **sampling)
+                ids = pick(recorded_logits(drawn[-1]), generator=generator, **sampling)
             else:
-                ids = decode(drawn[-1]).clone()  # because the next call overwrites its result
+                ids = recorded_ids(drawn[-1]).clone()  # the next call overwrites its result
             drawn.append(ids)
             yield ids
 
@@ -813,7 +834,7 @@ class GPT(nn.Module):
 
 
 def matmul_dtype(x):
-    """Return the dtype in which matrices multiply x: autocast's if it is on, else x's own."""
+    """Return the dtype of matrix products with x: autocast's if it is on, else x's own."""
     if torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
@@ -835,7 +856,7 @@ def summed_loss(x, head, targets, weights, config, training):
     head = head.to(x.dtype)
     if x.is_cuda:  # tensor cores are fast for multiples of 64
         head = F.pad(head, (0, 0, 0, -vocab_size % 64))
-    logits = F.linear(x, head)[:, :vocab_size].float()
+    logits = F.linear(x, head)[:, :vocab_size].float()  # as in GPT.forward
     if training and config.train_temperature != 1:
         logits = logits / config.train_temperature
     losses = F.cross_entropy(logits, targets.clamp(min=0), reduction="none")
@@ -861,14 +882,14 @@ class LossByParts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, head, targets, weights, config, training, n_parts):
         inputs = (0, 1) if ctx.needs_input_grad[1] else (0,)  # a frozen head needs no gradient
-        loss_and_gradients = torch.func.grad_and_value(summed_loss, argnums=inputs)
+        gradients_and_loss = torch.func.grad_and_value(summed_loss, argnums=inputs)
         head_as_x = head.to(x.dtype)
         grad_head = torch.zeros_like(head if len(inputs) == 2 else head[:0])
         grads_x = []
         loss = torch.zeros((), device=x.device)
         parts = zip(x.chunk(n_parts), targets.chunk(n_parts), weights.chunk(n_parts))
         for x_part, y, w in parts:
-            grads, part_loss = loss_and_gradients(x_part, head_as_x, y, w, config, training)
+            grads, part_loss = gradients_and_loss(x_part, head_as_x, y, w, config, training)
             loss = loss + part_loss
             grads_x.append(grads[0])
             if len(grads) == 2:
@@ -886,9 +907,9 @@ class LossByParts(torch.autograd.Function):
 def sample_next(logits, temperature=0.8, top_k=200, top_p=0.9, min_p=0.0, generator=None):
     """Draw one id for each row of logits (B, vocab_size); return (B,) int64.
 
-    top_k: draw from the k likeliest; 0: all. top_p: draw from the fewest that reach this
-    probability together (arXiv:1904.09751). min_p: drop those below this share of the highest
-    probability (arXiv:2407.01082). temperature: at 0, the likeliest is taken.
+    top_k: draw from the k likeliest; 0: all. top_p: draw from the smallest set whose
+    probabilities add up to at least this (arXiv:1904.09751). min_p: drop those below this share of
+    the highest probability (arXiv:2407.01082). temperature: at 0, the likeliest is taken.
     """
     if temperature < 1e-6:
         return logits.argmax(-1)
@@ -922,8 +943,15 @@ def last_tokens(texts, drawn, kept):
     return tails
 
 
+def to_device(tensor, device):
+    """Return the tensor on a device, copied from pinned memory so that Python need not wait."""
+    if device.type == "cuda" and tensor.is_cpu:
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 class Replay:
-    """A function of tensors that a GPU records as a CUDA graph in its third call, and then replays.
+    """A function of tensors that is recorded as a CUDA graph in its third call, and then replayed.
 
     A replay launches all kernels at once, so that none waits for Python. A call with other shapes
     starts over. The result is valid until the next call. Without a GPU the function is just called.
@@ -962,13 +990,6 @@ class Replay:
         return self.result
 
 
-def to_device(tensor, device):
-    """Return the tensor on a device, copied from pinned memory so that Python need not wait."""
-    if device.type == "cuda" and tensor.is_cpu:
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
-
-
 # ---- Optimizers ---------------------------------------------------------------------------------
 def orthogonalize(G, dtype=torch.float32):
     """Return, for each matrix of a batch, the nearest one whose singular values are all about 1.
@@ -990,6 +1011,32 @@ def orthogonalize(G, dtype=torch.float32):
     return X.mT if G.size(1) > G.size(2) else X
 
 
+def is_sharded(tensor):
+    return hasattr(tensor, "full_tensor")  # FSDP's DTensors have it
+
+
+def whole(tensor):
+    """Return the whole of a tensor that FSDP has sharded, and any other tensor as it is."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def share_of(tensor, like):
+    """Return this process's share of a whole tensor where FSDP has sharded `like`, or else all."""
+    if not is_sharded(like):
+        return tensor
+    from extras.fsdp import shard_like
+
+    return shard_like(tensor, like)
+
+
+def running_mean(optimizer, p):
+    """Return the running mean of p's gradient that an optimizer keeps; it begins as zeros."""
+    state = optimizer.state[p]
+    if "momentum_buffer" not in state:
+        state["momentum_buffer"] = torch.zeros_like(p)
+    return state["momentum_buffer"]
+
+
 class Muon(torch.optim.Optimizer):
     """Momentum whose updates are orthogonalized, for the weight matrices inside the blocks.
 
@@ -999,13 +1046,13 @@ class Muon(torch.optim.Optimizer):
     Source: kellerjordan.github.io/posts/muon.
 
     param_groups: dicts with "params", matrices of one shape, which are orthogonalized as one batch,
-        and "parts", the numbers of rows of the matrices that each of them fuses.
+        and "parts", the row counts of the matrices fused in each of them.
     lr: the spectral norm of an update, before the factor for tall matrices.
     momentum: decay of the gradient's running mean (Nesterov's form).
     weight_decay: decoupled, per unit of lr. dtype: of the Newton-Schulz steps.
     """
 
-    def __init__(self, param_groups, lr, momentum=0.95, weight_decay=0.0, dtype=torch.float32):
+    def __init__(self, param_groups, lr, momentum, weight_decay=0.0, dtype=torch.float32):
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         super().__init__(param_groups, defaults)
         self.dtype = dtype
@@ -1015,39 +1062,21 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             params = group["params"]
             grads = [p.grad for p in params]
-            means = [self.running_mean(p) for p in params]
+            means = [running_mean(self, p) for p in params]
             torch._foreach_lerp_(means, grads, 1 - group["momentum"])
-            ahead = [grad.lerp(mean, group["momentum"]) for grad, mean in zip(grads, means)]
-            updates = torch.stack([whole(update) for update in ahead])  # (n, rows, cols)
+            nesterov = [grad.lerp(mean, group["momentum"]) for grad, mean in zip(grads, means)]
+            updates = torch.stack([whole(update) for update in nesterov])  # (n, rows, cols)
 
             parts = []
             for part in updates.split(group["parts"], dim=1):
                 rows, cols = part.shape[-2:]
                 scale = max(1, rows / cols) ** 0.5  # a tall matrix needs larger steps
                 parts.append(orthogonalize(part, self.dtype) * scale)
-            updates = list(torch.cat(parts, dim=1).float().unbind())
-            if is_sharded(params[0]):
-                from extras.fsdp import shard_like
-
-                updates = [shard_like(update, p) for update, p in zip(updates, params)]
+            updates = torch.cat(parts, dim=1).float().unbind()
+            updates = [share_of(update, p) for update, p in zip(updates, params)]
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_mul_(updates, -group["lr"])
             torch._foreach_add_(params, updates)
-
-    def running_mean(self, p):
-        state = self.state[p]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(p)
-        return state["momentum_buffer"]
-
-
-def is_sharded(tensor):
-    return hasattr(tensor, "full_tensor")  # a DTensor, as FSDP makes them
-
-
-def whole(tensor):
-    """Return the whole of a tensor that FSDP has sharded, and any other tensor as it is."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def make_optimizers(model, settings, machine):
@@ -1076,13 +1105,13 @@ def make_optimizers(model, settings, machine):
     betas = (settings.beta1, settings.beta2)
     on_gpu = machine.device.type == "cuda"
     adamw = torch.optim.AdamW(groups, as_rate(lr, machine), betas, capturable=on_gpu, fused=True)
-    return [adamw, *optimizers]
+    return [adamw, *optimizers]  # in the order in which checkpoints hold their states
 
 
 def block_matrices(model, lr):
     """Return the blocks' weight matrices as groups for an optimizer, one group for each kind.
 
-    "parts" are the numbers of rows of the matrices that each one fuses, such as q, k and v.
+    "parts" are the row counts of the matrices fused in each one, such as q, k and v.
     """
     attn, mlp = model.h[0].attn, model.h[0].mlp
     n_embd = model.config.n_embd
@@ -1100,7 +1129,10 @@ def block_matrices(model, lr):
 
 
 def as_rate(lr, machine):
-    """Return lr itself or, on a GPU, a tensor of it, which a recorded step reads at each replay."""
+    """Return lr as a number or, on a GPU, as a tensor, which a recorded step reads at each replay.
+
+    set_learning_rates overwrites it before each step.
+    """
     return torch.tensor(lr, device=machine.device) if machine.device.type == "cuda" else lr
 
 
@@ -1116,7 +1148,7 @@ def set_learning_rates(optimizers, scale):
 
 
 def lr_scale(step, share_done, settings):
-    """Return the factor for the peak learning rates in the update that follows `step` others.
+    """Return the factor for the peak learning rates in the update after the first `step` updates.
 
     share_done: the share of the schedule that is done, from 0 to 1.
     """
@@ -1132,14 +1164,12 @@ def lr_scale(step, share_done, settings):
 
 
 # ---- Data: data/<name>/{train.bin, val.bin, meta.json} ------------------------------------------
+MADE_HERE = ("shakespeare", "pydoc")  # the data sets that this file can prepare itself
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 SHAKESPEARE_URLS = [
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
     "https://cdn.jsdelivr.net/gh/karpathy/char-rnn@master/data/tinyshakespeare/input.txt",
 ]
-
-
-MADE_HERE = ("shakespeare", "pydoc")  # the data sets that this file can prepare itself
 
 
 def load_corpus(name):
@@ -1165,7 +1195,7 @@ def load_corpus(name):
 
 
 def write_dataset(folder, text, tokenizer, source, val_fraction=0.1):
-    """Write a text as a data set, with its last val_fraction for validation; return meta, a dict.
+    """Write a text as a data set, its last val_fraction held out; return its meta, a dict.
 
     folder: receives train.bin and val.bin, which hold little-endian ids, and meta.json. source:
     says where the text comes from.
@@ -1227,7 +1257,7 @@ class TokenFile:
         try:  # mapped again each time, because the pages that a mapping has read would add up
             return np.array(np.memmap(self.file, self.dtype, "r")[where])
         except (IndexError, ValueError) as e:
-            raise OSError(f"{self.file.name} has become shorter: prepare the data set again") from e
+            raise OSError(f"{self.file.name} has shrunk: prepare the data set again") from e
 
 
 def read_meta(folder):
@@ -1235,16 +1265,16 @@ def read_meta(folder):
     path = folder / "meta.json"
     if not path.exists():
         raise FileNotFoundError(
-            f"{folder} holds no data set: python prepare.py --input=FILE "
-            f"--name={folder.name} makes one from your text"
+            f"{folder} holds no data set: make one from your text with python prepare.py "
+            f"--input=FILE --name={folder.name}"
         )
     try:
         meta = json.loads(path.read_bytes())
         counts = [meta[key] for key in ("vocab_size", "train_tokens", "val_tokens", "val_bytes")]
         if not all(type(n) is int and n >= 0 for n in counts):
-            raise ValueError(f"numbers {counts}")
+            raise ValueError(f"the counts are {counts}")
         if meta["dtype"] not in ("uint16", "uint32"):
-            raise ValueError(f"dtype {meta['dtype']}")
+            raise ValueError(f"dtype is {meta['dtype']}")
         state = {"kind": meta["tokenizer"]["kind"]} | meta["tokenizer"]
         meta["sha256"] = str(meta["sha256"])
     except (KeyError, TypeError, ValueError) as e:
@@ -1258,9 +1288,12 @@ def read_meta(folder):
 class Data:
     """A data set whose batches depend only on the seed and on how many rows came before.
 
-    A row is block_size tokens and the next one. Without weights, rows follow each other through
-    the text. With weights, as prompts and responses have them, each row holds one example or a part
-    of it, and rows that hold no target are left out.
+    A row is block_size tokens and the one that follows them. Without weights, rows follow each
+    other through the text. With weights, as prompts and responses have them, each row holds
+    one example or a part of it, and rows that hold no target are left out.
+
+    Any row may be asked for at any time. Training takes each row once, in order, but fetches the
+    next step's rows ahead, and tries row 0 before the first step.
 
     Raises FileNotFoundError if there is no data set, ValueError if it is damaged or too short.
     """
@@ -1284,7 +1317,7 @@ class Data:
             if (self.folder / f"{name}_0000.bin").exists():
                 raise ValueError(
                     f"{self.folder} holds shards, as versions before 2.0.0 wrote them: join them "
-                    f"by cd {self.folder} && cat {name}_*.bin > {name}.bin && rm {name}_*.bin"
+                    f"with cd {self.folder} && cat {name}_*.bin > {name}.bin && rm {name}_*.bin"
                 )
         files = {split: TokenFile(self.folder / f"{split}.bin", self.meta["dtype"])}
         if self.weighted:
@@ -1300,8 +1333,9 @@ class Data:
             starts = self.example_rows(split)
         elif split == "val":
             starts = range(0, n - 1, self.block_size)
-        else:  # the room left at the end lets each epoch begin at another offset
-            starts = range(0, max(n > self.block_size, n - 2 * self.block_size), self.block_size)
+        else:  # the room left at the end lets each epoch begin at a different offset
+            enough = n > self.block_size
+            starts = range(0, max(int(enough), n - 2 * self.block_size), self.block_size)
         if not starts:
             raise ValueError(
                 f"{self.folder} holds {n} tokens for {split}, {self.why_no_row(split)}"
@@ -1317,7 +1351,10 @@ class Data:
         return f"too few for block_size {self.block_size}: add text or lower block_size"
 
     def example_rows(self, split):
-        """Return the starts of the rows that hold a target; count the others in n_empty."""
+        """Return the starts of the rows that hold a target; count the others in n_empty.
+
+        A row may reach beyond its example; get_batch gives the tokens there weight 0.
+        """
         weights = self.weights[split][:]
         sums = np.concatenate(([0], np.cumsum(weights, dtype=np.int64)))
         starts = []
@@ -1333,7 +1370,11 @@ class Data:
         return starts
 
     def row_start(self, split, row):
-        """Return where a row begins; "val" is read in order, "train" shuffled in each epoch."""
+        """Return where a row begins.
+
+        "train" is shuffled anew in each epoch. "val" is read in order, and a row past its last one
+        is empty, because it begins at the end of the tokens.
+        """
         starts = self.starts[split]
         n_tokens = len(self.tokens[split])
         if split == "val":
@@ -1382,11 +1423,11 @@ def epoch_order(n_rows, n_offsets, seed, epoch):
     return offset, rng.permutation(np.arange(n_rows, dtype=np.uint32))
 
 
-# ---- Checkpoints: ckpt.pt resumes a run, best.pt is for use -------------------------------------
+# ---- Checkpoints: ckpt.pt resumes a run, best.pt is for inference -------------------------------
 def save_checkpoint(path, state):
-    """Write a dict to path, whole or not at all. Raises OSError, leaving the old file as it was."""
+    """Write a dict to path atomically. Raises OSError, leaving the previous file as it was."""
     path = as_path(path)
-    part = path.with_suffix(f".{os.getpid()}.tmp")
+    part = path.with_suffix(f".{os.getpid()}.tmp")  # claim_folder removes those of killed runs
     try:
         torch.save(state, part)
         with open(part, "rb+") as file:
@@ -1394,7 +1435,7 @@ def save_checkpoint(path, state):
         part.replace(path)
     except (OSError, RuntimeError) as e:  # torch turns a failed write into a RuntimeError
         part.unlink(missing_ok=True)
-        raise OSError(f"{path} could not be saved ({e}); the one before it is untouched") from e
+        raise OSError(f"{path} could not be saved ({e}); the previous file is untouched") from e
 
 
 def read_checkpoint(path):
@@ -1424,11 +1465,11 @@ def read_checkpoint(path):
             raise ValueError(f"{path} is not a checkpoint of gpt.py (no {key}): name another one")
     state = {"base": "", "lora_rank": 0} | state
     if type(state["base"]) is not str or type(state["lora_rank"]) is not int:
-        raise ValueError(f"{path} is damaged (base or lora_rank): use another")
+        raise ValueError(f"{path} is damaged (base or lora_rank has the wrong type): use another")
     if state["lora_rank"] and "wte.weight" not in state["model"]:
         raise ValueError(
-            f"{path} holds only LoRA matrices, as versions before 2.0.0 wrote them: "
-            f"python hub.py merge {path} makes it whole"
+            f"{path} holds only LoRA matrices, as versions before 2.0.0 wrote them: add the other "
+            f"weights with python hub.py merge {path}"
         )
     return state
 
@@ -1501,8 +1542,10 @@ class Machine:
     rank: int = 0
     world_size: int = 1
     fsdp: bool = False  # whether the processes shard the model instead of each holding a copy
-    stop_signals: list = field(default_factory=list)  # that have asked the run to save and end
-    files: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)  # open during the run
+    stop_signals: list = field(default_factory=list)  # those that have come
+    open_files: contextlib.ExitStack = field(
+        default_factory=contextlib.ExitStack
+    )  # closed at the end
 
     def name(self):
         kind = self.device.type
@@ -1553,7 +1596,7 @@ class Machine:
         return result[0]
 
     def must_stop(self):
-        """Tell whether a signal has asked any of the processes to stop."""
+        """Return whether a signal has asked any of the processes to stop."""
         return self.combine([bool(self.stop_signals)], "max")[0] > 0
 
     def leave(self):
@@ -1575,24 +1618,26 @@ def pick_device(name):
     try:
         return torch.zeros(1, device=name).device
     except Exception as e:  # torch raises half a dozen types of error
-        raise ValueError(f"device {name!r} is not available: use --device=auto or cpu") from e
+        raise ValueError(
+            f"device {name!r} is not available: use --device=auto or --device=cpu"
+        ) from e
 
 
 def native_bfloat16(device):
-    """Tell whether the hardware itself multiplies bfloat16; a T4, for example, emulates it."""
+    """Return whether the hardware itself multiplies bfloat16; a T4, for example, emulates it."""
     if device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512":
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def launched_by_torchrun():
-    """Tell whether torchrun started this process, which then has all of these variables."""
+    """Return whether torchrun started this process, which then has all of these variables."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     return all(os.environ.get(name) for name in names)
 
 
 def set_up_machine(settings):
-    """Return the Machine of the settings and the hardware, joined to torchrun's processes.
+    """Return the Machine for the settings and the hardware, connected to torchrun's processes.
 
     Raises ValueError for a device or dtype that is not available.
     """
@@ -1604,8 +1649,8 @@ def set_up_machine(settings):
     best = "float16" if capability >= (7, 0) else "float32"
     if native_bfloat16(found):
         best = "bfloat16"
-    chosen = getattr(torch, best if settings.dtype == "auto" else settings.dtype)
-    if chosen == torch.float16 and found.type != "cuda":
+    dtype = getattr(torch, best if settings.dtype == "auto" else settings.dtype)
+    if dtype == torch.float16 and found.type != "cuda":
         raise ValueError(f"dtype float16 needs a CUDA GPU: on {found.type} use bfloat16 or float32")
     torch.set_float32_matmul_precision("high")  # TF32 for what stays float32 on CUDA
     if found.type == "cpu":
@@ -1614,14 +1659,10 @@ def set_up_machine(settings):
         rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     else:
         rank, world_size = 0, 1
-        stray = [
-            name
-            for name in ("RANK", "WORLD_SIZE")
-            if os.environ.get(name, "") not in ("", "0", "1")
-        ]
-        if stray:
-            print(f"{stray[0]} is set, but not by torchrun: this process trains alone")
-    machine = Machine(found, chosen, rank, world_size, settings.fsdp and world_size > 1)
+        for name in ("RANK", "WORLD_SIZE"):
+            if os.environ.get(name, "") not in ("", "0", "1"):
+                print(f"{name} is set, but not by torchrun: this process trains alone")
+    machine = Machine(found, dtype, rank, world_size, settings.fsdp and world_size > 1)
     if world_size > 1:
         join_processes(machine)
     return machine
@@ -1633,7 +1674,7 @@ def keep_freed_memory():
     if hasattr(libc, "mallopt"):
         M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
         if not libc.mallopt(M_MMAP_THRESHOLD, 2**30):
-            libc.mallopt(M_MMAP_THRESHOLD, 2**25)  # the most that some versions take
+            libc.mallopt(M_MMAP_THRESHOLD, 2**25)  # the most that some versions accept
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
@@ -1655,18 +1696,18 @@ def catch_stop_signals(machine):
     hangup = getattr(signal, "SIGHUP", None)
     actions = {}
 
-    def note(number, frame):
+    def on_signal(number, frame):
         machine.stop_signals.append(number)
         for each, action in actions.items():  # a closed terminal sends SIGHUP more than once
             signal.signal(each, signal.SIG_IGN if each == hangup else action)
         if machine.rank == 0:
             with contextlib.suppress(OSError):  # print() may itself have been interrupted
-                os.write(2, b"saving and stopping after this step; another signal stops at once\n")
+                os.write(2, b"stopping after this step; another signal stops at once\n")
 
     if threading.current_thread() is threading.main_thread():  # elsewhere Python forbids handlers
         for number in numbers:
             if number != hangup or signal.getsignal(number) is not signal.SIG_IGN:  # set by nohup
-                actions[number] = signal.signal(number, note)
+                actions[number] = signal.signal(number, on_signal)
     try:
         yield
     finally:
@@ -1690,45 +1731,59 @@ def evaluate(model, data, machine, n_batches, batch_size):
     chosen += [end] * (-len(chosen) % machine.world_size)  # empty batches make the shares equal
     nats = 0.0
     weight = 0.0
+    was_training = model.training
     model.eval()
     try:
         for i in chosen[machine.rank :: machine.world_size]:
             x, y, w = data.get_batch("val", i * batch_size, batch_size)
-            loss = batch_loss(model, x, y, w, machine).item()
             batch_weight = w.sum().item()
-            nats += loss * batch_weight
+            x, y, w = (to_device(t, machine.device) for t in (x, y, w))
+            with machine.autocast():
+                _, loss = model(x, y, weights=w, loss_only=True)
+            nats += loss.item() * batch_weight
             weight += batch_weight
             if machine.must_stop():
-                raise StopRequested("stopped in an evaluation")
+                raise StopRequested("stopped during an evaluation")
     finally:
-        model.train()
+        model.train(was_training)
     nats, weight = machine.combine([nats, weight], "sum")
     return nats / weight
 
 
-def batch_loss(model, x, y, w, machine):
-    """Return a batch's mean loss, computed in the machine's dtype."""
-    x, y, w = (to_device(t, machine.device) for t in (x, y, w))
-    with machine.autocast():
-        return model(x, y, weights=w, loss_only=True)[1]
+def loss_figures(loss, n_tokens, n_bytes=None):
+    """Return loss, perplexity, bits per byte and number of tokens as a dict.
+
+    n_bytes: the length of the text; None: there is no text whose bytes all count.
+    """
+    figures = {"loss": loss, "perplexity": math.exp(min(loss, 700))}  # exp(710) overflows
+    if n_bytes is not None:
+        figures["bits_per_byte"] = loss / math.log(2) * n_tokens / max(1, n_bytes)
+    figures["tokens"] = n_tokens
+    return figures
+
+
+def in_words(figures):
+    """Return figures as a text, such as "loss 1.2345, perplexity 3.4367"."""
+    words = [f"{name} {n:.4f}" for name, n in figures.items() if name != "tokens"]
+    return ", ".join(words).replace("_", " ")
 
 
 def final_figures(loss, data, machine, title):
     """Print the figures of the loss over the whole validation split; return them as a dict."""
-    figures = {"val_loss": loss, "perplexity": math.exp(min(loss, 700))}
     n_tokens = data.meta["val_tokens"]
-    if not data.weighted:  # where prompts do not count, there is no number of bytes to divide by
-        n_bytes = max(1, data.meta["val_bytes"])
-        figures["bits_per_byte"] = loss / math.log(2) * n_tokens / n_bytes
-    words = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
-    machine.say(f"{title}, {n_tokens:,} tokens: {words}")
-    return figures | {"tokens": n_tokens}
+    n_bytes = None if data.weighted else data.meta["val_bytes"]  # prompts do not count
+    figures = loss_figures(loss, n_tokens, n_bytes)
+    machine.say(f"{title}, {n_tokens:,} tokens: {in_words(figures)}")
+    return {"val_loss": figures.pop("loss")} | figures
 
 
 def evaluate_checkpoint(settings, machine, folder):
-    """Return the figures of init_from, or else out_dir/best.pt, on the whole validation split."""
+    """Return the figures of a checkpoint on the whole validation split.
+
+    It is init_from's or, if that names none, out_dir/best.pt.
+    """
     path = run_folder(settings, folder) / "best.pt"
-    if settings.init_from not in ("scratch", "resume", "auto"):
+    if names_checkpoint(settings):
         path = settings.init_from
     model, tokenizer, state = load_checkpoint(path, machine.device)
     trained_block = state.get("config", {}).get("block_size", settings.block_size)
@@ -1749,18 +1804,18 @@ def check_tokenizer(data, tokenizer):
         same = theirs.encoding._mergeable_ranks == tokenizer.encoding._mergeable_ranks
     if not same:
         raise ValueError(
-            f"{data.folder} has another tokenizer than the model: prepare it with "
+            f"{data.folder} has a different tokenizer from the model's: prepare it with "
             "prepare.py --tokenizer=CHECKPOINT"
         )
 
 
-# ---- Training -----------------------------------------------------------------------------------
+# ---- Progress and time --------------------------------------------------------------------------
 EXIT_SHARE = 0.01  # share of max_minutes that is reserved for ending the process
 
 
 @dataclass
 class Progress:
-    """Where a run stands. A checkpoint holds all of it."""
+    """Where a run stands. A checkpoint holds all of it; the seconds are those of its saving."""
 
     step: int = 0
     next_row: int = 0  # the training rows taken so far, over all epochs
@@ -1769,23 +1824,24 @@ class Progress:
     skipped: int = 0  # steps whose gradient was not finite
     trained_s: float = 0.0  # seconds in the loop
     spent_s: float = 0.0  # seconds of the run's processes, from their start to their end
+    reserve_s: float = 0.0  # seconds that max_minutes sets aside for the last evaluation
 
 
 class Clock:
     """Tells how much of a run is done, from 0 to 1: by steps or, with max_minutes, by time.
 
     Setup and compilation use up minutes but are not progress, so the schedule begins with the loop.
-    Evaluations are part of it. reserve_s is set aside for the last evaluation.
+    The schedule includes evaluations.
     """
 
     def __init__(self, settings, progress, started):
         self.settings = settings
+        self.progress = progress
         self.started = started - progress.spent_s  # as if one process had done it all
         self.loop_began = None  # until begin_loop
-        self.reserve_s = 0.0
 
-    def begin_loop(self, progress):
-        self.loop_began = time.monotonic() - progress.trained_s
+    def begin_loop(self):
+        self.loop_began = time.monotonic() - self.progress.trained_s
 
     def exclude(self, seconds):
         """Count these seconds of the loop as spent, but not as trained."""
@@ -1800,7 +1856,7 @@ class Clock:
     def left_s(self):
         """Return the seconds that training may still take under max_minutes."""
         budget = 60 * self.settings.max_minutes * (1 - EXIT_SHARE)
-        return max(0.0, budget - self.spent_s() - self.reserve_s)
+        return max(0.0, budget - self.spent_s() - self.progress.reserve_s)
 
     def share_done(self, step):
         if self.settings.max_minutes:
@@ -1809,14 +1865,11 @@ class Clock:
         return step / self.settings.max_iters if self.settings.max_iters else 1.0
 
 
-def data_root(settings):
-    return as_path(settings.data_dir or HERE / "data")
-
-
+# ---- Folders, resuming, finetuning --------------------------------------------------------------
 @contextlib.contextmanager
 def data_folder(settings, machine):
     """Yield the data set's folder, prepared if it is missing; a dry run uses a temporary folder."""
-    root = data_root(settings)
+    root = as_path(settings.data_dir or HERE / "data")
     with contextlib.ExitStack() as stack:
         missing = not (root / settings.dataset / "meta.json").exists()
         if settings.dry_run and missing and settings.dataset in MADE_HERE:
@@ -1830,9 +1883,14 @@ def run_folder(settings, folder):
 
 def model_config(settings, vocab_size):
     """Return the GPTConfig of the settings. Raises ValueError if the sizes do not fit together."""
-    fields = GPTConfig.__dataclass_fields__
-    values = {name: value for name, value in vars(settings).items() if name in fields}
+    known = GPTConfig.__dataclass_fields__
+    values = {name: value for name, value in vars(settings).items() if name in known}
     return GPTConfig(vocab_size=vocab_size, **values)
+
+
+def names_checkpoint(settings):
+    """Return whether init_from names a checkpoint to finetune or to evaluate."""
+    return settings.init_from not in ("scratch", "resume", "auto")
 
 
 def read_run(settings, out, machine):
@@ -1848,7 +1906,9 @@ def read_run(settings, out, machine):
         return None
     state = read_checkpoint(path)
     if "optimizers" not in state:
-        raise ValueError(f"{path} holds no run to resume: a best.pt, for example, is only for use")
+        raise ValueError(
+            f"{path} holds no run to resume: a best.pt, for example, is only for inference"
+        )
     return state
 
 
@@ -1884,30 +1944,36 @@ def build_model(settings, data, state, out):
     """Return the model to train: a new one, init_from's to finetune, or the resumed run's."""
     torch.manual_seed(settings.seed)
     if state is not None:
-        return resumed_model(settings, data, state)
-    if settings.init_from not in ("scratch", "auto"):
+        with naming_damage(f"the checkpoint in {out}"):
+            return resumed_model(settings, data, state)
+    if names_checkpoint(settings):
         return model_to_finetune(settings, data, out)
     if settings.lora_rank:
-        raise ValueError(f"lora_rank is {settings.lora_rank}: name the model with --init_from")
+        raise ValueError(
+            f"lora_rank is {settings.lora_rank}, but there is no model to finetune: name one with "
+            "--init_from"
+        )
     return GPT(model_config(settings, data.meta["vocab_size"]))
 
 
 def resumed_model(settings, data, state):
-    """Return the model of a run's state. Raises ValueError if the settings ask for a new shape."""
+    """Return the model of a run's state. Raises ValueError if the settings ask for another."""
     check_tokenizer(data, Tokenizer(**state["tokenizer"]))
-    config = GPTConfig(**state["model_args"] | training_only_values(settings))
-    there = state["config"] | asdict(config)
-    there["block_size"] = state["config"]["block_size"]  # old position tables may be longer
+    shape = GPTConfig(**state["model_args"] | training_only_values(settings))
+    saved = state["config"] | asdict(shape)
+    saved["block_size"] = state["config"][
+        "block_size"
+    ]  # before 2.0.0, a model's table could be longer
     names = ["block_size", "lora_rank", "optimizer"]
     if not state["base"]:  # else the model has the shape of what it was finetuned from
-        names += sorted(SETTINGS.keys() & asdict(config).keys() - {"block_size"})
+        names += sorted(SETTINGS.keys() & asdict(shape).keys() - {"block_size"})
     wanted = {name: getattr(settings, name) for name in names}
-    differing = [name for name in names if wanted[name] != there[name]]
+    differing = [name for name in names if wanted[name] != saved[name]]
     if differing:
-        found = [f"{name} is {wanted[name]}, in the checkpoint {there[name]}" for name in differing]
-        flags = [f"--{name}={there[name]}" for name in differing]
+        found = [f"{name} is {wanted[name]}, but {saved[name]} in the run" for name in differing]
+        flags = [f"--{name}={saved[name]}" for name in differing]
         raise ValueError(f"{'; '.join(found)}: resume with {' '.join(flags)}")
-    model = GPT(config)
+    model = GPT(shape)
     load_weights(model, state)
     model.base = state["base"]
     return model
@@ -1922,8 +1988,8 @@ def model_to_finetune(settings, data, out):
     path = as_path(settings.init_from)
     if not path.is_file() and not (path / "best.pt").exists():
         raise FileNotFoundError(
-            f"init_from is {settings.init_from!r}, which is not a checkpoint here; if it is a "
-            f"Hugging Face model, python hub.py get {settings.init_from} makes a checkpoint of it"
+            f"init_from is {settings.init_from!r}, which is not a checkpoint here; make one of a "
+            f"Hugging Face model with python hub.py get {settings.init_from}"
         )
     if (path if path.is_dir() else path.parent).resolve() == out.resolve():
         raise ValueError(f"{path} is in out_dir, whose files a new run renames: change out_dir")
@@ -1955,13 +2021,15 @@ def say_what_has_no_effect(settings, model, machine):
                 machine.say(f"{name}={asked} has no effect: {model.base} has {name}={value}")
 
 
-def load_optimizers(optimizers, saved_states, machine):
+def load_optimizers(optimizers, saved_states):
     """Give the optimizers the state that a checkpoint holds; learning rates keep their values.
 
     Raises TypeError if it is the state of other parameters.
     """
     if len(saved_states) != len(optimizers):
-        raise TypeError(f"state of {len(saved_states)} optimizers instead of {len(optimizers)}")
+        raise TypeError(
+            f"it holds the state of {len(saved_states)} optimizers, not {len(optimizers)}"
+        )
     for o, saved in zip(optimizers, saved_states):
         params = [p for group in o.param_groups for p in group["params"]]
         if len(saved["state"]) not in (0, len(params)):  # 0: before the first step
@@ -1970,10 +2038,7 @@ def load_optimizers(optimizers, saved_states, machine):
             for name, tensor in tensors.items():
                 if tensor.shape != (() if name == "step" else params[i].shape):
                     raise TypeError(f"{name} of parameter {i} has another shape")
-                if machine.fsdp:
-                    from extras.fsdp import shard_like
-
-                    tensors[name] = shard_like(tensor, params[i])
+                tensors[name] = share_of(tensor, params[i])
         groups = o.state_dict()["param_groups"]
         o.load_state_dict({"state": saved["state"], "param_groups": groups})
 
@@ -1996,6 +2061,7 @@ def compare_with_run(settings, state, progress, val_conditions, machine):
         progress.stale = 0
 
 
+# ---- Trainer ------------------------------------------------------------------------------------
 class Trainer:
     """A model in training: it turns batches into gradients, and gradients into updates.
 
@@ -2016,39 +2082,46 @@ class Trainer:
                 f"batch_size * gradient_accumulation_steps is {self.rows_per_step}: for "
                 f"{machine.world_size} processes it must be a multiple of {multiple}"
             )
-        self.rows = self.rows_per_step // machine.world_size
-        self.micro_rows = self.rows // n_micro_batches
+        self.rows_per_process = self.rows_per_step // machine.world_size
+        self.micro_rows = self.rows_per_process // n_micro_batches
 
         self.model = model  # holds the weights that are trained
         self.wrapped_model = model  # is called in training; DDP and torch.compile wrap it
-        self.eval_model = model  # is evaluated, generates the samples and is saved as best.pt
+        # What is evaluated, generates the samples and is saved as best.pt. It may be another model
+        # of the same shape, such as a running mean of the weights.
+        self.eval_model = model
         self.ddp_model = None
-        if machine.fsdp:  # moves one block's share at a time: the whole may not fit on one GPU
-            from extras.fsdp import shard_model
-
-            shard_model(model, machine.device, machine.dtype, machine.world_size)
-        else:
-            model.to(machine.device)
+        self.place(model)
         if machine.world_size > 1 and not machine.fsdp:
             self.ddp_model = nn.parallel.DistributedDataParallel(
                 model, gradient_as_bucket_view=True
             )
-            self.ddp_model.broadcast_buffers = False  # no buffer changes; as an argument it warns
+            self.ddp_model.broadcast_buffers = False  # none changes; as an argument it would warn
             self.wrapped_model = self.ddp_model
         self.will_compile = compile_pays(settings, model, machine)
         self.optimizers = make_optimizers(model, settings, machine)
         self.scaler = torch.amp.GradScaler("cuda", enabled=machine.dtype == torch.float16)
         # On one GPU, a step of one micro-batch is recorded as two CUDA graphs; see Replay.
-        recorded = settings.cuda_graphs and self.rows_per_step == self.micro_rows
+        recorded = settings.cuda_graphs and machine.world_size == n_micro_batches == 1
         recorded = recorded and not settings.gradient_checkpointing  # which reads the random state
         first_backward = functools.partial(self.backward, is_first=True)
         self.first_backward = Replay(first_backward, machine.device, recorded)
         self.take_steps = Replay(self.optimizer_steps, machine.device, recorded)
 
+    def place(self, model):
+        """Move a model to the device or, with FSDP, shard it over the processes, in place."""
+        if not self.machine.fsdp:
+            model.to(self.machine.device)
+            return
+        from extras.fsdp import shard_model
+
+        # This moves one block's share at a time, because the whole may not fit on one GPU.
+        shard_model(model, self.machine.device, self.machine.dtype, self.machine.world_size)
+
     def fetch(self, first_row):
         """Return this process's micro-batches of the step whose rows begin at first_row."""
-        first = first_row + self.machine.rank * self.rows
-        starts = range(first, first + self.rows, self.micro_rows)
+        first = first_row + self.machine.rank * self.rows_per_process
+        starts = range(first, first + self.rows_per_process, self.micro_rows)
         return [self.data.get_batch("train", start, self.micro_rows) for start in starts]
 
     def gradients(self, batches, first_row):
@@ -2056,12 +2129,13 @@ class Trainer:
         weight = self.machine.mean(sum(w.sum() for _, _, w in batches))
         loss = 0.0
         for i, (x, y, w) in enumerate(batches):
-            row = first_row + self.machine.rank * self.rows + i * self.micro_rows
-            torch.manual_seed((self.settings.seed << 32) + row)  # for dropout
+            row = first_row + self.machine.rank * self.rows_per_process + i * self.micro_rows
+            torch.manual_seed((self.settings.seed << 32) + row)  # dropout depends on the row only
             self.set_gradient_exchange(i == len(batches) - 1)
-            backward = self.first_backward if i == 0 else self.backward
+            run_backward = self.first_backward if i == 0 else self.backward
             try:
-                loss = loss + backward(x, y, w, float(w.sum()) / weight)
+                # The sum is a new tensor; the next call may overwrite the one returned here.
+                loss = loss + run_backward(x, y, w, float(w.sum()) / weight)
             except RuntimeError as e:
                 if out_of_memory(e):
                     raise ValueError(memory_is_full(self.settings, self.micro_rows)) from e
@@ -2069,37 +2143,46 @@ class Trainer:
         return loss
 
     def backward(self, x, y, w, share, is_first=False):
-        """Add a micro-batch's gradients to those before; return its loss times its share.
+        """Add a micro-batch's gradients to the accumulated ones; return its loss times its share.
 
-        is_first: forget the gradients of the step before.
+        is_first: drop the previous step's gradients first; where this is recorded, that is, too.
         """
         if is_first:
             for o in self.optimizers:
                 o.zero_grad()
-        loss = batch_loss(self.wrapped_model, x, y, w, self.machine) * share
+        x, y, w = (to_device(t, self.machine.device) for t in (x, y, w))
+        with self.machine.autocast():
+            _, loss = self.wrapped_model(x, y, weights=w, loss_only=True)
+        loss = loss * share
         self.scaler.scale(loss).backward()
         return loss.detach()
 
     def set_gradient_exchange(self, now):
         """Set whether the processes average their gradients in the next backward pass."""
         if self.ddp_model is not None:
-            self.ddp_model.require_backward_grad_sync = now
+            self.ddp_model.require_backward_grad_sync = now  # as no_sync() does
         elif self.machine.fsdp:
             self.model.set_requires_gradient_sync(now)
 
-    def clip_gradients(self):
-        """Scale the gradients to a norm of at most grad_clip; return the old norm, a float."""
+    def update(self):
+        """Clip the gradients and, if they are finite, update the weights; return the norm, a float.
+
+        The norm is that of the whole gradient before it was clipped to grad_clip.
+        """
         for o in self.optimizers:
             self.scaler.unscale_(o)
         most = self.settings.grad_clip or math.inf
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), most)
-        return float(whole(norm))
-
-    def update(self, grad_norm):
-        """Take each optimizer's step if the gradient is finite."""
-        if math.isfinite(grad_norm):  # the gradients are unscaled, so no scaler.step is needed
+        norm = float(whole(norm))
+        if math.isfinite(norm):  # the gradients are unscaled, so no scaler.step is needed
             self.take_steps()
         self.scaler.update()  # after a float16 overflow the scale must fall
+        return norm
+
+    def optimizer_steps(self):
+        """Change the weights; a GPU records this, and a step without a finite gradient skips it."""
+        for o in self.optimizers:
+            o.step()
 
     def state_dict(self):
         """Return what resuming needs besides the model."""
@@ -2108,36 +2191,37 @@ class Trainer:
 
     def load_state_dict(self, state):
         """Restore what state_dict returned; learning rates keep their values."""
-        load_optimizers(self.optimizers, state["optimizers"], self.machine)
+        load_optimizers(self.optimizers, state["optimizers"])
         if state["scaler"]:  # it is empty without loss scaling
             self.scaler.load_state_dict(state["scaler"])
-
-    def optimizer_steps(self):
-        for o in self.optimizers:
-            o.step()
 
     def get_ready(self):
         """Compile, if that pays, and find a micro-batch size that fits in the GPU's memory.
 
-        Return whether that is another size than before.
+        Return whether the size changed.
         """
         if self.will_compile:
             self.compile()
-        changed = False
-        while self.machine.device.type != "cpu":
-            try:
-                self.try_micro_batch()
-                break
-            except RuntimeError as e:
-                if not out_of_memory(e):
-                    raise
-                if self.micro_rows == 1 or self.machine.world_size > 1:
-                    raise ValueError(memory_is_full(self.settings, self.micro_rows)) from e
+        before = self.micro_rows
+        while not self.micro_batch_fits():
+            if self.micro_rows == 1 or self.machine.world_size > 1:
+                raise ValueError(memory_is_full(self.settings, self.micro_rows))
             smaller = range(self.micro_rows // 2, 0, -1)
             self.micro_rows = next(n for n in smaller if self.micro_rows % n == 0)
-            self.machine.say(f"memory is full: trying micro-batches of {self.micro_rows} rows")
-            changed = True
-        return changed
+            self.machine.say(f"out of memory: trying micro-batches of {self.micro_rows} rows")
+        return self.micro_rows < before
+
+    def micro_batch_fits(self):
+        """Return whether the memory is enough for a micro-batch; on a CPU, suppose that it is."""
+        if self.machine.device.type == "cpu":
+            return True
+        try:
+            self.try_micro_batch()
+        except RuntimeError as e:
+            if out_of_memory(e):
+                return False
+            raise
+        return True
 
     def compile(self):
         """Compile the model and try it; if that fails, say so and train the plain model."""
@@ -2157,9 +2241,10 @@ class Trainer:
         self.machine.say(f"compiled in {time.monotonic() - began:.0f} s")
 
     def try_micro_batch(self):
-        """Compute a micro-batch's gradients with the optimizers' future memory already taken."""
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        optimizer_state = [torch.empty_like(p) for p in trained for _ in range(2)]
+        """Compute a micro-batch's gradients while holding the memory of the optimizers' state."""
+        groups = [(o, group) for o in self.optimizers for group in o.param_groups]
+        without_state = [p for o, group in groups for p in group["params"] if p not in o.state]
+        optimizer_state = [torch.empty_like(p) for p in without_state for _ in range(2)]
         try:
             self.backward(*self.fetch(0)[0], 0.0)
         finally:
@@ -2175,7 +2260,7 @@ def out_of_memory(error):
 def memory_is_full(settings, rows):
     """Return the error message for memory that is too small for micro-batches of `rows` rows."""
     return (
-        f"memory is full with micro-batches of {rows} rows: lower batch_size "
+        f"out of memory with micro-batches of {rows} rows: lower batch_size "
         f"({settings.batch_size}) and raise gradient_accumulation_steps "
         f"({settings.gradient_accumulation_steps}), set --gradient_checkpointing=True, lower "
         f"block_size ({settings.block_size}), or use several GPUs with --fsdp=True under torchrun"
@@ -2183,7 +2268,7 @@ def memory_is_full(settings, rows):
 
 
 def compile_pays(settings, model, machine):
-    """Tell whether to compile: as the setting says or, if None, if the run is long enough."""
+    """Return whether to compile: as the setting says or, if None, if the run is long enough."""
     if settings.compile is not None:
         return settings.compile
     float32 = machine.dtype == torch.float32
@@ -2200,8 +2285,12 @@ def compile_pays(settings, model, machine):
     return able and long
 
 
+# ---- The folder of a run ------------------------------------------------------------------------
 def checkpoint_state(model, data, settings, progress):
-    """Return what a checkpoint for use holds: tensors, numbers, strings, lists and dicts only."""
+    """Return what a checkpoint for inference holds: tensors, numbers, strings, lists and dicts.
+
+    As in nanoGPT, "config" holds the settings, and "model_args" the fields of GPTConfig.
+    """
     return {
         "version": __version__,
         "model": model.state_dict(),
@@ -2224,11 +2313,11 @@ def open_run(settings, out, machine, resumed, step):
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        claim_folder(out, machine.files)
+        claim_folder(out, machine.open_files)
         writers = open_writers(settings, out, step)
         if not resumed:
             keep_earlier_files(out)
-        log_file = machine.files.enter_context(open_log(out))
+        log_file = machine.open_files.enter_context(open_log(out))
     except OSError as e:
         raise OSError(f"cannot write to {out} ({e.strerror}): choose another --out_dir") from e
 
@@ -2279,7 +2368,7 @@ def claim_folder(out, files):
 
 def open_log(out):
     """Open log.jsonl to append whole lines."""
-    file = open(out / "log.jsonl", "a+b", buffering=0)  # closed as the run ends
+    file = open(out / "log.jsonl", "a+b", buffering=0)  # closed when the run ends
     file.seek(max(0, file.tell() - 1))
     if file.read(1) not in (b"", b"\n"):  # a killed run has left half a line
         file.write(b"\n")
@@ -2300,12 +2389,15 @@ def keep_earlier_files(out):
         print(f"{out}: {', '.join(names)} of the earlier run now end in .{date}-{count}")
 
 
+# ---- What a run prints --------------------------------------------------------------------------
 def describe(settings, trainer, out, progress):
     """Print what was chosen for a run, in a few lines."""
     machine, data, model = trainer.machine, trainer.data, trainer.model
-    way = "compiled" if trainer.will_compile else "eager"
+    mode = "to be compiled" if trainer.will_compile else "eager"
     if machine.world_size > 1:
-        way += ", FSDP" if machine.fsdp else ", DDP"
+        mode += ", FSDP" if machine.fsdp else ", DDP"
+    elif settings.fsdp:
+        mode += "; fsdp has no effect with one process"
     n = model.n_params()
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     size = f"{n / 1e6:,.2f}M parameters"
@@ -2319,16 +2411,16 @@ def describe(settings, trainer, out, progress):
     if settings.max_minutes:
         length = f"{settings.max_minutes:g} minutes"
     if progress.step:
-        length += f", resumed after step {progress.step:,},"
+        length += f", resumed after step {progress.step:,}"
     machine.say(
         f"machine  {machine.name()}, {torch.get_num_threads()} threads, torch {torch.__version__}\n"
-        f"         {str(machine.dtype).removeprefix('torch.')}, {way}\n"
+        f"         {str(machine.dtype).removeprefix('torch.')}, {mode}\n"
         f"data     {data.folder}: {data.meta['train_tokens']:,} training and "
         f"{data.meta['val_tokens']:,} validation tokens\n"
         f"         {data.meta['tokenizer']['kind']} vocabulary of {data.meta['vocab_size']:,}\n"
-        f"model    {size}, {memory:,.0f} MiB with gradients and optimizer state\n"
-        f"run      {length} of {trainer.tokens_per_step:,} tokens, {epoch:,.0f} steps per epoch, "
-        f"in {out}"
+        f"model    {size}, at most {memory:,.0f} MiB with gradients and optimizer state\n"
+        f"run      {length}, {trainer.tokens_per_step:,} tokens per step, {epoch:,.0f} steps per "
+        f"epoch, in {out}"
     )
     if data.n_empty:
         machine.say(f"         {data.n_empty:,} rows hold no target and are left out")
@@ -2337,7 +2429,10 @@ def describe(settings, trainer, out, progress):
 
 
 def print_sample(trainer, settings):
-    """Print sample_tokens that continue a newline or, with weights, the first validation prompt."""
+    """Print a sample of sample_tokens tokens.
+
+    It continues a newline or, if targets have weights, the prompt of the first validation row.
+    """
     machine, data, model = trainer.machine, trainer.data, trainer.eval_model
     if settings.sample_tokens == 0 or (machine.rank > 0 and not machine.fsdp):
         return  # with FSDP each process holds a share of the weights, and must take part
@@ -2369,7 +2464,7 @@ def plan(settings, trainer):
         began = time.monotonic()
         row = step * trainer.rows_per_step
         trainer.gradients(trainer.fetch(row), row)
-        trainer.update(trainer.clip_gradients())
+        trainer.update()
         seconds.append(time.monotonic() - began)
         if machine.must_stop():
             raise StopRequested("stopped")
@@ -2392,7 +2487,9 @@ def plan(settings, trainer):
 def peak_memory(device):
     """Return this process's peak memory, in words."""
     if device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated(device) / 2**20:,.0f} MiB of the GPU at most"
+        return (
+            f"{torch.cuda.max_memory_allocated(device) / 2**20:,.0f} MiB of GPU memory at the peak"
+        )
     try:
         import resource
     except ImportError:  # Windows
@@ -2400,11 +2497,14 @@ def peak_memory(device):
     kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if sys.platform == "darwin":  # where ru_maxrss is in bytes
         kib /= 1024
-    return f"{kib / 1024:,.0f} MiB at most, with Python and torch"
+    return f"{kib / 1024:,.0f} MiB at the peak, with Python and torch"
 
 
+# ---- The training loop --------------------------------------------------------------------------
 def training_loop(settings, machine, folder, progress, started):  # noqa: C901
-    """Train on a data set's folder, and return the final figures as a dict; keep progress current.
+    """Train on a data set's folder, and return the final figures as a dict.
+
+    progress is kept up to date, so that the caller has it even if the run is stopped.
 
     Each pass of the loop takes a step: save and evaluate, if it is time | compute the gradients of
     one global batch | update | log. A signal ends the run once its checkpoint is saved.
@@ -2412,10 +2512,10 @@ def training_loop(settings, machine, folder, progress, started):  # noqa: C901
     data = Data(folder, settings.block_size, settings.seed)
     out = run_folder(settings, folder)
     state = read_run(settings, out, machine)
-    with naming_damage(f"the checkpoint in {out}"):
-        if state is not None:
+    if state is not None:
+        with naming_damage(f"the checkpoint in {out}"):
             vars(progress).update(vars(read_progress(state)))
-        model = build_model(settings, data, state, out)
+    model = build_model(settings, data, state, out)
     clock = Clock(settings, progress, started)
     trainer = Trainer(settings, model, data, machine)
     # A validation loss can be compared with another one only if all of this is the same.
@@ -2459,7 +2559,7 @@ def training_loop(settings, machine, folder, progress, started):  # noqa: C901
     if machine.device.type == "cpu" and progress.step == 0:
         get_ready_at = 1  # the first step precedes compiling, to show at once that all is well
     seconds = []  # those of each step since the last progress line
-    clock.begin_loop(progress)
+    clock.begin_loop()
     while True:
         # How much is done? The processes must agree, although their clocks may differ.
         share_done, stopping = machine.combine(
@@ -2497,8 +2597,9 @@ def training_loop(settings, machine, folder, progress, started):  # noqa: C901
             if settings.sample_at_eval and not finished:
                 print_sample(trainer, settings)
             pause_s = time.monotonic() - pause_began
-            more_batches = max(0, n_val_batches / settings.eval_iters - 1)  # in the last evaluation
-            clock.reserve_s = 2 * pause_s + eval_s * more_batches
+            # The last evaluation takes more batches than this one.
+            more_batches = max(0, n_val_batches / settings.eval_iters - 1)
+            progress.reserve_s = 2 * pause_s + eval_s * more_batches
         if finished:
             break
 
@@ -2512,17 +2613,17 @@ def training_loop(settings, machine, folder, progress, started):  # noqa: C901
 
         # Gradients of the global batch. The next batch is fetched while a GPU is still at work.
         step_began = time.monotonic()
+        schedule_done = share_done
         if settings.lr_decay_iters and not settings.max_minutes:
-            share_done = min(1, progress.step / settings.lr_decay_iters)
-        scale = lr_scale(progress.step, share_done, settings)
+            schedule_done = min(1, progress.step / settings.lr_decay_iters)
+        scale = lr_scale(progress.step, schedule_done, settings)
         set_learning_rates(trainer.optimizers, scale)
         loss = trainer.gradients(batches, progress.next_row)
         progress.next_row += trainer.rows_per_step
         batches = trainer.fetch(progress.next_row)
 
         # Update. A step whose gradient is not finite is skipped and counted.
-        grad_norm = trainer.clip_gradients()
-        trainer.update(grad_norm)
+        grad_norm = trainer.update()
         bad_steps = 0 if math.isfinite(grad_norm) else bad_steps + 1
         progress.skipped += bad_steps > 0
         progress.step += 1
@@ -2536,11 +2637,17 @@ def training_loop(settings, machine, folder, progress, started):  # noqa: C901
             seconds = []
             speed = trainer.tokens_per_step / step_s
             mfu = machine.mfu(speed * model.flops_per_token())
-            skipped = progress.skipped
-            log(loss=loss, lr=lr, grad_norm=grad_norm, tokens_per_s=speed, mfu=mfu, skipped=skipped)
+            log(
+                loss=loss,
+                lr=lr,
+                grad_norm=grad_norm,
+                tokens_per_s=speed,
+                mfu=mfu,
+                skipped=progress.skipped,
+            )
             left_s = (settings.max_iters - progress.step) * step_s
             if settings.max_minutes:
-                left_s = clock.left_s() + clock.reserve_s
+                left_s = clock.left_s() + progress.reserve_s
             machine.say(progress_line(progress, loss, lr, speed, mfu, left_s))
 
     title = f"{progress.step:,} steps, {clock.spent_s():.0f} s, whole validation split"
@@ -2559,8 +2666,8 @@ def check_finite(model, bad_steps, settings, out, progress):
     elif not whole(nn.utils.get_total_norm(model.parameters())).isfinite():
         found = "weights"
     if found:
-        rates = ["learning_rate"] + ["muon_lr"] * (settings.optimizer == "muon")
-        lower = [f"--{name}={getattr(settings, name) / 2:g}" for name in rates]
+        rates = ["learning_rate", f"{settings.optimizer}_lr"]
+        lower = [f"--{name}={getattr(settings, name) / 2:g}" for name in rates if name in SETTINGS]
         raise ValueError(
             f"step {progress.step}: {found} are not finite; resume {out} with --init_from=resume "
             f"and lower rates, such as {' '.join(lower)}"
@@ -2578,14 +2685,19 @@ def progress_line(progress, loss, lr, speed, mfu, left_s):
     return line
 
 
+# ---- Main ---------------------------------------------------------------------------------------
 def run(settings, started):
     """Train, or evaluate, as the settings say; return the figures as a dict."""
     machine = set_up_machine(settings)
     progress = Progress()
     figures = {"stopped_by": None}
     try:
-        with machine.files, catch_stop_signals(machine), data_folder(settings, machine) as folder:
-            settings.dataset = folder.name  # which is pydoc where shakespeare cannot be had
+        with (
+            machine.open_files,
+            catch_stop_signals(machine),
+            data_folder(settings, machine) as folder,
+        ):
+            settings.dataset = folder.name  # pydoc, if shakespeare could not be downloaded
             if settings.eval_only:
                 figures |= evaluate_checkpoint(settings, machine, folder)
             else:
@@ -2634,14 +2746,13 @@ def run_as_script():
 
         return run_script(globals(), main, SETTINGS, check_setting, names_for_configs)
     if len(sys.argv) > 1:
-        sys.exit(
-            "error: flags and config files need configurator.py beside gpt.py; without it, edit "
-            "the settings at the top of gpt.py"
-        )
+        print("error: flags and config files need configurator.py beside gpt.py", file=sys.stderr)
+        sys.exit(2)
     try:
         figures = main()
     except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
     if figures["stopped_by"]:
         sys.exit(128 + figures["stopped_by"])
 

@@ -2,7 +2,7 @@
 
     python hub.py get gpt2                  download or read a model, into models/gpt2/best.pt
     python hub.py export out/mine FOLDER    write a run for transformers, vLLM and others
-    python hub.py merge CHECKPOINT          make a LoRA checkpoint of a version before 2.0.0 whole
+    python hub.py merge CHECKPOINT          convert a LoRA checkpoint from before 2.0.0
 
 It knows the families of GPT-2 and Llama (with Mistral, Qwen2 and Qwen3), which differ from gpt.py's
 GPT only in the names of their weights. From Python:
@@ -10,7 +10,7 @@ GPT only in the names of their weights. From Python:
     path = hub.get("gpt2")                        the checkpoint's path, for gpt.load_checkpoint
     model = hub.load_model("gpt2", dropout=0.1)   the GPT itself
 
-It needs safetensors and, for the hub's ids: pip install safetensors huggingface_hub
+It needs safetensors, and huggingface_hub for downloads: pip install safetensors huggingface_hub
 """
 
 import importlib.util
@@ -74,7 +74,7 @@ QK_NORMS = re.compile(r"model\.layers\.\d+\.self_attn\.[qk]_norm\.weight")
 
 
 def hf_tensors(model):
-    """Return {name in Hugging Face's files: tensor} for all weights of a GPT, a tied one once.
+    """Return {name in Hugging Face's files: tensor} for a GPT's weights; a tied one appears once.
 
     The tensors are views, so that reading may copy into them and writing may copy from them.
     """
@@ -117,7 +117,9 @@ class Key(NamedTuple):
 
     name: str
     type: type
-    default: object = REQUIRED  # transformers' value if config.json has none; None: GPTConfig's
+    default: object = (
+        REQUIRED  # transformers' default if config.json lacks the key; None: GPTConfig's
+    )
 
 
 GPT2_KEYS = {
@@ -240,14 +242,14 @@ def read_llama(values):
 
 
 def check_window(values, family, block_size):
-    """Raise ValueError if attention looks back less far than the whole context."""
+    """Raise ValueError if the attention window is shorter than the context."""
     if not values.get("use_sliding_window", family == "Mistral"):
         return
     window = values.get("sliding_window", 4096)  # Mistral's, where the file does not name it
     if window and window < block_size:
         raise ValueError(
-            f"config.json's sliding_window is {window}: gpt.py's GPT looks back over the whole "
-            f"context, which is {block_size}"
+            f"config.json's sliding_window is {window}: gpt.py's GPT attends to the whole "
+            f"context of {block_size} tokens"
         )
 
 
@@ -294,12 +296,12 @@ def read_config(folder):
             f"{folder} has no config.json: it is not the folder of a Hugging Face model"
         )
     architectures = values.get("architectures")
-    kind = f"not named, its model_type {values.get('model_type')!r}"
+    kind = f"not named (its model_type is {values.get('model_type')!r})"
     if isinstance(architectures, list) and architectures:
         kind = str(architectures[0])
     if kind not in FAMILIES:
         known = ", ".join(FAMILIES)
-        raise ValueError(f"{folder}'s architecture is {kind}: gpt.py's GPT can be {known}")
+        raise ValueError(f"{folder}'s architecture is {kind}: gpt.py supports {known}")
 
     try:
         require(values, quantization_config=[None])
@@ -344,7 +346,7 @@ NOT_EXPORTED = {*TRAINING_ONLY, "mlp_ratio"}
 
 
 def write_gpt2(config):
-    """Return config.json's content for a GPT-2. Raises ValueError for a field it does not have."""
+    """Return config.json's content for a GPT-2. Raises ValueError for a value it cannot have."""
     implied = GPT2_PARTS | {
         "bias": True,
         "n_kv_head": config.n_head,
@@ -385,7 +387,7 @@ def write_llama(config):
 
 
 def write_config(config, tokenizer, dtype):
-    """Return config.json's content for a model. Raises ValueError for what no family has."""
+    """Return a model's config.json as a dict. Raises ValueError for a config that no family has."""
     family = write_llama(config) if config.use_rope else write_gpt2(config)
     return family | {
         "initializer_range": 0.02,
@@ -409,7 +411,7 @@ PROBE = (
 
 
 def gives_same_ids(state, library_state):
-    """Tell whether tiktoken, with `state`, encodes PROBE as the tokenizers library does.
+    """Return whether tiktoken, with `state`, encodes PROBE as the tokenizers library does.
 
     Without the library, tell whether it at least decodes PROBE's ids to PROBE.
     """
@@ -427,7 +429,7 @@ def gives_same_ids(state, library_state):
 
 
 def settings_beside(folder):
-    """Return what the files beside tokenizer.json say about it; later files override earlier."""
+    """Return what the files beside tokenizer.json say; later files override earlier ones."""
     settings = {}
     for stem in ("config", "generation_config", "special_tokens_map", "tokenizer_config"):
         values = read_json(folder / f"{stem}.json")
@@ -575,19 +577,16 @@ def weight_files(folder):
             ]
             why = ""
             if pickles:
-                why = (
-                    f": {min(pickles).name} is a pickle, which could run any code, and is not read"
-                )
-            raise FileNotFoundError(
-                f"{folder} has no {name}{why}; have the weights saved as safetensors"
-            )
+                why = f": {min(pickles).name} is a pickle and is not read, as it can run any code"
+            raise FileNotFoundError(f"{folder} has no {name}{why}; save the weights as safetensors")
     return [folder / name for name in names]
 
 
 def read_shard(path, targets, config):
     """Copy the tensors of one safetensors file into `targets`, {name there: tensor}.
 
-    What is filled is removed from targets. Raises ValueError for a tensor that has no target.
+    A tensor that has been filled is removed from targets. Raises ValueError for a tensor that has
+    no target.
     """
     try:
         from safetensors import SafetensorError, safe_open
@@ -596,7 +595,7 @@ def read_shard(path, targets, config):
     try:
         with safe_open(path, "pt") as shard:
             for key in shard.keys():  # noqa: SIM118  # it is not a dict
-                prefixed = f"transformer.{key}"  # which older files of GPT-2 leave out
+                prefixed = f"transformer.{key}"  # older GPT-2 files leave out this prefix
                 name = prefixed if prefixed in targets else key
                 if name in targets:
                     fill(targets.pop(name), shard.get_tensor(key), f"{path}'s tensor {key}")
@@ -616,7 +615,7 @@ def fill(target, tensor, described):
 
 
 def is_redundant(key, shard, config):
-    """Tell whether a GPT does not need a tensor: a constant, a tied head, or a norm of ones."""
+    """Return whether a GPT does not need a tensor: a constant, a tied head, or a norm of ones."""
     if config.qk_norm and QK_NORMS.fullmatch(key):
         return bool((shard.get_tensor(key) == 1).all())
     is_tied_head = key == "lm_head.weight" and config.tie_weights
@@ -715,8 +714,8 @@ def check_same_model(path, name):
         raise ValueError(f"{path} is damaged: delete it, and hub.py will make it again") from e
     if "step" in held or held["base"] != full_name(name):  # only a run's checkpoint has a step
         raise ValueError(
-            f"{path} does not hold {name}, but a run or {held['base'] or 'another model'}: choose "
-            "another folder, with --name or --out"
+            f"{path} does not hold {name}: it holds a run or {held['base'] or 'another model'}; "
+            "choose another folder, with --name or --out"
         )
 
 
@@ -733,7 +732,7 @@ def card_figures(model, state):
     figures["steps"] = state.get("step")
     loss = state.get("best_val_loss", math.inf)
     if loss < math.inf:
-        figures["best evaluation's loss"] = f"{loss:.4f}"
+        figures["best validation loss"] = f"{loss:.4f}"
         figures["perplexity"] = f"{math.exp(min(loss, 700)):.2f}"  # exp(710) overflows
     figures |= asdict(model.config)
     return {key: value for key, value in figures.items() if value not in (None, "")}
@@ -761,7 +760,7 @@ A language model made with gpt.py.
 
 
 def export_tensors(model, dtype):
-    """Return {name in Hugging Face's files: tensor} of a model, each in one piece of memory."""
+    """Return {name in Hugging Face's files: tensor} of a model, each contiguous in memory."""
     tensors = {}
     for tensor_name, tensor in hf_tensors(model).items():
         tensors[tensor_name] = tensor.to(dtype).contiguous()
@@ -859,7 +858,7 @@ def export(checkpoint, folder, dtype=torch.float32):
 
     checkpoint: the path of a .pt file or of a run's folder. folder: a new or an empty one. dtype:
     that of the weights. Raises FileNotFoundError, OSError and, before anything is written,
-    ValueError for a model that is of no family of transformers or computes otherwise than it.
+    ValueError for a model that belongs to no family of transformers or computes otherwise.
     """
     try:
         from safetensors.torch import save_file
@@ -897,7 +896,7 @@ FOR_USE = ["model_args", "tokenizer", "config", "step", "best_val_loss", "datase
 
 
 def merge(checkpoint, base="", out=None):
-    """Make a whole checkpoint of one that holds only LoRA's matrices, and return its path.
+    """Convert a checkpoint of LoRA's matrices into one with all weights; return its path.
 
     checkpoint: a file or run of a version before 2.0.0. base: where the model that LoRA began from
     is now; "": where it was. out: the folder for best.pt; None: the run's, with -merged after its
@@ -919,7 +918,7 @@ def merge(checkpoint, base="", out=None):
 
 
 def checkpoint_file(path):
-    """Return the path of the checkpoint that is meant by a file or by the folder of a run."""
+    """Return the path of a checkpoint, given as a file or as a run's folder."""
     path = as_path(path)
     return path / "best.pt" if (path / "best.pt").exists() else path
 
@@ -935,7 +934,7 @@ def read_tensors(path):
 
 
 def holds_adapters_alone(state):
-    """Tell whether a checkpoint holds only LoRA's matrices, as before version 2.0.0."""
+    """Return whether a checkpoint holds only LoRA's matrices, as before version 2.0.0."""
     weights = state.get("model", {})
     return "wte.weight" not in weights and any(key.endswith(".lora.A") for key in weights)
 
@@ -950,10 +949,12 @@ def merged_state(state, base=""):
         if not is_A:
             continue
         weight = weights.get(f"{module}.weight")
-        norm = state["model"][f"{module}.lora.base"]  # of the weight when LoRA began
+        norm = state["model"][
+            f"{module}.lora.base"
+        ]  # the norm of the base's weight when LoRA began
         if weight is None or not torch.isclose(weight.float().norm(), norm, rtol=1e-5):
             raise ValueError(
-                f"{base} holds other weights than when LoRA began from it: name the original "
+                f"{base} no longer holds the weights that LoRA began from: name the original "
                 "model with --base"
             )
         B = state["model"][f"{module}.lora.B"]  # (rows, rank)

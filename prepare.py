@@ -128,7 +128,8 @@ def find_source(settings):
     if len(given) > 1 and not is_local_copy:
         values = [f"{key}={getattr(settings, key)}" for key in given]
         raise ValueError(
-            f"{' and '.join(values)} are too many sources: name one, and your text by --name"
+            f"{' and '.join(values)} are too many sources: give only one, and name your text "
+            "with --name"
         )
     if settings.hf:
         return hub_source(settings)
@@ -175,7 +176,7 @@ def known_source(settings):
         return Source(dataset, label, "char", lambda: iter([(None, document)]))
     raise ValueError(
         f"data set {dataset!r} is none of shakespeare, pydoc, stdlib, {', '.join(HUB_DATASETS)}: "
-        f"your own takes --input=FILE --name={dataset}"
+        f"for a text of your own give --input=FILE --name={dataset}"
     )
 
 
@@ -279,7 +280,7 @@ def survey(source, kind):
     elif facts.n_chars < 2 or (facts.weighted and facts.n_documents < 2):
         fault = "too short" if facts.n_chars else "empty"
         raise ValueError(
-            f"{source.label} is {fault}: give a text of two characters, or two examples, at least"
+            f"{source.label} is {fault}: give at least two characters of text, or two examples"
         )
     return facts
 
@@ -356,8 +357,8 @@ def make_tokenizer(kind, facts, segments, settings):
     chosen = Tokenizer(kind) if kind in tiktoken.list_encoding_names() else load_tokenizer(kind)
     if facts.special and chosen.end_id is None:
         raise ValueError(
-            f"tokenizer {kind} lacks {EOT}, which ends documents and examples: take another "
-            "tokenizer, or a single text"
+            f"tokenizer {kind} lacks {EOT}, which ends documents and examples: choose "
+            "another tokenizer, or give a single text"
         )
     check_characters(chosen, segments)
     # In a data set no token begins a document, and chats have this project's marks.
@@ -409,8 +410,8 @@ def load_tokenizer(kind):
         return hub.read_tokenizer(hub.find_folder(str(path) if path.is_dir() else kind))
     known = ", ".join(["char", "bpe", *tiktoken.list_encoding_names()])
     raise ValueError(
-        f"tokenizer {kind!r} is none of {known}, nor the path of a data set, checkpoint or "
-        "Hugging Face model, nor the latter's id"
+        f"tokenizer {kind!r} is unknown: it must be one of {known}, the path of a data set, "
+        "checkpoint or Hugging Face model, or a Hugging Face id"
     )
 
 
@@ -428,7 +429,7 @@ def check_characters(tokenizer, segments):
             i = min(map(text.index, unknown))
             raise ValueError(
                 f"the tokenizer's vocabulary lacks {text[i]!r}, character {n_before + i} of the "
-                "text: take another tokenizer"
+                "text: choose another tokenizer"
             )
         n_before += len(text)
 
@@ -659,7 +660,7 @@ class TokenFiles:
             elif not self.weighted:
                 raise ValueError(
                     "the first document is a text, but another has a prompt: prepare texts and "
-                    "examples as data sets of their own"
+                    "examples as separate data sets"
                 )
             room = self.limits[split] - self.state[f"{split}_tokens"]
             if len(ids) > room:
@@ -729,7 +730,7 @@ def make_dataset(source, kind, folder, part, settings):
         if not files.is_worth_learning(split):
             shutil.rmtree(part)
             raise ValueError(
-                f"{source.label} leaves nothing to learn for {split}: bring more text, or more "
+                f"{source.label} leaves nothing to learn for {split}: add more text or more "
                 "examples rated above 1, or change val_fraction"
             )
     return publish(files, folder, source.label)
@@ -746,7 +747,7 @@ def resumed_files(part, asked, weighted, settings, batches):
         print(f"{part}: resuming after {files.written()[1]:,} tokens")
         if files.resume(batches):
             return files
-    print(f"{part}: begun anew, since the settings or the text have changed")
+    print(f"{part}: starting over, because the settings or the text have changed")
     return None
 
 
@@ -853,7 +854,7 @@ def describe(folder):
     lengths = document_lengths(data)
     quantiles = {"min": 0, "median": 0.5, "p90": 0.9, "p95": 0.95, "max": 1}
     spread = ", ".join(f"{key} {np.quantile(lengths, q):,.0f}" for key, q in quantiles.items())
-    print(f"documents   {len(lengths):,}, their tokens: {spread}, mean {lengths.mean():,.1f}")
+    print(f"documents   {len(lengths):,}, tokens in each: {spread}, mean {lengths.mean():,.1f}")
 
     counts = np.zeros(meta["vocab_size"], np.int64)
     for tokens in data.tokens.values():
@@ -866,7 +867,7 @@ def describe(folder):
         return ", ".join(f"{data.tokenizer.decode([i])!r} {counts[i]:,}" for i in ids.tolist())
 
     print(f"most        {counted(occurring[:10])}")
-    print(f"least       {counted(occurring[:-11:-1])}; {len(order) - len(occurring):,} never")
+    print(f"least       {counted(occurring[:-11:-1])}; {len(order) - len(occurring):,} never occur")
     print(f"begins      {data.tokenizer.decode(data.tokens['train'][:100].tolist())!r}")
     return meta
 
@@ -886,8 +887,8 @@ def chosen_settings(changes):
     n_least = 256 + len(SPECIALS.split())
     if settings.tokenizer == "bpe" and settings.vocab_size < n_least:
         raise ValueError(
-            f"vocab_size is {settings.vocab_size}: bpe needs {n_least}, for 256 bytes and 4 "
-            "special tokens"
+            f"vocab_size is {settings.vocab_size}: bpe needs at least {n_least}, for 256 bytes "
+            "and 4 special tokens"
         )
     if settings.clean not in ("", "wikitext"):
         raise ValueError(f"clean is {settings.clean!r}: it must be wikitext, or empty")
@@ -918,7 +919,7 @@ def prepare(**changes):
     name = settings.name or source.name
     if not name or name == ".." or Path(name).name != name:
         raise ValueError(
-            f"name {name!r} is no plain name of a folder: choose another place by --data_dir"
+            f"name {name!r} is not a plain folder name: use --data_dir to choose another place"
         )
     folder = root / name
     part = root / f"{name}.part"
@@ -929,7 +930,7 @@ def prepare(**changes):
         f"{folder}: {meta['train_tokens']:,} training and {meta['val_tokens']:,} validation "
         f"tokens, {meta['tokenizer']['kind']} vocabulary of {meta['vocab_size']:,}"
     )
-    print(f"now: {training_command(folder, settings.data_dir)}")
+    print(f"next: {training_command(folder, settings.data_dir)}")
     return meta
 
 

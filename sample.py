@@ -122,7 +122,7 @@ class Sampling:
         words = line.removeprefix("/").replace("=", " ").split()
         if len(words) != 2 or words[0] not in self.numbers():
             commands = "; ".join(f"/{name} {value}" for name, value in self.numbers().items())
-            raise ValueError(f"{commands} can be changed")
+            raise ValueError(f"these settings can be changed: {commands}")
         name, text = words
         before = getattr(self, name)
         try:
@@ -191,9 +191,9 @@ def warn_about_length(n, block_size, max_tokens):
     """Warn if the model cannot see all of a prompt of n tokens, or all of the text to come."""
     if n > block_size:
         seen = context_length(n, block_size)
-        note = f"the prompt has {n} tokens, of which the model sees the last {seen}"
+        note = f"the prompt has {n} tokens, but the model sees only the last {seen}"
     elif n + max_tokens > block_size:
-        note = f"the model sees {block_size} tokens at most and forgets the oldest"
+        note = f"the model sees at most {block_size} tokens and forgets the oldest ones"
     else:
         return
     print(f"note: {note}", file=sys.stderr)
@@ -382,8 +382,8 @@ def find_checkpoint(out_dir):
         found = list((HERE / "models").glob("*/best.pt"))  # one comes with this project
     if not found:
         raise FileNotFoundError(
-            f"{out_dir or HERE / 'out'} holds no checkpoint: train a model first, as by python "
-            "gpt.py config/train_shakespeare.py"
+            f"{out_dir or HERE / 'out'} holds no checkpoint: train a model first, for example with "
+            "python gpt.py config/train_shakespeare.py"
         )
     newest = max(found, key=lambda path: path.stat().st_mtime)
     best = newest.with_name("best.pt")
@@ -447,7 +447,7 @@ def compiled(model, cuda_graphs):
     try:
         list(model.generate([[0]], 2, forward=forward, cuda_graphs=cuda_graphs))
     except Exception as e:  # compilers' errors have no common type
-        print(f"torch.compile failed ({type(e).__name__}): going on without it", file=sys.stderr)
+        print(f"torch.compile failed ({type(e).__name__}): continuing without it", file=sys.stderr)
         return model.forward
     return forward
 
@@ -471,8 +471,8 @@ class Chat:
         lacking = sorted(needed - tokenizer.special_tokens.keys())
         if lacking and tokenizer.state["chars"]:  # other vocabularies can spell them
             raise ValueError(
-                f"the tokenizer lacks {' and '.join(lacking)}: --chat takes a model trained on "
-                "messages, --interactive any"
+                f"the tokenizer lacks {' and '.join(lacking)}: --chat needs a model trained on "
+                "messages, but --interactive works with any model"
             )
 
     def encode(self, turns):
@@ -631,12 +631,12 @@ def main():
     if chat:
         talk = Chat(model, tokenizer, sampling, system, **generation)
         greeting = (
-            "Type a message. /reset begins a new conversation, /system TEXT one with that system "
-            "text, /system one without."
+            "Type a message. /reset begins a new conversation. /system TEXT begins one with that "
+            "system text, and /system alone begins one without."
         )
         interact(greeting, talk.answer, talk.command)
     elif interactive:
-        interact("Type how a text begins.", partial(write, file=sys.stdout), sampling.change)
+        interact("Type the beginning of a text.", partial(write, file=sys.stdout), sampling.change)
     elif show is not None:
         show_model(model, tokenizer, read_prompt(prompt), show, output)
     else:

@@ -57,7 +57,7 @@ def wait_until_it_trains(process):
     """Wait until a run has begun and printed an evaluation; under torchrun, the next run."""
     for begins in (r"machine ", r"step .* val loss"):
         if not any(re.match(begins, line) for line in process.stdout):
-            raise SystemExit(f"the run ended, exit code {process.wait()}")
+            raise SystemExit(f"the run ended with exit code {process.wait()}")
 
 
 def step_of(out):
@@ -145,7 +145,9 @@ def main():
         process = start(folder / name, end, f["processes"])
         process.communicate()
         if process.returncode:
-            raise SystemExit(f"the run in {folder / name} ended, exit code {process.returncode}")
+            raise SystemExit(
+                f"the run in {folder / name} ended with exit code {process.returncode}"
+            )
         states.append(torch.load(folder / name / "ckpt.pt", weights_only=True))
     different = differences(*states)
     steps = [state["step"] for state in states]
@@ -160,7 +162,7 @@ def main():
         seconds=round(time.monotonic() - began),
     )
     if different or steps != [end, end]:
-        raise SystemExit(f"not the same: steps {steps}, {', '.join(different)}")
+        raise SystemExit(f"the runs differ: steps {steps}, {', '.join(different)}")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,9 @@ def main():
                 log = train(*settings, checkout=checkouts[name], OMP_NUM_THREADS=str(f["threads"]))
                 found[name].append(median_speed(log))
             ratio = found["this"][-1] / found["other"][-1]
-            print(f"pair {run + 1}: this is {ratio:.3f} of the other", flush=True)
+            print(
+                f"pair {run + 1}: this runs at {ratio:.3f} times the speed of the other", flush=True
+            )
     pairs = zip(found["this"], found["other"], strict=True)
     record(
         "loop_speed",

@@ -160,7 +160,7 @@ def main():
         return be_the_parent(sys.argv[2:])
     f = flags(old="", pairs=3, only="", data_dir=str(ROOT / "data"), small=0)
     if not f["old"] or not (Path(f["old"]) / "gpt.py").exists():
-        raise SystemExit("name the other checkout of this project, by --old=PATH")
+        raise SystemExit("name the other checkout of this project with --old=PATH")
     f |= {name: os.path.abspath(f[name]) for name in ("old", "data_dir")}
     for part, measure in PARTS.items():
         if f["only"] in part:

@@ -58,7 +58,7 @@ def find_files(folder, suffixes):
     if not files:
         raise FileNotFoundError(
             f"{folder} holds no {' or '.join(suffixes)} file with a text: "
-            "choose other files by --suffixes"
+            "choose other files with --suffixes"
         )
     return sorted(files, key=str)
 
@@ -78,7 +78,7 @@ def read_blocks(path, size=2**18):
                 block = file.read(size)
             except (EOFError, zlib.error, gzip.BadGzipFile) as e:
                 raise ValueError(
-                    f"{path} is no whole gzip file ({e}): make or fetch it again"
+                    f"{path} is not a complete gzip file ({e}): create or download it again"
                 ) from e
             at_end = len(block) < size
             start = offset - len(decoder.getstate()[0])  # the last block may have cut a character
@@ -161,7 +161,9 @@ def read_jsonl(path):
         try:
             value = json.loads(line)
         except json.JSONDecodeError as e:
-            raise ValueError(f"{where} is no JSON ({e.msg} at column {e.colno}): mend it") from e
+            raise ValueError(
+                f"{where} is not valid JSON ({e.msg} at column {e.colno}): correct it"
+            ) from e
         yield where, value
 
 
@@ -175,7 +177,9 @@ def read_csv(path):
                 raise csv.Error("more fields than columns: put texts with commas in quotes")
             yield f"{path}, line {reader.line_num}", row
     except csv.Error as e:
-        raise ValueError(f"{path}, line {reader.line_num} is no CSV ({e}): mend it") from e
+        raise ValueError(
+            f"{path}, line {reader.line_num} is not valid CSV ({e}): correct it"
+        ) from e
 
 
 # ---- Wikitext ----------------------------------------------------------------------------------
@@ -261,7 +265,7 @@ def chat_document(where, messages, weight):
         role = message.get("role") if isinstance(message, dict) else None
         if role not in ROLE_MARKS:
             raise ValueError(
-                f"{where}: {str(message)[:60]!r} is no message: it takes a role, one of "
+                f"{where}: {str(message)[:60]!r} is not a message: it needs a role, one of "
                 f"{', '.join(ROLE_MARKS)}, and a content"
             )
         content = checked_text(where, message, "content")
@@ -271,7 +275,7 @@ def chat_document(where, messages, weight):
         prompt.append((content, 0))
     if not document:
         raise ValueError(
-            f"{where} has no message of the assistant, from which a model could learn: "
+            f"{where} has no assistant message for a model to learn from: "
             "add one, or remove the chat"
         )
     return document
@@ -283,11 +287,13 @@ def checked_text(where, row, column):
     if column not in columns:
         those = f"only {', '.join(columns)}" if columns else "no columns at all"
         raise ValueError(
-            f"{where} has no {column!r}, {those}: name the column of the text by --text_column"
+            f"{where} has no {column!r}, {those}: name the text's column with --text_column"
         )
     text = row[column]
     if not isinstance(text, str) or re.search("[\ud800-\udfff]", text):  # or a lone surrogate
-        raise ValueError(f"{where}: {column} is {str(text)[:60]!r}: it must be a whole text")
+        raise ValueError(
+            f"{where}: {column} is {str(text)[:60]!r}: it must be text without broken characters"
+        )
     return text
 
 
@@ -353,7 +359,9 @@ def open_streams(path, config, split):
     try:
         import datasets
     except ImportError as e:
-        raise ValueError("data sets of Hugging Face need a library: pip install datasets") from e
+        raise ValueError(
+            "Hugging Face data sets need the datasets library: pip install datasets"
+        ) from e
     try:
         datasets.disable_progress_bars()
         has_validation = "validation" in datasets.get_dataset_split_names(path, config or None)

@@ -29,7 +29,7 @@ def shard_model(model, device, dtype, world_size):
 
 
 def shard_like(tensor, param):
-    """Return this process's share of a tensor, cut like param; other shapes are returned whole."""
+    """Return this process's share of a tensor, cut like param; another shape is returned whole."""
     if tensor.shape != param.shape:
         return tensor
     return distribute_tensor(tensor, param.device_mesh, param.placements, src_data_rank=None)
@@ -38,7 +38,7 @@ def shard_like(tensor, param):
 def gather(state):
     """Return a state with whole tensors, on the CPU of the first process; all must call this."""
 
-    def whole(value):  # one at a time, to save memory
+    def whole(value):  # gathers one tensor at a time, to save memory
         if not hasattr(value, "full_tensor"):
             return value
         value = value.full_tensor()

@@ -118,7 +118,7 @@ def write_pattern(pattern):
     if found:
         raise ValueError(
             f"{found[0]!r} in the pattern {pattern!r} means something else in a tokenizer.json: "
-            r"use a pattern of \p{...} classes, as GPT-2's"
+            r"use a pattern of \p{...} classes, such as GPT-2's"
         )
     split = {
         "type": "Split",
@@ -176,7 +176,9 @@ def import_library():
     try:
         import tokenizers
     except ImportError as e:
-        raise ValueError("this tokenizer needs a library: pip install tokenizers") from e
+        raise ValueError(
+            "this tokenizer needs the tokenizers library: pip install tokenizers"
+        ) from e
     return tokenizers
 
 
@@ -214,7 +216,7 @@ class LibraryEncoding:
         kind = data["model"].get("type", "BPE")
         if kind not in ("BPE", "Unigram"):
             raise ValueError(
-                f"tokenizer.json's model is {kind}, whose tokens do not spell a text: "
+                f"tokenizer.json's model is {kind}, whose tokens do not spell out a text: "
                 "choose one with BPE or Unigram"
             )
         self.tokenizer.no_truncation()

@@ -208,7 +208,9 @@ def wandb_writer(out, config, step):
     try:
         run = wandb.init(dir=out, config=dict(config), **choices)
     except wandb.errors.Error as e:
-        raise ValueError(f"wandb_log: {e}: log in by wandb login, or set WANDB_MODE=offline") from e
+        raise ValueError(
+            f"wandb_log: {e}: log in with wandb login, or set WANDB_MODE=offline"
+        ) from e
     id_file.write_text(run.id, encoding="utf-8")
 
     def write(values):
@@ -235,7 +237,7 @@ def harmless(name, write):
         except Exception as e:  # libraries fail in many ways
             failed = True
             reason = " ".join(str(e).split())
-            print(f"{name}: no longer written ({type(e).__name__}: {reason})", flush=True)
+            print(f"{name} is no longer written ({type(e).__name__}: {reason})", flush=True)
 
     return attempt
 
@@ -360,8 +362,8 @@ def attention_figure(weights, tokens, most=8):
             axes.tick_params(length=0)
             axes.grid(visible=False)
             label_tokens(axes, tokens)
-    figure.supxlabel("token that is looked at", fontsize=9)
-    figure.supylabel("token that looks", fontsize=9)
+    figure.supxlabel("token attended to", fontsize=9)
+    figure.supylabel("token that attends", fontsize=9)
     height = min(1, 3 / len(layers))
     figure.colorbar(image, ax=grid, label="attention weight", shrink=height, aspect=30)
     return figure
@@ -394,8 +396,8 @@ def show(model, tokenizer, ids, kind, path):
         print(f"wrote {path}")
     else:
         raise ValueError(
-            f"show is {kind!r}: it must be attention or, for the next token, empty; the prompt "
-            "goes to --prompt"
+            f"show is {kind!r}: it must be attention, or empty for the next token; give the prompt "
+            "with --prompt"
         )
 
 
@@ -406,7 +408,9 @@ def draw_run(folder):
     out = Path(folder).expanduser()
     log = out / "log.jsonl"
     if not log.is_file():
-        raise FileNotFoundError(f"{log} does not exist: name a run's folder, as out/shakespeare")
+        raise FileNotFoundError(
+            f"{log} does not exist: name a run's folder, such as out/shakespeare"
+        )
     picture = out / "loss.png"
     loss_figure(read_log(log), out.resolve().name).savefig(picture)
     print(f"wrote {picture}")
@@ -419,7 +423,7 @@ def main():
         return
     try:
         if len(words) != 1:
-            raise ValueError(f"{len(words)} words are given: name one run's folder")
+            raise ValueError(f"got {len(words)} arguments: name exactly one run's folder")
         draw_run(words[0])
     except (ValueError, OSError) as e:
         print("error:", e, file=sys.stderr)

@@ -73,7 +73,11 @@ def new_trainer(**changes):
     """Return a Trainer of a new model, by gpt.py's settings and changes of them."""
     chosen = gpt.checked_settings(**changes)
     machine = gpt.set_up_machine(chosen)
-    data = gpt.Data(gpt.data_root(chosen) / chosen.dataset, chosen.block_size, chosen.seed)
+    data = gpt.Data(
+        gpt.as_path(chosen.data_dir or gpt.HERE / "data") / chosen.dataset,
+        chosen.block_size,
+        chosen.seed,
+    )
     model = gpt.build_model(chosen, data, None, Path(chosen.out_dir))
     return gpt.Trainer(chosen, model, data, machine)
 

@@ -90,7 +90,7 @@ def test_the_script_alone_trains_resumes_evaluates_and_finetunes(tmp_path):
 
     done = run_alone(cut, eval_only=True)
     loss = json.loads((cut / "out/pydoc/log.jsonl").read_text().splitlines()[-1])["val_loss"]
-    assert done.returncode == 0 and f"val_loss {loss:.4f}" in done.stdout
+    assert done.returncode == 0 and f"tokens: loss {loss:.4f}" in done.stdout
 
     done = run_alone(cut, init_from="out/pydoc", out_dir="out/further", max_iters=2)
     assert done.returncode == 0, done.stderr
@@ -165,7 +165,7 @@ def test_what_needs_more_says_so_in_one_sentence(tmp_path, values, words):
     if "init_from" in values:
         assert run_alone(tmp_path, max_iters=1).returncode == 0
     done = run_alone(tmp_path, **values)
-    assert done.returncode == 1 and words in done.stderr
+    assert done.returncode == 2 and words in done.stderr
     assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
 
 
@@ -178,7 +178,7 @@ def test_flags_need_the_configurator(tmp_path):
         text=True,
         check=False,
     )
-    assert done.returncode == 1 and "configurator.py" in done.stderr
+    assert done.returncode == 2 and "configurator.py" in done.stderr
 
 
 EARLIER_CELL = """

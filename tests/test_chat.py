@@ -107,7 +107,7 @@ def test_lines_that_are_pasted_are_one_message(finetuned):
     names = list(conversations())
     talk.type(f"{names[0]}\n{names[1]}\n")
     shown = talk.read()
-    assert shown.count("lacks '\\n', character 4") == 1, shown
+    assert shown.count("character 4 of the text, '\\n'") == 1, shown
     assert talk.say(names[2]) == conversations()[names[2]][0] + "\n"
     assert talk.close() == 0
 
@@ -348,7 +348,7 @@ def test_other_commands_are_settings(type_lines):
     out, _ = type_lines(talk, "a", "/max_tokens=2", "/foo", "/resett", "/system A", "B", "b")
     assert (out[0], out[5:]) == ("yes", ["ye"])
     assert "can be changed" in out[1] and "can be changed" in out[2]
-    assert "lacks 'A'" in out[3] and "lacks 'B'" in out[4]
+    assert "text, 'A', is not" in out[3] and "text, 'B', is not" in out[4]
     assert talk.turns == ["a", "yes", "b", "ye"]
     assert (talk.system, talk.sampling.max_tokens) == ("", 2)
     assert (sample.system, sample.max_tokens) == ("", 100), "the script's own settings stay"
@@ -366,7 +366,7 @@ def test_ctrl_c_ends_the_answer_only(type_lines):
 
 def test_a_tokenizer_without_the_templates_tokens_is_refused():
     with pytest.raises(
-        ValueError, match=r"lacks <\|assistant\|> and <\|user\|>: --chat takes a model .*messages"
+        ValueError, match=r"lacks <\|assistant\|> and <\|user\|>: --chat needs a model .*messages"
     ):
         chat_of(gpt.Tokenizer("char", LETTERS))
     chat_of(gpt.Tokenizer("char", LETTERS, chat="%s\n||you? %s\nme? ||%s\n"))  # needs none

@@ -416,9 +416,9 @@ def test_the_command_that_joins_shards_does_so(tmp_path, write_examples):
     cut_into_shards(folder, "train.weight", [10, 19])
     cut_into_shards(folder, "val.weight", [29])
     for _ in range(3):
-        with pytest.raises(ValueError, match="holds shards.*: join them by cd ") as e:
+        with pytest.raises(ValueError, match="holds shards.*: join them with cd ") as e:
             gpt.Data(folder, 4)
-        command = str(e.value).partition("join them by ")[2]
+        command = str(e.value).partition("join them with ")[2]
         subprocess.run(command, shell=True, check=True)
     gpt.Data(folder, 4)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

@@ -316,15 +316,17 @@ def test_a_checkpoint_whose_weights_do_not_fit(mistake, checkpoint):
 def test_resume_with_a_changed_architecture(mistake, checkpoint, flag):
     """The message names the setting with both values, and the checkpoint stays as it was."""
     name, value = flag.split("=")
-    mistake("gpt.py", "--init_from=resume", f"--{flag}", holds=[f"{name} is {value}", "checkpoint"])
+    mistake(
+        "gpt.py", "--init_from=resume", f"--{flag}", holds=[f"{name} is {value}", " in the run: "]
+    )
 
 
 def test_resume_with_another_tokenizer(mistake, launch, checkpoint, tmp_path):
     """Data whose characters differ, if only in their order, do not fit the weights."""
     chars = torch.load(checkpoint)["tokenizer"]["chars"]
     spoil(tmp_path, meta={"tokenizer": {"kind": "char", "chars": chars[::-1]}})
-    mistake("gpt.py", "--init_from=resume", holds=["toy has another tokenizer", "--tokenizer="])
-    mistake("gpt.py", "--eval_only", holds=["toy has another tokenizer", "--tokenizer="])
+    mistake("gpt.py", "--init_from=resume", holds=["toy has a different tokenizer", "--tokenizer="])
+    mistake("gpt.py", "--eval_only", holds=["toy has a different tokenizer", "--tokenizer="])
     spoil(tmp_path, meta={"tokenizer": {"kind": "char", "chars": chars}})
     before = tree(checkpoint.parent)
     launch("gpt.py", "--eval_only")

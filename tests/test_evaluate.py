@@ -110,7 +110,7 @@ def test_bits_per_byte_do_not_depend_on_the_tokenizer():
         )
         found = evaluate.mean_loss(Callable(model, says_anything), batches(tokenizer, text))
         n_tokens = len(tokenizer.encode(text))
-        figures = evaluate.figures_of(found, n_tokens, len(text.encode()))
+        figures = gpt.loss_figures(found, n_tokens, len(text.encode()))
         assert figures["bits_per_byte"] == pytest.approx(math.log2(40))
         assert figures["perplexity"] == pytest.approx(choices)
 
@@ -226,7 +226,7 @@ def test_examples_are_weighed_and_do_not_overlap(tmp_path, write_examples):
 
 def test_a_data_set_of_another_tokenizer_is_refused(tmp_path):
     gpt.write_dataset(tmp_path / "toy", "ab" * 300, gpt.Tokenizer("char", "ab"), "tests")
-    with pytest.raises(ValueError, match="another tokenizer"):
+    with pytest.raises(ValueError, match="a different tokenizer"):
         evaluate.evaluate_dataset(random_model(2), gpt.Tokenizer("char", "ba"), tmp_path / "toy")
 
 
@@ -294,7 +294,12 @@ def test_a_byte_order_mark_is_no_part_of_the_text_and_line_ends_are(measure, tmp
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "text.txt"), (b"\xff\xfe", "text.txt"), (b"1", "2 tokens"), (b"7 ~ 8", "lacks '~'")],
+    [
+        (None, "text.txt"),
+        (b"\xff\xfe", "text.txt"),
+        (b"1", "2 tokens"),
+        (b"7 ~ 8", "'~', is not in the vocabulary"),
+    ],
 )
 def test_texts_that_cannot_be_evaluated(measure, tmp_path, content, message):
     """No file, no UTF-8, no two tokens, an unknown character."""

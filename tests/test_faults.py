@@ -76,10 +76,11 @@ def test_momentum_is_as_if_the_skipped_step_had_not_been(settings, monkeypatch, 
         states = [state for o in trainer.optimizers for state in o.state.values()]
         return [tensor.clone() for state in states for tensor in state.values()]
 
-    def noting(self, grad_norm):
+    def noting(self):
         before.append(tensors(self))
-        update(self, grad_norm)
+        norm = update(self)
         after.append(tensors(self))
+        return norm
 
     monkeypatch.setattr(gpt.Trainer, "update", noting)
     settings(max_iters=5, tie_weights=True)
@@ -188,8 +189,10 @@ def test_micro_batches_are_made_smaller_until_they_fit(
     settings(out_dir=str(tmp_path / "short"))
     gpt.train()
     assert set(fitted) == {tried[-1]} and len(fitted) == 1 + 5 * 2 * rows // tried[-1]
-    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("memory is")]
-    assert told == [f"memory is full: trying micro-batches of {n} rows" for n in tried]
+    told = [
+        line for line in capsys.readouterr().out.splitlines() if line.startswith("out of memory")
+    ]
+    assert told == [f"out of memory: trying micro-batches of {n} rows" for n in tried]
     for a, b in zip(losses(tmp_path / "enough"), losses(tmp_path / "short")):
         assert a.keys() == b.keys() and max(abs(a[step] - b[step]) for step in a) < 1e-5
     a, b = (gpt.read_checkpoint(tmp_path / run / "ckpt.pt")["model"] for run in ("enough", "short"))
@@ -206,7 +209,7 @@ def test_memory_of_mps_that_runs_out(settings, accelerator, monkeypatch):
         gpt.train()
 
 
-FULL = r"memory is full with micro-batches of \d rows: lower batch_size .*--gradient_checkpointing="
+FULL = r"out of memory with micro-batches of \d rows: lower batch_size .*--gradient_checkpointing="
 
 
 def test_memory_that_is_full_where_nothing_can_be_made_smaller(settings, accelerator, monkeypatch):
@@ -535,7 +538,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(
     assert plan["flops"] == pytest.approx(1000 * 128 * flops_per_token_of(dataset), rel=1e-6)
     assert 0 < plan["seconds_per_step"] < 10
     out = capsys.readouterr().out
-    assert f"{dataset}: " in out and "1,000 steps of 128 tokens" in out
+    assert f"{dataset}: " in out and "1,000 steps, 128 tokens per step" in out
     for part in (
         "M parameters",
         "MiB",
@@ -604,7 +607,7 @@ def test_a_data_file_that_becomes_shorter_while_a_run_reads_it(settings, monkeyp
 
     shortening.calls = 0
     monkeypatch.setattr(gpt.Muon, "step", shortening)
-    with pytest.raises(OSError, match=r"train.bin has become shorter"):
+    with pytest.raises(OSError, match=r"train.bin has shrunk"):
         gpt.train()
     assert gpt.read_checkpoint(tmp_path / "out" / "ckpt.pt")["step"] == 5
 
@@ -612,7 +615,7 @@ def test_a_data_file_that_becomes_shorter_while_a_run_reads_it(settings, monkeyp
 # ---- signals and a closed output ----
 
 
-STOPPING = "saving and stopping after this step; another signal stops at once\n"
+STOPPING = "stopping after this step; another signal stops at once\n"
 
 
 def endless(tmp_path):
@@ -788,7 +791,7 @@ def test_a_folder_that_cannot_be_written_when_saving(settings, monkeypatch, tmp_
         return save(state, path)
 
     monkeypatch.setattr(torch, "save", refused)
-    with pytest.raises(OSError, match="Read-only file system.*the one before it is untouched"):
+    with pytest.raises(OSError, match="Read-only file system.*the previous file is untouched"):
         gpt.train()
     assert gpt.read_checkpoint(tmp_path / "out" / "ckpt.pt")["step"] == 0
 
@@ -996,12 +999,26 @@ def test_sizes_that_finetuning_passes_over_are_named(settings, tmp_path, capsys)
 
 
 def test_a_shorter_block_has_its_effect_on_learned_positions(settings, tmp_path, capsys):
-    """The table keeps its length, and the rows are as long as block_size says."""
+    """The table and the rows are then as long as block_size says."""
     settings(use_rope=False, max_iters=1, out_dir=str(tmp_path / "base"))
     gpt.train()
     settings(init_from=str(tmp_path / "base"), out_dir=str(tmp_path / "tuned"), block_size=8)
     gpt.train()
     out = capsys.readouterr().out
-    assert "has no effect" not in out and "1 steps of 32 tokens" in out
+    assert "has no effect" not in out and "1 steps, 32 tokens per step" in out
     with pytest.raises(ValueError, match="block_size is 32: .*base takes at most 16"):
         gpt.train(block_size=32)
+
+
+# ---- a message names what failed ----
+
+
+def test_an_error_in_a_new_run_is_not_taken_for_a_damaged_checkpoint(settings, monkeypatch):
+    """Only what is read from a checkpoint can be damaged; a new model reads none."""
+
+    def without_memory(self):
+        raise RuntimeError("can't allocate memory")
+
+    monkeypatch.setattr(gpt.GPT, "init_weights", without_memory)
+    with pytest.raises(RuntimeError, match="^can't allocate memory$"):
+        gpt.train()

@@ -747,7 +747,7 @@ def test_any_ranks_become_merges_that_do_the_same(tmp_path):
 def test_a_pattern_without_a_like_is_refused(tmp_path):
     """\\w holds other characters there: the message says what to do, and nothing is written."""
     tokenizer = own_bpe(ALL_BYTES, pattern=r" ?\w+|\s+|[^\w\s]+")
-    with pytest.raises(ValueError, match=r"(?s)^'.*w.*pattern.*classes, as GPT-2's$"):
+    with pytest.raises(ValueError, match=r"(?s)^'.*w.*pattern.*classes, such as GPT-2's$"):
         write_tokenizer(tokenizer, tmp_path / "new", 8)
     assert not (tmp_path / "new").exists()
 
@@ -848,7 +848,8 @@ def test_without_the_library(library_tokenizers, folder, monkeypatch, tmp_path):
         data = copy.deepcopy(library_tokenizers["gpt2"])
         change(data)
         with pytest.raises(
-            ValueError, match=r"^this tokenizer needs a library: pip install tokenizers$"
+            ValueError,
+            match=r"^this tokenizer needs the tokenizers library: pip install tokenizers$",
         ):
             read_tokenizer(folder(data))
 

@@ -1478,11 +1478,15 @@ def test_steps_of_one_micro_batch_on_one_gpu_are_recorded(
 
 
 def test_room_is_tried_for_the_optimizer_state_of_what_is_trained(settings, monkeypatch):
-    """Two tensors for each parameter that learns, none for a frozen one; no gradient stays."""
+    """Two tensors for each parameter that learns, none for a frozen one; no gradient stays.
+
+    A resumed run, whose optimizers have their state already, needs no more.
+    """
     trainer = new_trainer(optimizer="adamw")
     frozen = {"wte.weight", "ln_f.weight"}
     for name, p in trainer.model.named_parameters():
         p.requires_grad_(name not in frozen)
+    trainer.optimizers = gpt.make_optimizers(trainer.model, trainer.settings, trainer.machine)
     asked = []
     empty_like = torch.empty_like
 
@@ -1495,3 +1499,8 @@ def test_room_is_tried_for_the_optimizer_state_of_what_is_trained(settings, monk
     trained = [p for name, p in trainer.model.named_parameters() if name not in frozen]
     assert sorted(map(id, asked)) == sorted(map(id, trained * 2))
     assert all(p.grad is None for p in trainer.model.parameters())
+    trainer.gradients(trainer.fetch(0), 0)
+    trainer.update()
+    asked.clear()
+    trainer.try_micro_batch()
+    assert asked == []

@@ -86,7 +86,7 @@ def test_newton_schulz_steps_run_in_what_the_hardware_multiplies(
 def muon_steps(starts, gradients, parts, **settings):
     """Return the matrices after one step for each list of gradients, one group for all."""
     params = [torch.nn.Parameter(p.clone()) for p in starts]
-    optimizer = gpt.Muon([{"params": params, "parts": parts}], **settings)
+    optimizer = gpt.Muon([{"params": params, "parts": parts}], **{"momentum": 0.95} | settings)
     for step in gradients:
         for p, g in zip(params, step):
             p.grad = g.clone()

@@ -137,7 +137,8 @@ def test_a_picture_that_cannot_be_written_does_not_end_the_run(
     settings(max_iters=10)
     assert gpt.train()["step"] == 10
     assert (
-        "loss.png: no longer written (OSError: [Errno 28] No space left" in capsys.readouterr().out
+        "loss.png is no longer written (OSError: [Errno 28] No space left"
+        in capsys.readouterr().out
     )
 
 
@@ -172,16 +173,17 @@ def test_a_rising_validation_loss_stays_in_the_picture():
 def test_a_skipped_step_does_not_end_a_run_that_draws(settings, pictures, monkeypatch, tmp_path):
     """The loss of a step with a gradient that is not finite is left out."""
     settings(max_iters=60, eval_interval=20, log_interval=1)
-    batch_loss = gpt.batch_loss
+    get_batch = gpt.Data.get_batch
     calls = []
 
-    def spoiled(*args):
-        loss = batch_loss(*args)
-        if torch.is_grad_enabled():
-            calls.append(1)
-        return loss * math.nan if len(calls) == 5 and torch.is_grad_enabled() else loss
+    def spoiled(self, split, *args):
+        x, y, w = get_batch(self, split, *args)
+        calls.append(split)
+        if split == "train" and calls.count("train") == 5:
+            w[0, 0] = math.nan
+        return x, y, w
 
-    monkeypatch.setattr(gpt, "batch_loss", spoiled)
+    monkeypatch.setattr(gpt.Data, "get_batch", spoiled)
     assert gpt.train()["step"] == 60
     assert len(pictures) == 4 and (tmp_path / "out" / "loss.png").exists()
     steps, values = pictures[-1]["training, by batch"]
@@ -196,7 +198,7 @@ def test_a_logger_that_fails_does_not_end_the_run(settings, monkeypatch, capsys)
     monkeypatch.setattr(plots, "tensorboard_writer", failing)
     settings(max_iters=10, tensorboard=True)
     assert gpt.train()["step"] == 10
-    assert capsys.readouterr().out.count("tensorboard: no longer written (ZeroDivisionError") == 1
+    assert capsys.readouterr().out.count("tensorboard is no longer written (ZeroDivisionError") == 1
 
 
 def test_dollar_signs_are_no_mathematics(tmp_path):
@@ -227,7 +229,7 @@ def test_plots_draws_a_finished_run(run_script, tmp_path):
     assert "log.jsonl does not exist: name a run's folder" in done.stderr
     done = run_script("extras/plots.py")
     assert done.returncode == 2
-    assert done.stderr == "error: 0 words are given: name one run's folder\n"
+    assert done.stderr == "error: got 0 arguments: name exactly one run's folder\n"
     done = run_script("extras/plots.py", "--help")
     assert done.returncode == 0 and done.stdout.startswith("plots.py: ")
 
@@ -511,7 +513,7 @@ def test_attention_figure_shows_the_weights_and_names_the_tokens():
     for axes, expected in zip(maps, weights.flatten(0, 1)):
         assert np.allclose(axes.images[0].get_array(), expected)
     assert [t.get_text() for t in maps[-1].get_xticklabels()] == ["a", "\N{OPEN BOX}", "\\n"]
-    assert figure.get_supxlabel() == "token that is looked at"
+    assert figure.get_supxlabel() == "token attended to"
 
 
 def test_attention_figure_picks_layers_and_heads_of_a_large_model():

@@ -136,7 +136,7 @@ def test_a_file_is_prepared_under_its_own_name(prepared, tmp_path, capsys):
     out = capsys.readouterr().out
     assert len(out.splitlines()) == 2
     assert "99 training and 11 validation tokens" in out
-    assert out.endswith(f"now: python gpt.py --dataset=mine --data_dir={tmp_path / 'data'}\n")
+    assert out.endswith(f"next: python gpt.py --dataset=mine --data_dir={tmp_path / 'data'}\n")
 
 
 def test_name_and_val_fraction(prepared, tmp_path):
@@ -259,7 +259,7 @@ def test_the_last_line_can_be_pasted(prepared, tmp_path, monkeypatch, capsys):
     path = write(tmp_path / "t.txt", "abcd" * 10)
     root = str(tmp_path / "it's a place")
     prepare.prepare(input=path, data_dir=root, name="two words; rm")
-    command = capsys.readouterr().out.splitlines()[-1].removeprefix("now: ")
+    command = capsys.readouterr().out.splitlines()[-1].removeprefix("next: ")
     assert shlex.split(command) == [
         "python",
         "gpt.py",
@@ -268,7 +268,7 @@ def test_the_last_line_can_be_pasted(prepared, tmp_path, monkeypatch, capsys):
     ]
     monkeypatch.setattr(prepare, "HERE", tmp_path)
     prepare.prepare(input=path)
-    assert capsys.readouterr().out.splitlines()[-1] == "now: python gpt.py --dataset=t"
+    assert capsys.readouterr().out.splitlines()[-1] == "next: python gpt.py --dataset=t"
 
 
 def test_settings_from_python_pass_the_check_of_flags(refused, prepared, tmp_path):
@@ -637,7 +637,7 @@ def test_each_answer_of_a_chat_is_an_example(prepared, tmp_path):
         ("text,b\n,2\n", ("empty",)),
         ("b,text\n1\n", ("line 2", "text is 'None'")),
         ("prompt,response\nhi,Hello, world\n", ("line 2", "more fields", "quotes")),
-        ('text\n"a\nb\n', ("no CSV",)),
+        ('text\n"a\nb\n', ("not valid CSV",)),
         ("prompt,response,rating\na,b,1\na,b,5\n", ("nothing to learn for val", "rated above 1")),
         ("", ("empty",)),
         ("prompt,response\na,b\n", ("two examples",)),
@@ -1069,7 +1069,7 @@ def test_another_text_or_setting_begins_anew(prepared, tmp_path, capsys, change)
     prepared(input=path, shard_tokens=1, workers=1, text_column=column)
     out = capsys.readouterr().out
     assert ("resuming after" in out) == (change != "setting")
-    assert ("begun anew" in out) == (change != "nothing")
+    assert ("starting over" in out) == (change != "nothing")
     lines = [line.replace("end 1", "End 1") if change == "text" else line for line in LINES]
     train, val = (text_of(tmp_path / "data" / "t", split) for split in ("train", "val"))
     assert val == f"{lines[0]}<|endoftext|>"
@@ -1263,7 +1263,7 @@ def test_info(prepared, tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     prepare.prepare(info="t", data_dir=tmp_path / "data")
     out = capsys.readouterr().out
-    assert "20, their tokens: min 1, median 10, p90 18, p95 19, max 20, mean 10.5" in out
+    assert "20, tokens in each: min 1, median 10, p90 18, p95 19, max 20, mean 10.5" in out
     assert "'a' 190, 'b' 20, '<|endoftext|>' 20" in out
     assert "3 never" in out
     assert "char, vocabulary of 6 as uint16" in out

@@ -186,7 +186,7 @@ def test_a_prompt_file_is_read_as_it_is(say, tmp_path, monkeypatch):
     (tmp_path / "start.txt").write_bytes(b"\xef\xbb\xbfab\nhij")
     assert say(prompt="FILE:~/start.txt", max_tokens=2).out == "ab\nhijkl\n"
     (tmp_path / "start.txt").write_bytes(b"ab\r\nhij")
-    with pytest.raises(ValueError, match=r"lacks '\\r', character 2"):
+    with pytest.raises(ValueError, match=r"character 2 of the text, '\\r'"):
         say(prompt="FILE:~/start.txt", max_tokens=2)
 
 
@@ -221,7 +221,7 @@ def test_a_hugging_face_id_is_left_to_hub(say, tmp_path, monkeypatch):
     assert "someone/abc: 0.02M parameters; cpu" in err
     assert "note" not in err
     err = say(checkpoint="", init_from="someone/abc", prompt="abc", block_size=7).err
-    assert "note: the model sees 7 tokens at most" in err
+    assert "note: the model sees at most 7 tokens" in err
 
 
 def test_an_empty_prompt_is_a_newline(say):
@@ -321,9 +321,9 @@ def test_a_prompt_may_name_special_tokens(say, chatty):
 
 def test_special_tokens_that_the_model_lacks_are_refused_as_text(say, chatty):
     """A name that means nothing to this tokenizer is characters, here unknown ones."""
-    with pytest.raises(ValueError, match="'<', character 0"):
+    with pytest.raises(ValueError, match="character 0 of the text, '<'"):
         say(checkpoint=chatty, prompt="<|assistant|>")
-    with pytest.raises(ValueError, match="'<', character 2"):
+    with pytest.raises(ValueError, match="character 2 of the text, '<'"):
         say(prompt="ab<|user|>")
 
 
@@ -467,7 +467,7 @@ def test_a_prompt_longer_than_the_context_is_said(say):
     assert "the last 12" in err
     out, err = say(prompt="abc", max_tokens=14)
     assert out == "abcdefghijklmnopq\n"
-    assert "note: the model sees 16 tokens at most" in err
+    assert "note: the model sees at most 16 tokens" in err
     assert "note" not in say(prompt="abc", max_tokens=13).err
     assert "note" not in say(prompt="abcdefghijklmnop", max_tokens=0).err
 
@@ -582,7 +582,7 @@ def test_interactive_settings_change(chat):
     out, _ = chat("/temperature 0", "/top_k=5", "/max_tokens 2", "abc", "/max_tokens=3", "abc", "/")
     first, second, listed = out.splitlines()[1:4]
     assert (first, second) == ("abcde", "abcdef")
-    for shown in ("/temperature 0.0;", "/top_k 5;", "/top_p 0.9;", "/max_tokens 3 "):
+    for shown in ("/temperature 0.0;", "/top_k 5;", "/top_p 0.9;", "/max_tokens 3"):
         assert shown in listed
     assert (sample.temperature, sample.top_k) == (0.8, 200), "the script's own settings stay"
 
@@ -624,7 +624,7 @@ def test_lines_that_are_pasted_are_one_prompt(tmp_path):
     assert not [line for line in shown[:-3] if line not in ("abc", "xy", "hij")], shown
     assert terminal.say("a") == "abc\n"
     terminal.type("/max_tokens 3\n/top_k 5\n")  # two lines are a text, even with a slash
-    assert "lacks '/', character 0" in terminal.read()
+    assert "character 0 of the text, '/', is not" in terminal.read()
     terminal.type("ab\nhi")  # the last line is not finished yet
     time.sleep(0.5)
     terminal.type("j\n")

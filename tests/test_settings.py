@@ -432,7 +432,10 @@ def test_a_config_file_that_imports_another_is_told_how_they_combine(toy, config
     monkeypatch.syspath_prepend(Path(config("")).parent)
     config("n_layer = 6 if device_type == 'cpu' else 12\n", "other_config.py")
     path = config("from other_config import *\nbias = True\n", "mine.py")
-    with pytest.raises(ValueError, match="imports does not know device_type: .* command line") as e:
+    with pytest.raises(
+        ValueError,
+        match="imports a config file in which device_type is not defined: .* command line",
+    ) as e:
         toy(path, derive=lambda: {"device_type": "cpu"})
     assert str(e.value).startswith(f"{path}: ") and "\n" not in str(e.value)
     other = str(Path(path).with_name("other_config.py"))

@@ -78,7 +78,7 @@ def test_an_unknown_character_is_named(text, named, place):
     tokenizer = gpt.Tokenizer("char", "\nabc")
     with pytest.raises(ValueError) as e:
         tokenizer.encode(text)
-    assert f"{named!r}, character {place} of" in str(e.value)
+    assert f"character {place} of the text, {named!r}, is" in str(e.value)
     assert "'abc'" in str(e.value)
     assert "\n" not in str(e.value)
 
@@ -103,7 +103,7 @@ def test_no_text_gives_a_special_token():
     """Text that spells a name is its characters, or refused where these are not known."""
     spelled = gpt.Tokenizer("char", "<|>userndoftxpa", special=SPECIAL)
     assert spelled.encode("<|user|>") == [0, 1, 3, 4, 5, 6, 1, 2]
-    with pytest.raises(ValueError, match="'<', character 1 of"):
+    with pytest.raises(ValueError, match="character 1 of the text, '<', is"):
         gpt.Tokenizer("char", "abc", special=SPECIAL).encode("a<|user|>")
 
 
