@@ -688,7 +688,7 @@ class GPT(nn.Module):
         cache: a KVCache that holds the tokens before idx; idx is appended to it.
         weights: (B, T) float, how much each target counts; None: 1.
         loss_only: return None instead of the logits, which then never exist all at once; see
-            weighted_loss.
+            summed_loss.
         at: (B,) positions in idx; only their logits are computed, (B, 1, vocab_size).
         """
         T, block_size = idx.size(1), self.config.block_size
@@ -720,13 +720,13 @@ class GPT(nn.Module):
         if at is not None:
             x = x[torch.arange(len(x), device=x.device), at][:, None]
         x = self.ln_f(x).to(dtype)
-        logits = None if loss_only else self.lm_head(x)  # summed_loss computes the same by parts
+        logits = None if loss_only else self.lm_head(x)  # summed_loss computes its own, in parts
         if targets is None:
             return logits, None
         weights = (targets >= 0) * (1.0 if weights is None else weights)
         x, targets, weights = x.flatten(0, 1), targets.flatten(), weights.flatten()
         head = self.lm_head.weight
-        loss = weighted_loss(x, head, targets, weights, self.config, self.training)
+        loss = summed_loss(x, head, targets, weights, self.config, self.training)
         return logits, loss / weights.sum().clamp(min=1e-6)
 
     def attention_mask(self, positions, cache):
@@ -844,33 +844,45 @@ def matmul_dtype(x):
 LOGITS_AT_ONCE = {"cpu": 2**25, "cuda": 2**27}
 
 
-def summed_loss(x, head, targets, weights, config, training):
-    """Return the weighted sum of the targets' losses in nats.
+def loss_of_logits(logits, targets, weights, config, training):
+    """Return the weighted sum of the targets' losses in nats, a float32 tensor.
 
     This is the only definition of the loss; training and evaluation both use it.
 
-    x: (N, n_embd), the normalized residual stream. head: (vocab_size, n_embd). targets: (N,) int64,
-    which may be -1 where the weight is 0. weights: (N,) float.
+    logits: (N, vocab_size). targets: (N,) int64, which may be -1 where the weight is 0.
+    weights: (N,) float.
     """
-    vocab_size = len(head)
-    head = head.to(x.dtype)
-    if x.is_cuda:  # tensor cores are fast for multiples of 64
-        head = F.pad(head, (0, 0, 0, -vocab_size % 64))
-    logits = F.linear(x, head)[:, :vocab_size].float()  # as in GPT.forward
+    logits = logits.float()
     if training and config.train_temperature != 1:
         logits = logits / config.train_temperature
     losses = F.cross_entropy(logits, targets.clamp(min=0), reduction="none")
     return (losses * weights).sum()
 
 
-def weighted_loss(x, head, targets, weights, config, training):
-    """Return summed_loss of these arguments, but compute many logits in parts to save memory."""
+def summed_loss(x, head, targets, weights, config, training):
+    """Return loss_of_logits for the logits of x, but compute many logits in parts to save memory.
+
+    x: (N, n_embd), the normalized residual stream. head: (vocab_size, n_embd).
+    """
     most = LOGITS_AT_ONCE.get(x.device.type, LOGITS_AT_ONCE["cpu"])
     n_parts = math.ceil(len(x) * len(head) / most)
     if n_parts > 1 and torch.is_grad_enabled():
         return LossByParts.apply(x, head, targets, weights, config, training, n_parts)
-    parts = zip(x.chunk(n_parts), targets.chunk(n_parts), weights.chunk(n_parts))
-    return sum(summed_loss(x, head, y, w, config, training) for x, y, w in parts)
+    matrix = matrix_for(x, head)
+    loss = 0.0
+    for x_part, y, w in zip(x.chunk(n_parts), targets.chunk(n_parts), weights.chunk(n_parts)):
+        logits = F.linear(x_part, matrix)[:, : len(head)]
+        loss = loss + loss_of_logits(logits, y, w, config, training)
+    return loss
+
+
+def matrix_for(x, head):
+    """Return the head in x's dtype and, on a GPU, with rows of zeros up to a multiple of 64.
+
+    Tensor cores are fast for such multiples.
+    """
+    head = head.to(x.dtype)
+    return F.pad(head, (0, 0, 0, -len(head) % 64)) if x.is_cuda else head
 
 
 class LossByParts(torch.autograd.Function):
@@ -881,20 +893,25 @@ class LossByParts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, head, targets, weights, config, training, n_parts):
-        inputs = (0, 1) if ctx.needs_input_grad[1] else (0,)  # a frozen head needs no gradient
-        gradients_and_loss = torch.func.grad_and_value(summed_loss, argnums=inputs)
-        head_as_x = head.to(x.dtype)
-        grad_head = torch.zeros_like(head if len(inputs) == 2 else head[:0])
+        gradient_and_loss = torch.func.grad_and_value(loss_of_logits)
+        matrix = matrix_for(x, head)
+        learns_head = ctx.needs_input_grad[1]
         grads_x = []
+        # A long sum in bfloat16 would lose small terms.
+        dtype = torch.float32 if n_parts > 64 else x.dtype
+        grad_head = torch.zeros_like(matrix if learns_head else matrix[:0], dtype=dtype)
         loss = torch.zeros((), device=x.device)
-        parts = zip(x.chunk(n_parts), targets.chunk(n_parts), weights.chunk(n_parts))
-        for x_part, y, w in parts:
-            grads, part_loss = gradients_and_loss(x_part, head_as_x, y, w, config, training)
+        for x_part, y, w in zip(x.chunk(n_parts), targets.chunk(n_parts), weights.chunk(n_parts)):
+            logits = F.linear(x_part, matrix)[:, : len(head)]
+            grad, part_loss = gradient_and_loss(logits, y, w, config, training)
             loss = loss + part_loss
-            grads_x.append(grads[0])
-            if len(grads) == 2:
-                grad_head += grads[1]
-        ctx.save_for_backward(torch.cat(grads_x), grad_head)
+            grad = F.pad(grad, (0, len(matrix) - len(head)))
+            grads_x.append(grad @ matrix)
+            if learns_head and dtype == x.dtype:
+                grad_head = torch.addmm(grad_head, grad.mT, x_part)
+            elif learns_head:
+                grad_head += grad.mT @ x_part
+        ctx.save_for_backward(torch.cat(grads_x), grad_head[: len(head)].to(head.dtype))
         return loss
 
     @staticmethod
@@ -1292,8 +1309,8 @@ class Data:
     other through the text. With weights, as prompts and responses have them, each row holds
     one example or a part of it, and rows that hold no target are left out.
 
-    Any row may be asked for at any time. Training takes each row once, in order, but fetches the
-    next step's rows ahead, and tries row 0 before the first step.
+    Any row may be asked for at any time. Training takes each row once, in order, but reads the next
+    step's rows ahead, and tries row 0 before the first step.
 
     Raises FileNotFoundError if there is no data set, ValueError if it is damaged or too short.
     """
@@ -2084,6 +2101,7 @@ class Trainer:
             )
         self.rows_per_process = self.rows_per_step // machine.world_size
         self.micro_rows = self.rows_per_process // n_micro_batches
+        self.read_ahead = {}  # the next step's rows, by the number of the first one
 
         self.model = model  # holds the weights that are trained
         self.wrapped_model = model  # is called in training; DDP and torch.compile wrap it
@@ -2118,20 +2136,21 @@ class Trainer:
         # This moves one block's share at a time, because the whole may not fit on one GPU.
         shard_model(model, self.machine.device, self.machine.dtype, self.machine.world_size)
 
-    def fetch(self, first_row):
-        """Return this process's micro-batches of the step whose rows begin at first_row."""
-        first = first_row + self.machine.rank * self.rows_per_process
-        starts = range(first, first + self.rows_per_process, self.micro_rows)
-        return [self.data.get_batch("train", start, self.micro_rows) for start in starts]
+    def gradients(self, first_row):
+        """Compute the gradients of the step whose rows begin at first_row.
 
-    def gradients(self, batches, first_row):
-        """Compute a step's gradients; return a loss whose mean over the processes is the step's."""
-        weight = self.machine.mean(sum(w.sum() for _, _, w in batches))
+        Return a loss whose mean over the processes is the step's. While a GPU is still at work, the
+        next step's rows are read.
+        """
+        first = first_row + self.machine.rank * self.rows_per_process
+        batch = self.read_ahead.get(first) or self.read_rows(first)
+        weight = self.machine.mean(batch[2].sum())
         loss = 0.0
-        for i, (x, y, w) in enumerate(batches):
-            row = first_row + self.machine.rank * self.rows_per_process + i * self.micro_rows
+        micro_batches = list(zip(*(tensor.split(self.micro_rows) for tensor in batch)))
+        for i, (x, y, w) in enumerate(micro_batches):
+            row = first + i * self.micro_rows
             torch.manual_seed((self.settings.seed << 32) + row)  # dropout depends on the row only
-            self.set_gradient_exchange(i == len(batches) - 1)
+            self.set_gradient_exchange(i == len(micro_batches) - 1)
             run_backward = self.first_backward if i == 0 else self.backward
             try:
                 # The sum is a new tensor; the next call may overwrite the one returned here.
@@ -2140,7 +2159,13 @@ class Trainer:
                 if out_of_memory(e):
                     raise ValueError(memory_is_full(self.settings, self.micro_rows)) from e
                 raise
+        following = first + self.rows_per_step
+        self.read_ahead = {following: self.read_rows(following)}
         return loss
+
+    def read_rows(self, first):
+        """Return this process's rows of a step, which begin at `first`."""
+        return self.data.get_batch("train", first, self.rows_per_process)
 
     def backward(self, x, y, w, share, is_first=False):
         """Add a micro-batch's gradients to the accumulated ones; return its loss times its share.
@@ -2196,20 +2221,15 @@ class Trainer:
             self.scaler.load_state_dict(state["scaler"])
 
     def get_ready(self):
-        """Compile, if that pays, and find a micro-batch size that fits in the GPU's memory.
-
-        Return whether the size changed.
-        """
+        """Compile, if that pays, and find a micro-batch size that fits in the GPU's memory."""
         if self.will_compile:
             self.compile()
-        before = self.micro_rows
         while not self.micro_batch_fits():
             if self.micro_rows == 1 or self.machine.world_size > 1:
                 raise ValueError(memory_is_full(self.settings, self.micro_rows))
             smaller = range(self.micro_rows // 2, 0, -1)
             self.micro_rows = next(n for n in smaller if self.micro_rows % n == 0)
             self.machine.say(f"out of memory: trying micro-batches of {self.micro_rows} rows")
-        return self.micro_rows < before
 
     def micro_batch_fits(self):
         """Return whether the memory is enough for a micro-batch; on a CPU, suppose that it is."""
@@ -2246,7 +2266,7 @@ class Trainer:
         without_state = [p for o, group in groups for p in group["params"] if p not in o.state]
         optimizer_state = [torch.empty_like(p) for p in without_state for _ in range(2)]
         try:
-            self.backward(*self.fetch(0)[0], 0.0)
+            self.backward(*self.data.get_batch("train", 0, self.micro_rows), 0.0)
         finally:
             del optimizer_state
             for o in self.optimizers:
@@ -2463,7 +2483,7 @@ def plan(settings, trainer):
     for step in range(7):  # the first ones set up what the last three use
         began = time.monotonic()
         row = step * trainer.rows_per_step
-        trainer.gradients(trainer.fetch(row), row)
+        trainer.gradients(row)
         trainer.update()
         seconds.append(time.monotonic() - began)
         if machine.must_stop():
@@ -2554,7 +2574,6 @@ def training_loop(settings, machine, folder, progress, started):  # noqa: C901
     log(config=vars(settings), dataset_sha256=sha256, machine=machine.name(), **versions)
     n_val_batches = data.n_val_batches(settings.batch_size)
     bad_steps = 0  # in a row
-    batches = trainer.fetch(progress.next_row)
     get_ready_at = progress.step
     if machine.device.type == "cpu" and progress.step == 0:
         get_ready_at = 1  # the first step precedes compiling, to show at once that all is well
@@ -2606,21 +2625,19 @@ def training_loop(settings, machine, folder, progress, started):  # noqa: C901
         # Compile, and find the micro-batch that fits, once.
         if progress.step == get_ready_at:
             pause_began = time.monotonic()
-            if trainer.get_ready():
-                batches = trainer.fetch(progress.next_row)
+            trainer.get_ready()
             clock.exclude(time.monotonic() - pause_began)
             share_done = machine.combine([clock.share_done(progress.step)], "max")[0]
 
-        # Gradients of the global batch. The next batch is fetched while a GPU is still at work.
+        # Gradients of the global batch.
         step_began = time.monotonic()
         schedule_done = share_done
         if settings.lr_decay_iters and not settings.max_minutes:
             schedule_done = min(1, progress.step / settings.lr_decay_iters)
         scale = lr_scale(progress.step, schedule_done, settings)
         set_learning_rates(trainer.optimizers, scale)
-        loss = trainer.gradients(batches, progress.next_row)
+        loss = trainer.gradients(progress.next_row)
         progress.next_row += trainer.rows_per_step
-        batches = trainer.fetch(progress.next_row)
 
         # Update. A step whose gradient is not finite is skipped and counted.
         grad_norm = trainer.update()

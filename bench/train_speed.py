@@ -122,10 +122,9 @@ def ours(case, device):
     model = gpt.GPT(gpt.model_config(settings, sizes["vocab_size"]))
     trainer = gpt.Trainer(settings, model, open_data(case), machine)
     trainer.get_ready()
-    batches = trainer.fetch(0)
 
     def step():
-        trainer.gradients(batches, 0)
+        trainer.gradients(0)
         trainer.update()
 
     return step

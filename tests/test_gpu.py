@@ -28,11 +28,12 @@ def new_gpu_trainer(**changes):
 def step_and_norm(trainer, step, spoil=False):
     """Take one step; return its loss and the norm of its gradient. spoil: by a weight of NaN."""
     row = step * trainer.rows_per_step
-    batches = trainer.fetch(row)
     if spoil:
-        batches[0][2][0, 0] = torch.nan
+        batch = trainer.read_rows(row)
+        batch[2][0, 0] = torch.nan
+        trainer.read_ahead = {row: batch}
     gpt.set_learning_rates(trainer.optimizers, 1 / (1 + step))
-    loss = trainer.gradients(batches, row)
+    loss = trainer.gradients(row)
     norm = trainer.update()
     return float(loss), norm
 
@@ -98,11 +99,10 @@ def test_python_waits_for_the_gpu_once_a_step(settings, compiled, graphs):
     trainer = new_gpu_trainer(compile=compiled, cuda_graphs=graphs)
     for step in range(6):
         row = step * trainer.rows_per_step
-        batches = trainer.fetch(row)
         torch.cuda.set_sync_debug_mode("error" if step > 3 else "default")
         try:
             gpt.set_learning_rates(trainer.optimizers, 1 / (1 + step))
-            trainer.gradients(batches, row)
+            trainer.gradients(row)
             torch.cuda.set_sync_debug_mode("default")
             trainer.update()
         finally:
@@ -193,7 +193,7 @@ def test_losses_with_a_padded_head_are_near_those_in_float64(
     y, w = torch.randint(size, (64,), device="cuda"), torch.rand(64, device="cuda")
     torch._dynamo.reset()
     config = gpt.GPTConfig(train_temperature=0.8)
-    loss_of = gpt.weighted_loss
+    loss_of = gpt.summed_loss
     if compiled:
         loss_of = torch.compile(loss_of, dynamic=False, fullgraph=True)
     loss = loss_of(x, head, y, w, config, True)

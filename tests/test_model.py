@@ -547,9 +547,9 @@ def exact_loss(x, head, targets, weights, temperature=1.0):
 
 
 def loss_at(x, head, targets, weights, temperature=1.0):
-    """Return gpt's weighted_loss in training, at this train_temperature."""
+    """Return gpt's summed_loss in training, at this train_temperature."""
     config = gpt.GPTConfig(train_temperature=temperature)
-    return gpt.weighted_loss(x, head, targets, weights, config, True)
+    return gpt.summed_loss(x, head, targets, weights, config, True)
 
 
 def loss_inputs(n=11, n_embd=5, vocab_size=7, dtype=torch.float32):
@@ -708,7 +708,7 @@ def test_norms_that_autocast_makes_float32_leave_the_rest_in_bfloat16(monkeypatc
             F, name, lambda x, *others, f=function: f(x.float(), *others_in_float(others))
         )
     attend = gpt.attend
-    weighted_loss = gpt.weighted_loss
+    loss_in_parts = gpt.summed_loss
 
     def watched_attend(q, k, v, mask):
         seen.extend((q, k, v))
@@ -716,10 +716,10 @@ def test_norms_that_autocast_makes_float32_leave_the_rest_in_bfloat16(monkeypatc
 
     def watched_loss(x, *others):
         seen.append(x)
-        return weighted_loss(x, *others)
+        return loss_in_parts(x, *others)
 
     monkeypatch.setattr(gpt, "attend", watched_attend)
-    monkeypatch.setattr(gpt, "weighted_loss", watched_loss)
+    monkeypatch.setattr(gpt, "summed_loss", watched_loss)
     ids = random_ids(model.config, 2, 12)
     with torch.autocast("cpu", torch.bfloat16):
         model(ids, ids, loss_only=True)[1].backward()
@@ -1499,7 +1499,7 @@ def test_room_is_tried_for_the_optimizer_state_of_what_is_trained(settings, monk
     trained = [p for name, p in trainer.model.named_parameters() if name not in frozen]
     assert sorted(map(id, asked)) == sorted(map(id, trained * 2))
     assert all(p.grad is None for p in trainer.model.parameters())
-    trainer.gradients(trainer.fetch(0), 0)
+    trainer.gradients(0)
     trainer.update()
     asked.clear()
     trainer.try_micro_batch()
