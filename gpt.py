@@ -720,7 +720,7 @@ class GPT(nn.Module):
         if at is not None:
             x = x[torch.arange(len(x), device=x.device), at][:, None]
         x = self.ln_f(x).to(dtype)
-        logits = None if loss_only else self.lm_head(x)  # summed_loss computes its own, in parts
+        logits = None if loss_only else final_logits(self.lm_head(x), self.config)
         if targets is None:
             return logits, None
         weights = (targets >= 0) * (1.0 if weights is None else weights)
@@ -735,10 +735,11 @@ class GPT(nn.Module):
         positions: (B or 1, T), those of the queries. The keys are at positions 0 to T - 1 or, with
         a cache, at 0 to block_size - 1; those after the query are later tokens or unused.
         """
+        n_keys = positions.size(1) if cache is None else self.config.block_size
+        keys = torch.arange(n_keys, device=positions.device)
+        distances = positions[:, None, :, None] - keys  # (B or 1, 1, T, n_keys), from key to query
         if cache is None:
-            return None
-        keys = torch.arange(self.config.block_size, device=positions.device)
-        distances = positions[:, None, :, None] - keys  # (B, 1, T, block_size), from key to query
+            return None  # the kernels know plain causal attention
         return distances >= 0
 
     def crop_block_size(self, block_size):
@@ -844,15 +845,23 @@ def matmul_dtype(x):
 LOGITS_AT_ONCE = {"cpu": 2**25, "cuda": 2**27}
 
 
+def final_logits(logits, config):
+    """Return what the loss and the sampling take for logits, from the output of the head.
+
+    It is the same in float32. What changes the logits, such as a cap, belongs here.
+    """
+    return logits.float()
+
+
 def loss_of_logits(logits, targets, weights, config, training):
     """Return the weighted sum of the targets' losses in nats, a float32 tensor.
 
     This is the only definition of the loss; training and evaluation both use it.
 
-    logits: (N, vocab_size). targets: (N,) int64, which may be -1 where the weight is 0.
-    weights: (N,) float.
+    logits: (N, vocab_size), the head's output. targets: (N,) int64, which may be -1 where the
+    weight is 0. weights: (N,) float.
     """
-    logits = logits.float()
+    logits = final_logits(logits, config)
     if training and config.train_temperature != 1:
         logits = logits / config.train_temperature
     losses = F.cross_entropy(logits, targets.clamp(min=0), reduction="none")
@@ -2190,9 +2199,9 @@ class Trainer:
             self.model.set_requires_gradient_sync(now)
 
     def update(self):
-        """Clip the gradients and, if they are finite, update the weights; return the norm, a float.
+        """Clip the gradients and, if they are finite, update the weights.
 
-        The norm is that of the whole gradient before it was clipped to grad_clip.
+        Return figures for the log, as a dict: the norm of the whole gradient before clipping.
         """
         for o in self.optimizers:
             self.scaler.unscale_(o)
@@ -2202,17 +2211,22 @@ class Trainer:
         if math.isfinite(norm):  # the gradients are unscaled, so no scaler.step is needed
             self.take_steps()
         self.scaler.update()  # after a float16 overflow the scale must fall
-        return norm
+        return {"grad_norm": norm}
 
     def optimizer_steps(self):
-        """Change the weights; a GPU records this, and a step without a finite gradient skips it."""
+        """Change the weights, and whatever follows them.
+
+        A GPU records this, and a step whose gradient is not finite leaves it out.
+        """
         for o in self.optimizers:
             o.step()
 
     def state_dict(self):
         """Return what resuming needs besides the model."""
-        states = [o.state_dict() for o in self.optimizers]
-        return {"optimizers": states, "scaler": self.scaler.state_dict()}
+        return {
+            "optimizers": [o.state_dict() for o in self.optimizers],
+            "scaler": self.scaler.state_dict(),
+        }
 
     def load_state_dict(self, state):
         """Restore what state_dict returned; learning rates keep their values."""
@@ -2640,8 +2654,8 @@ def training_loop(settings, machine, folder, progress, started):  # noqa: C901
         progress.next_row += trainer.rows_per_step
 
         # Update. A step whose gradient is not finite is skipped and counted.
-        grad_norm = trainer.update()
-        bad_steps = 0 if math.isfinite(grad_norm) else bad_steps + 1
+        measured = trainer.update()
+        bad_steps = 0 if math.isfinite(measured["grad_norm"]) else bad_steps + 1
         progress.skipped += bad_steps > 0
         progress.step += 1
         seconds.append(time.monotonic() - step_began)
@@ -2657,10 +2671,10 @@ def training_loop(settings, machine, folder, progress, started):  # noqa: C901
             log(
                 loss=loss,
                 lr=lr,
-                grad_norm=grad_norm,
                 tokens_per_s=speed,
                 mfu=mfu,
                 skipped=progress.skipped,
+                **measured,
             )
             left_s = (settings.max_iters - progress.step) * step_s
             if settings.max_minutes:

@@ -34,8 +34,7 @@ def step_and_norm(trainer, step, spoil=False):
         trainer.read_ahead = {row: batch}
     gpt.set_learning_rates(trainer.optimizers, 1 / (1 + step))
     loss = trainer.gradients(row)
-    norm = trainer.update()
-    return float(loss), norm
+    return float(loss), trainer.update()["grad_norm"]
 
 
 def run_of_twelve_steps(**changes):
