@@ -1334,6 +1334,7 @@ class Data:
         self.weights = {}
         self.starts = {}  # where the rows of a split begin
         self.n_empty = 0  # rows left out
+        self.orders = {}  # offset and order of the rows, of this epoch and the one before
         for split in splits:
             self.open_split(split)
 
@@ -1405,9 +1406,16 @@ class Data:
         n_tokens = len(self.tokens[split])
         if split == "val":
             return starts[row] if row < len(starts) else n_tokens
-        n_offsets = 1 if self.weighted else n_tokens - len(starts) * self.block_size
-        offset, order = epoch_order(len(starts), n_offsets, self.seed, row // len(starts))
-        return starts[order[row % len(starts)]] + offset
+        epoch, i = divmod(row, len(starts))
+        if epoch not in self.orders:
+            rng = np.random.default_rng((self.seed, epoch))
+            n_offsets = 1 if self.weighted else n_tokens - len(starts) * self.block_size
+            offset = int(rng.integers(n_offsets))
+            order = rng.permutation(np.arange(len(starts), dtype=np.uint32))
+            before = {e: known for e, known in self.orders.items() if e == epoch - 1}
+            self.orders = before | {epoch: (offset, order)}
+        offset, order = self.orders[epoch]
+        return starts[order[i]] + offset
 
     def get_batch(self, split, first_row, n_rows):
         """Return inputs and targets (n_rows, block_size) int64, and the targets' weights, float32.
@@ -1439,14 +1447,6 @@ class Data:
 
     def n_val_batches(self, batch_size):
         return math.ceil(self.n_rows("val") / batch_size)
-
-
-@functools.lru_cache(maxsize=2)
-def epoch_order(n_rows, n_offsets, seed, epoch):
-    """Return an epoch's offset, below n_offsets, and the order in which it takes its rows."""
-    rng = np.random.default_rng((seed, epoch))
-    offset = int(rng.integers(n_offsets))
-    return offset, rng.permutation(np.arange(n_rows, dtype=np.uint32))
 
 
 # ---- Checkpoints: ckpt.pt resumes a run, best.pt is for inference -------------------------------

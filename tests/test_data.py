@@ -193,17 +193,21 @@ def test_every_offset_occurs(tmp_path):
     assert max(starts[-1] for starts in ordered) + BLOCK == 32
 
 
-def test_epochs_and_seeds_differ():
-    """Another epoch or seed has another order; the same ones have the same."""
-    drawn = {key: gpt.epoch_order(100, 1000, *key) for key in itertools.product(range(3), range(3))}
-    orders = {key: tuple(order.tolist()) for key, (_, order) in drawn.items()}
-    assert all(sorted(order) == list(range(100)) for order in orders.values())
-    assert len(set(orders.values())) == 9
-    offsets = [offset for offset, _ in drawn.values()]
-    assert len(set(offsets)) > 5 and all(0 <= offset < 1000 for offset in offsets)
-    gpt.epoch_order.cache_clear()
-    offset, order = gpt.epoch_order(100, 1000, 0, 0)
-    assert (offset, tuple(order.tolist())) == (drawn[0, 0][0], orders[0, 0])
+def test_epochs_and_seeds_differ(tmp_path):
+    """Another epoch or seed has another order; the same ones have the same, in any sequence."""
+    folder = write_tokens(tmp_path / "d", 1000, 50)
+    drawn = {}
+    for seed in range(3):
+        data = gpt.Data(folder, BLOCK, seed)
+        for epoch in range(3):
+            drawn[seed, epoch] = tuple(window_starts(data, 1000, epoch))
+    orders = [tuple(start - min(starts) for start in starts) for starts in drawn.values()]
+    assert len(set(orders)) == 9 and len({frozenset(order) for order in orders}) == 1
+    assert len({min(starts) for starts in drawn.values()}) > 3  # the offsets
+    data = gpt.Data(folder, BLOCK, 1)
+    for epoch in (2, 0, 1, 0, 2):
+        assert tuple(window_starts(data, 1000, epoch)) == drawn[1, epoch]
+    assert len(data.orders) <= 2
 
 
 @pytest.mark.parametrize("sizes", [[2] * 12, [1, 2, 3, 4, 5, 6, 3], [5, 5, 4, 4, 3, 2, 1]], ids=str)
