@@ -130,7 +130,8 @@ def run_config(path, names):
                 f"{path}: it imports a config file in which {e.name} is not defined: name both "
                 "files on the command line instead, as in gpt.py config/a.py config/b.py"
             ) from e
-        raise ValueError(f"{path}: {type(e).__name__}: {e}") from e
+        kind = "" if isinstance(e, (ValueError, OSError)) else f"{type(e).__name__}: "
+        raise ValueError(f"{path}: {kind}{e}") from e
     return after
 
 
@@ -214,7 +215,7 @@ def report(error):
     if LOST_PROCESS in message:
         message = "another process has ended"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC and not error.filename:
-        message += ": free some space, then go on with --init_from=resume"
+        message = "the disk is full: free some space, then run the command again"
 
     rank = process_rank()
     distributed = sys.modules.get("torch.distributed")

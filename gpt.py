@@ -16,9 +16,8 @@ resuming, trainer, folder of a run, what it prints, the training loop, main.
 
 import time
 
-STARTED = (
-    time.monotonic()
-)  # before importing torch, which takes seconds that count toward max_minutes
+# The import of torch below takes seconds that count toward max_minutes.
+STARTED = time.monotonic()
 
 import ast
 import base64
@@ -33,6 +32,7 @@ import linecache
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -217,6 +217,11 @@ def checked_settings(**changes):
         values[name] = check_setting(name, values[name], SETTINGS)
         check_meaning(name, values[name])
     settings = SimpleNamespace(**values)
+    if settings.min_lr > settings.learning_rate:
+        raise ValueError(
+            f"min_lr is {settings.min_lr}: it must be at most learning_rate, which is "
+            f"{settings.learning_rate}"
+        )
     model_config(settings, vocab_size=1)  # raises ValueError for sizes that do not fit together
     return settings
 
@@ -264,9 +269,10 @@ class Tokenizer:
         bytes in base64, within the words that `pattern` matches; "tokenizers" passes `json`, the
         text of a tokenizer.json, to Hugging Face's library; any other kind is the name of a
         tiktoken encoding.
-    special: names of special tokens; encode never returns their ids. These follow the other tokens'
-        ids or are given as `special_ids`.
+    special: names of special tokens; encode never returns their ids, which follow those of the
+        other tokens or are given as `special_ids`.
     begin, end: names of the special tokens that begin a text and end a document or an answer.
+    chat: the templates of a conversation; see CHAT.
     """
 
     kind: str
@@ -359,7 +365,8 @@ def training_only(default):
 class GPTConfig:
     """The shape of a model. GPT-2 has bias=True, n_kv_head=n_head and every use_ field False."""
 
-    # A field with the name of a setting has the value in this file, not a flag's, as its default.
+    # A field that shares its name with a setting defaults to the value written above, even if a
+    # flag changes the setting.
     block_size: int = block_size
     vocab_size: int = 8192
     n_layer: int = n_layer
@@ -501,9 +508,8 @@ def attend(q, k, v, mask=None):
         v = v.repeat_interleave(groups, dim=1)
     elif groups > 1:  # the heads of a group become rows, so that keys and values need no copy
         q = q.reshape(B, n_kv_head, groups * T, d)
-        heads = max(
-            groups, mask.size(1)
-        )  # a mask that all heads share is expanded to one group's heads
+        # A mask that all heads share is expanded to one group's heads.
+        heads = max(groups, mask.size(1))
         mask = mask.expand(-1, heads, T, -1).reshape(len(mask), -1, groups * T, k.size(2))
     y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
     return y.reshape(B, n_head, T, d)
@@ -572,9 +578,8 @@ class CausalSelfAttention(nn.Module):
         self.n_kv_head = config.n_kv_head
         self.head_dim = config.head_dim
         heads = (config.n_head, config.n_kv_head, config.n_kv_head)
-        self.parts = [
-            n * config.head_dim for n in heads
-        ]  # how many of c_attn's rows belong to q, k, v
+        # How many of c_attn's rows belong to q, k and v.
+        self.parts = [n * config.head_dim for n in heads]
         self.c_attn = nn.Linear(config.n_embd, sum(self.parts), bias=config.bias)
         self.c_proj = nn.Linear(config.n_head * config.head_dim, config.n_embd, bias=config.bias)
         self.qk_norm = nn.Identity()
@@ -674,9 +679,8 @@ class GPT(nn.Module):
         for block in self.h:
             nn.init.normal_(block.attn.c_proj.weight, std=proj_std)
             nn.init.normal_(block.mlp.c_proj.weight, std=proj_std)
-        nn.init.zeros_(
-            self.lm_head.weight
-        )  # before the embedding is drawn, because they may share a matrix
+        # The head precedes the embedding, because they may share a matrix.
+        nn.init.zeros_(self.lm_head.weight)
         for embedding in (self.wte, self.wpe):
             if embedding is not None:
                 nn.init.normal_(embedding.weight, std=0.01 if tied else 0.3)
@@ -687,8 +691,8 @@ class GPT(nn.Module):
         idx: (B, T) int64 ids. targets: (B, T) int64, the next ids; -1 is ignored.
         cache: a KVCache that holds the tokens before idx; idx is appended to it.
         weights: (B, T) float, how much each target counts; None: 1.
-        loss_only: return None instead of the logits, which then never exist all at once; see
-            summed_loss.
+        loss_only: return None instead of the logits. This saves memory and, with targets, the time
+            to compute them twice; see summed_loss.
         at: (B,) positions in idx; only their logits are computed, (B, 1, vocab_size).
         """
         T, block_size = idx.size(1), self.config.block_size
@@ -1047,7 +1051,7 @@ def whole(tensor):
 
 
 def share_of(tensor, like):
-    """Return this process's share of a whole tensor where FSDP has sharded `like`, or else all."""
+    """Return this process's share of a tensor if FSDP has sharded `like`, else the whole tensor."""
     if not is_sharded(like):
         return tensor
     from extras.fsdp import shard_like
@@ -1260,7 +1264,10 @@ def prepare_if_missing(name, root):
     except ConnectionError as e:
         print(f"{e}; training on pydoc, Python's own documentation, instead")
         return prepare_if_missing("pydoc", root)
-    write_dataset(folder, text, Tokenizer("char", "".join(sorted(set(text)))), source)
+    try:
+        write_dataset(folder, text, Tokenizer("char", "".join(sorted(set(text)))), source)
+    except OSError as e:
+        raise OSError(f"cannot write {folder} ({e.strerror}): choose another --data_dir") from e
     return folder
 
 
@@ -1304,7 +1311,7 @@ def read_meta(folder):
         state = {"kind": meta["tokenizer"]["kind"]} | meta["tokenizer"]
         meta["sha256"] = str(meta["sha256"])
     except (KeyError, TypeError, ValueError) as e:
-        raise ValueError(f"{path} is damaged ({e!r}): prepare the data set again") from e
+        raise ValueError(f"{path} is damaged ({shortened(e)}): prepare the data set again") from e
     try:
         return meta, Tokenizer(**state)
     except TypeError as e:  # a name that Tokenizer does not know
@@ -1344,7 +1351,8 @@ class Data:
             if (self.folder / f"{name}_0000.bin").exists():
                 raise ValueError(
                     f"{self.folder} holds shards, as versions before 2.0.0 wrote them: join them "
-                    f"with cd {self.folder} && cat {name}_*.bin > {name}.bin && rm {name}_*.bin"
+                    f"with cd {shlex.quote(str(self.folder))} && cat {name}_*.bin > {name}.bin "
+                    f"&& rm {name}_*.bin"
                 )
         files = {split: TokenFile(self.folder / f"{split}.bin", self.meta["dtype"])}
         if self.weighted:
@@ -1361,8 +1369,10 @@ class Data:
         elif split == "val":
             starts = range(0, n - 1, self.block_size)
         else:  # the room left at the end lets each epoch begin at a different offset
-            enough = n > self.block_size
-            starts = range(0, max(int(enough), n - 2 * self.block_size), self.block_size)
+            end = n - 2 * self.block_size
+            if end < 1 and n > self.block_size:
+                end = 1  # the only row
+            starts = range(0, end, self.block_size)
         if not starts:
             raise ValueError(
                 f"{self.folder} holds {n} tokens for {split}, {self.why_no_row(split)}"
@@ -1461,7 +1471,11 @@ def save_checkpoint(path, state):
         part.replace(path)
     except (OSError, RuntimeError) as e:  # torch turns a failed write into a RuntimeError
         part.unlink(missing_ok=True)
-        raise OSError(f"{path} could not be saved ({e}); the previous file is untouched") from e
+        free = shutil.disk_usage(path.parent).free / 2**20
+        raise OSError(
+            f"{path} could not be saved ({shortened(e)}; {free:,.0f} MiB are free there); the "
+            "previous file is untouched"
+        ) from e
 
 
 def read_checkpoint(path):
@@ -1483,8 +1497,7 @@ def read_checkpoint(path):
         raise
     except Exception as e:  # torch raises half a dozen types of error
         raise ValueError(
-            f"{path} is damaged or not a checkpoint ({type(e).__name__}): use another, such as "
-            "best.pt or ckpt.pt beside it"
+            f"{path} is damaged or not a checkpoint ({type(e).__name__}): use another one"
         ) from e
     for key in ("model", "model_args", "tokenizer"):
         if not isinstance(state, dict) or not isinstance(state.get(key), dict):
@@ -1569,9 +1582,8 @@ class Machine:
     world_size: int = 1
     fsdp: bool = False  # whether the processes shard the model instead of each holding a copy
     stop_signals: list = field(default_factory=list)  # those that have come
-    open_files: contextlib.ExitStack = field(
-        default_factory=contextlib.ExitStack
-    )  # closed at the end
+    # Files that are closed at the end of the run.
+    open_files: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     def name(self):
         kind = self.device.type
@@ -1841,7 +1853,7 @@ EXIT_SHARE = 0.01  # share of max_minutes that is reserved for ending the proces
 
 @dataclass
 class Progress:
-    """Where a run stands. A checkpoint holds all of it; the seconds are those of its saving."""
+    """Where a run stands. A checkpoint holds all of it, as of the moment of saving."""
 
     step: int = 0
     next_row: int = 0  # the training rows taken so far, over all epochs
@@ -1930,6 +1942,8 @@ def read_run(settings, out, machine):
         resume = machine.from_first(path.exists)
     if not resume:
         return None
+    if not machine.from_first(path.exists):
+        raise FileNotFoundError(f"{out} holds no run to resume: --init_from=auto begins one")
     state = read_checkpoint(path)
     if "optimizers" not in state:
         raise ValueError(
@@ -1987,9 +2001,8 @@ def resumed_model(settings, data, state):
     check_tokenizer(data, Tokenizer(**state["tokenizer"]))
     shape = GPTConfig(**state["model_args"] | training_only_values(settings))
     saved = state["config"] | asdict(shape)
-    saved["block_size"] = state["config"][
-        "block_size"
-    ]  # before 2.0.0, a model's table could be longer
+    # Before version 2.0.0, a model's table of positions could be longer.
+    saved["block_size"] = state["config"]["block_size"]
     names = ["block_size", "lora_rank", "optimizer"]
     if not state["base"]:  # else the model has the shape of what it was finetuned from
         names += sorted(SETTINGS.keys() & asdict(shape).keys() - {"block_size"})
@@ -2014,8 +2027,8 @@ def model_to_finetune(settings, data, out):
     path = as_path(settings.init_from)
     if not path.is_file() and not (path / "best.pt").exists():
         raise FileNotFoundError(
-            f"init_from is {settings.init_from!r}, which is not a checkpoint here; make one of a "
-            f"Hugging Face model with python hub.py get {settings.init_from}"
+            f"init_from is {settings.init_from!r}, where there is no checkpoint; if it is a "
+            f"Hugging Face model, make one with python hub.py get {settings.init_from}"
         )
     if (path if path.is_dir() else path.parent).resolve() == out.resolve():
         raise ValueError(f"{path} is in out_dir, whose files a new run renames: change out_dir")
@@ -2079,12 +2092,12 @@ def compare_with_run(settings, state, progress, val_conditions, machine):
     earlier = before | {"dataset_sha256": state["dataset_sha256"]} | state.get("val_conditions", {})
     changed = [n for n, value in val_conditions.items() if earlier.get(n, value) != value]
     if changed and progress.best_val_loss < math.inf:
+        names = ["the data set" if name == "dataset_sha256" else name for name in changed]
         machine.say(
-            f"{' and '.join(changed)} changed: earlier validation losses cannot be compared with "
+            f"{' and '.join(names)} changed: earlier validation losses cannot be compared with "
             "later ones, so best.pt and early_stop start over"
         )
         progress.best_val_loss = math.inf
-        progress.stale = 0
 
 
 # ---- Trainer ------------------------------------------------------------------------------------
@@ -2179,7 +2192,7 @@ class Trainer:
     def backward(self, x, y, w, share, is_first=False):
         """Add a micro-batch's gradients to the accumulated ones; return its loss times its share.
 
-        is_first: drop the previous step's gradients first; where this is recorded, that is, too.
+        is_first: whether to drop the previous step's gradients before. A recording includes this.
         """
         if is_first:
             for o in self.optimizers:
@@ -2452,10 +2465,12 @@ def describe(settings, trainer, out, progress):
         f"data     {data.folder}: {data.meta['train_tokens']:,} training and "
         f"{data.meta['val_tokens']:,} validation tokens\n"
         f"         {data.meta['tokenizer']['kind']} vocabulary of {data.meta['vocab_size']:,}\n"
-        f"model    {size}, at most {memory:,.0f} MiB with gradients and optimizer state\n"
+        f"model    {size}, at most {memory:,.1f} MiB with gradients and optimizer state\n"
         f"run      {length}, {trainer.tokens_per_step:,} tokens per step, {epoch:,.0f} steps per "
         f"epoch, in {out}"
     )
+    if settings.lr_decay_iters and settings.max_minutes:
+        machine.say("         lr_decay_iters has no effect, because max_minutes sets the schedule")
     if data.n_empty:
         machine.say(f"         {data.n_empty:,} rows hold no target and are left out")
     if model.base:
@@ -2619,7 +2634,8 @@ def training_loop(settings, machine, folder, progress, started):  # noqa: C901
             eval_s = time.monotonic() - eval_began
             log(val_loss=val_loss)
             machine.say(f"step {progress.step:6,} | val loss {val_loss:.4f}")
-            progress.stale += progress.step > 0
+            if progress.step > 0:
+                progress.stale += 1
             if val_loss < progress.best_val_loss and (progress.step > 0 or finished):
                 progress.best_val_loss = val_loss
                 progress.stale = 0
@@ -2641,7 +2657,6 @@ def training_loop(settings, machine, folder, progress, started):  # noqa: C901
             pause_began = time.monotonic()
             trainer.get_ready()
             clock.exclude(time.monotonic() - pause_began)
-            share_done = machine.combine([clock.share_done(progress.step)], "max")[0]
 
         # Gradients of the global batch.
         step_began = time.monotonic()
@@ -2655,8 +2670,11 @@ def training_loop(settings, machine, folder, progress, started):  # noqa: C901
 
         # Update. A step whose gradient is not finite is skipped and counted.
         measured = trainer.update()
-        bad_steps = 0 if math.isfinite(measured["grad_norm"]) else bad_steps + 1
-        progress.skipped += bad_steps > 0
+        if math.isfinite(measured["grad_norm"]):
+            bad_steps = 0
+        else:
+            bad_steps += 1
+            progress.skipped += 1
         progress.step += 1
         seconds.append(time.monotonic() - step_began)
 
@@ -2701,7 +2719,7 @@ def check_finite(model, bad_steps, settings, out, progress):
         lower = [f"--{name}={getattr(settings, name) / 2:g}" for name in rates if name in SETTINGS]
         raise ValueError(
             f"step {progress.step}: {found} are not finite; resume {out} with --init_from=resume "
-            f"and lower rates, such as {' '.join(lower)}"
+            f"and lower learning rates, such as {' '.join(lower)}"
         )
 
 
@@ -2743,7 +2761,7 @@ def run(settings, started):
     except ModuleNotFoundError as e:
         if not str(e.name).startswith("extras"):
             raise
-        raise ValueError("this needs the folder extras/ beside gpt.py, which is missing") from e
+        raise ValueError(f"{e.name} is missing: put the folder extras/ beside gpt.py") from e
     machine.leave()
     if not settings.eval_only:
         figures = {"step": progress.step, "best_val_loss": progress.best_val_loss} | figures

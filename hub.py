@@ -117,9 +117,8 @@ class Key(NamedTuple):
 
     name: str
     type: type
-    default: object = (
-        REQUIRED  # transformers' default if config.json lacks the key; None: GPTConfig's
-    )
+    # transformers' default if config.json lacks the key; None: GPTConfig's
+    default: object = REQUIRED
 
 
 GPT2_KEYS = {
@@ -949,9 +948,8 @@ def merged_state(state, base=""):
         if not is_A:
             continue
         weight = weights.get(f"{module}.weight")
-        norm = state["model"][
-            f"{module}.lora.base"
-        ]  # the norm of the base's weight when LoRA began
+        # The norm of the base's weight when LoRA began.
+        norm = state["model"][f"{module}.lora.base"]
         if weight is None or not torch.isclose(weight.float().norm(), norm, rtol=1e-5):
             raise ValueError(
                 f"{base} no longer holds the weights that LoRA began from: name the original "

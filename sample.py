@@ -408,7 +408,7 @@ def load_model(source, device, dtype="auto", quantize="", block_size=block_size)
     """
     model, tokenizer, state = read_model(source)  # it stays on the CPU until it is converted
     if "step" not in state and model.config.use_rope:  # not trained here: its context may be long
-        model.config.block_size = min(block_size, model.config.block_size)
+        model.crop_block_size(min(block_size, model.config.block_size))
     if device.type == "cuda":
         is_fast = native_bfloat16(device)
     else:

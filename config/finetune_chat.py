@@ -5,6 +5,8 @@
 # Then: python sample.py --chat --out_dir=out/chat
 import hub
 
+if init_from == "auto":
+    raise ValueError("init_from is auto: begin without it, and resume with --init_from=resume")
 if init_from == "scratch":
     init_from = str(hub.get("HuggingFaceTB/SmolLM2-135M"))
 dataset = "chat"

@@ -4,6 +4,8 @@
 #   python prepare.py --input=rated.csv --name=rated --tokenizer=gpt2
 import hub
 
+if init_from == "auto":
+    raise ValueError("init_from is auto: begin without it, and resume with --init_from=resume")
 if init_from == "scratch":
     init_from = str(hub.get("gpt2"))
 dataset = "rated"

@@ -2,12 +2,16 @@
 # Not yet measured here. It finetunes all weights of GPT-2 on Shakespeare. Prepare the data first:
 #   python prepare.py shakespeare --tokenizer=gpt2 --name=shakespeare_bpe
 # For another model: python hub.py get FOLDER_OR_ID, which says how to continue.
+from pathlib import Path
+
 import hub
 
+if init_from == "auto":
+    raise ValueError("init_from is auto: begin without it, and resume with --init_from=resume")
 if init_from == "scratch":
     init_from = str(hub.get("gpt2"))
 dataset = "shakespeare_bpe"
-out_dir = "out/finetune_shakespeare"
+out_dir = str(Path(__file__).resolve().parent.parent / "out" / "finetune_shakespeare")
 block_size = 256 if device_type == "cpu" else 1024
 dropout = 0.1
 batch_size = 2

@@ -337,6 +337,11 @@ def test_settings_that_readme_names_exist():
         known |= set(gpt.read_settings(path.read_text(encoding="utf-8")))
     assert set(re.findall(r"--([a-zA-Z][\w-]*)", README)) <= known
     changes = README[README.index("## Reading and changing") : README.index("## Speed")]
+    source = (ROOT / "gpt.py").read_text(encoding="utf-8")
+    dotted = re.findall(r"`([A-Z]\w+)\.(\w+)`", changes)
+    assert len(dotted) > 5
+    for owner, name in dotted:
+        assert hasattr(getattr(gpt, owner), name) or f"self.{name} = " in source, (owner, name)
     for name in re.findall(r"`([a-z_]+)`", changes):
         assert (
             hasattr(gpt, name) or hasattr(gpt.GPT, name) or name in ("pick", "lr", "data", "models")

@@ -1,5 +1,6 @@
 """Training as a whole: schedule, resume, weights, time budget, several processes, learning."""
 
+import copy
 import itertools
 import json
 import math
@@ -1150,3 +1151,119 @@ def test_samples_begin_with_a_newline_or_an_examples_prompt(
     assert [data.tokenizer.decode(ids[: len(prompt)]) for ids in prompts] == [prompt]
     if weighted:
         assert capsys.readouterr().out.splitlines()[1:-1] == ["ab=b"]
+
+
+# ---- what a step, a sample and an evaluation leave behind ----
+def test_each_micro_batch_of_each_step_has_a_seed_of_its_own(settings, monkeypatch):
+    """Otherwise dropout would drop the same channels in every step."""
+    seeds = []
+    manual_seed = torch.manual_seed
+    monkeypatch.setattr(torch, "manual_seed", lambda n: seeds.append(n) or manual_seed(n))
+    gpt.train(max_iters=3, batch_size=2, gradient_accumulation_steps=2, seed=5)
+    first_rows = [0, 2, 4, 6, 8, 10]
+    assert [n for n in seeds if n >= 2**32] == [(5 << 32) + row for row in first_rows]
+
+
+def test_samples_and_evaluations_leave_the_model_in_training(settings, monkeypatch):
+    """With dropout, every step must train with it."""
+    modes = []
+    backward = gpt.Trainer.backward
+
+    def noting(self, *args, **kwargs):
+        modes.append(self.model.training)
+        return backward(self, *args, **kwargs)
+
+    monkeypatch.setattr(gpt.Trainer, "backward", noting)
+    gpt.train(max_iters=6, eval_interval=2, sample_at_eval=True, sample_tokens=3)
+    assert modes == [True] * 6
+
+
+def test_the_model_for_evaluation_is_evaluated_and_saved(settings, monkeypatch, tmp_path):
+    """Trainer.eval_model may be another model; ckpt.pt holds the one that is trained."""
+    place = gpt.Trainer.place
+
+    def place_both(self, model):
+        self.eval_model = copy.deepcopy(model)
+        with torch.no_grad():
+            self.eval_model.lm_head.weight.normal_(std=0.1)
+        place(self, model)
+
+    monkeypatch.setattr(gpt.Trainer, "place", place_both)
+    figures = gpt.train(max_iters=4, eval_interval=2, tie_weights=False)
+    model, _, _ = gpt.load_checkpoint(tmp_path / "out" / "best.pt")
+    trained, _, _ = gpt.load_checkpoint(tmp_path / "out" / "ckpt.pt")
+    assert not torch.equal(model.lm_head.weight, trained.lm_head.weight)
+    losses = [r["val_loss"] for r in read_log(tmp_path / "out") if "val_loss" in r]
+    assert len(set(losses[:-1])) == 1  # it is not trained
+    chosen = gpt.checked_settings()
+    data = gpt.Data(tmp_path / "data" / "toy", chosen.block_size)
+    machine = gpt.set_up_machine(chosen)
+    n_batches = data.n_val_batches(chosen.batch_size)
+    loss = gpt.evaluate(model, data, machine, n_batches, chosen.batch_size)
+    assert figures["val_loss"] == pytest.approx(loss, abs=1e-6)
+
+
+def test_few_batches_are_spread_over_the_validation_split(settings, monkeypatch):
+    trainer = new_trainer()
+    last = trainer.data.n_val_batches(2) - 1
+    assert last > 10
+    rows = []
+    get_batch = trainer.data.get_batch
+    trainer.data.get_batch = lambda split, row, n: rows.append(row) or get_batch(split, row, n)
+    gpt.evaluate(trainer.model, trainer.data, trainer.machine, 3, 2)
+    assert rows == [0, 2 * round(last / 2), 2 * last]
+
+
+def test_the_evaluation_before_the_first_step_is_neither_the_best_nor_a_stale_one(
+    settings, monkeypatch
+):
+    """An untrained model is no model for use, and early_stop counts what came after it."""
+    saved = []
+    monkeypatch.setattr(
+        gpt, "save_checkpoint", lambda path, state: saved.append((path.name, state["step"]))
+    )
+    monkeypatch.setattr(gpt, "evaluate", lambda *args: 1.0)
+    assert gpt.train(max_iters=9, eval_interval=2, early_stop=1, sample_tokens=0)["step"] == 4
+    assert saved == [("ckpt.pt", 0), ("ckpt.pt", 2), ("best.pt", 2), ("ckpt.pt", 4)]
+
+
+def test_the_loss_scale_is_resumed(settings):
+    """A float16 run would otherwise skip steps again until its scale has fallen."""
+    trainer = new_trainer()
+    loaded = []
+    trainer.scaler = SimpleNamespace(load_state_dict=loaded.append)
+    states = {"optimizers": [o.state_dict() for o in trainer.optimizers]}
+    trainer.load_state_dict(states | {"scaler": {"scale": 128.0}})
+    trainer.load_state_dict(states | {"scaler": {}})
+    assert loaded == [{"scale": 128.0}]
+
+
+def test_max_minutes_goes_before_lr_decay_iters(settings, tmp_path, clock, capsys):
+    """The schedule follows the clock to the end, and the run says that the setting has no effect."""
+    gpt.train(max_minutes=1.0, lr_decay_iters=3, eval_interval=40, warmup_iters=2)
+    rates = [r["lr"] for r in read_log(tmp_path / "out") if "lr" in r]
+    assert len(rates) > 20 and min(rates[2:20]) > 0.5 * max(rates)
+    assert "lr_decay_iters has no effect" in capsys.readouterr().out
+
+
+def test_the_speed_is_that_of_the_steps_since_the_last_line(settings, tmp_path, clock, monkeypatch):
+    """Steps that become faster show it in the next line."""
+    forward = gpt.GPT.forward
+    steps = []
+
+    def slower_at_first(self, *args, **kwargs):
+        if self.training:
+            steps.append(1)
+            clock.now += 1.5 if len(steps) <= 4 else 0
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(gpt.GPT, "forward", slower_at_first)
+    gpt.train(max_iters=8, log_interval=2, eval_interval=8)
+    speeds = {r["step"]: r["tokens_per_s"] for r in read_log(tmp_path / "out") if "loss" in r}
+    expected = {1: 64 / 2, 2: 64 / 2, 4: 64 / 2, 6: 64 / 0.5, 8: 64 / 0.5}
+    assert speeds == pytest.approx(expected)
+
+
+def test_min_lr_above_the_learning_rate_is_refused(settings):
+    with pytest.raises(ValueError, match="min_lr is 1.0: it must be at most learning_rate"):
+        gpt.train(min_lr=1)
