@@ -511,3 +511,14 @@ def test_the_shell_sees_exit_code_2(run_script, tmp_path, script, arguments, fra
     assert done.stderr.count("\n") == 1
     assert fragment in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["finetune_rated", "finetune_chat", "finetune_shakespeare"])
+def test_a_finetuning_config_does_not_begin_from_scratch_by_auto(mistake, name):
+    """The flag would take the place of the model to finetune, and a random one would be trained."""
+    mistake(
+        "gpt.py",
+        f"config/{name}.py",
+        "--init_from=auto",
+        holds=["init_from is auto", "--init_from=resume"],
+    )
