@@ -729,7 +729,7 @@ class GPT(nn.Module):
             return logits, None
         weights = (targets >= 0) * (1.0 if weights is None else weights)
         x, targets, weights = x.flatten(0, 1), targets.flatten(), weights.flatten()
-        head = self.lm_head.weight
+        head = self.lm_head.weight  # not lm_head itself, whose logits would exist all at once
         loss = summed_loss(x, head, targets, weights, self.config, self.training)
         return logits, loss / weights.sum().clamp(min=1e-6)
 
@@ -1059,8 +1059,11 @@ def share_of(tensor, like):
     return shard_like(tensor, like)
 
 
-def running_mean(optimizer, p):
-    """Return the running mean of p's gradient that an optimizer keeps; it begins as zeros."""
+def momentum_buffer(optimizer, p):
+    """Return the tensor in which an optimizer keeps the running mean of p's gradient.
+
+    It begins as zeros; the optimizer changes it in place.
+    """
     state = optimizer.state[p]
     if "momentum_buffer" not in state:
         state["momentum_buffer"] = torch.zeros_like(p)
@@ -1092,7 +1095,7 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             params = group["params"]
             grads = [p.grad for p in params]
-            means = [running_mean(self, p) for p in params]
+            means = [momentum_buffer(self, p) for p in params]
             torch._foreach_lerp_(means, grads, 1 - group["momentum"])
             nesterov = [grad.lerp(mean, group["momentum"]) for grad, mean in zip(grads, means)]
             updates = torch.stack([whole(update) for update in nesterov])  # (n, rows, cols)
@@ -2192,6 +2195,8 @@ class Trainer:
     def backward(self, x, y, w, share, is_first=False):
         """Add a micro-batch's gradients to the accumulated ones; return its loss times its share.
 
+        share: the weight of its targets divided by that of the whole step's targets, because the
+            model returns the mean of the micro-batch alone.
         is_first: whether to drop the previous step's gradients before. A recording includes this.
         """
         if is_first:
