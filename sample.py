@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from gpt import (
+    ThreadCount,
     as_path,
     check_setting,
     context_length,
@@ -59,7 +60,7 @@ block_size = 2048  # longest context of a model from Hugging Face, in tokens; th
 show: str | None = None  # --show: the likeliest next tokens, no sample; --show=attention: a picture
 output = ""  # file for the samples or the picture; empty: the screen, or attention.png
 device = "auto"  # auto: cuda, else mps, else cpu | any torch device
-dtype = "auto"  # auto: bfloat16 where it is fast, else float32 | bfloat16 | float32
+dtype = "auto"  # of the weights; auto: the fastest | float32 | bfloat16 | float16, on a CPU
 quantize = ""  # int8: weights as one byte each, which halves their memory; empty: as dtype says
 compile = False  # compile the step for each token: takes up to a minute at first, then is faster
 cuda_graphs = True  # on a GPU, record that step and replay it, so that no kernel waits for Python
@@ -77,7 +78,10 @@ RANGES = {
     "num_samples": (lambda value: value >= 1, "at least 1"),
     "seed": (lambda value: 0 <= value < 2**63, "at least 0 and below 2**63"),
     "block_size": (lambda value: value >= 1, "at least 1"),
-    "dtype": (lambda value: value in ("auto", "float32", "bfloat16"), "auto, float32 or bfloat16"),
+    "dtype": (
+        lambda value: value in ("auto", "float32", "bfloat16", "float16"),
+        "auto, float32, bfloat16 or float16",
+    ),
     "quantize": (lambda value: value in ("", "int8"), "int8, or empty for weights as they are"),
 }
 
@@ -242,7 +246,14 @@ def n_held_back(text, stop):
 
 
 def generate_text(
-    model, tokenizer, prompt, max_tokens, stop=(), repetition_penalty=1.0, **sampling
+    model,
+    tokenizer,
+    prompt,
+    max_tokens,
+    stop=(),
+    repetition_penalty=1.0,
+    after_token=None,
+    **sampling,
 ):
     """Yield the text that continues a prompt, piece by piece.
 
@@ -251,15 +262,22 @@ def generate_text(
     stop: strings before which the text ends. Among these, "<|endoftext|>" also means
         tokenizer.end_id, whatever that token's name is.
     repetition_penalty: above 1, tokens already used become less likely.
+    after_token: a function to call after each token.
     sampling: further keyword arguments of GPT.generate.
     """
     ids = encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else prompt
     if repetition_penalty != 1:
         sampling["pick"] = penalizing(ids, repetition_penalty)
-    tokens = (int(drawn) for drawn in model.generate([ids], max_tokens, **sampling))
+
+    def drawn_tokens():
+        for drawn in model.generate([ids], max_tokens, **sampling):
+            yield int(drawn)
+            if after_token is not None:
+                after_token()
+
     end = tokenizer.end_id if "<|endoftext|>" in stop else None
     text = ""  # what has not been yielded yet
-    for piece in text_of_tokens(tokenizer, tokens, end):
+    for piece in text_of_tokens(tokenizer, drawn_tokens(), end):
         text += piece
         found = [text.find(s) for s in stop if s in text]
         if found:
@@ -288,18 +306,35 @@ def write_sample(model, tokenizer, text, file, sampling, **generation):
 
 # ---- Faster and smaller matrices ----
 class RowLinear(nn.Linear):
-    """nn.Linear that reads its weight faster for a single row, which is what generating needs."""
+    """nn.Linear that reads its weight faster for a single row, which is what generating needs.
+
+    The weight may be float16 where x is float32. A row then reads half the bytes; it is rounded to
+    float16 as well, the products are summed in float32, and the result is float32 again.
+    """
 
     def forward(self, x):
-        is_row = x.numel() == x.size(-1) and x.dtype == self.weight.dtype
-        if not is_row or torch.is_grad_enabled():
-            return super().forward(x)
-        if torch.compiler.is_compiling():  # the compiler turns this into one loop
+        is_row = x.numel() == x.size(-1) and not torch.is_grad_enabled()
+        if is_row and torch.compiler.is_compiling():  # the compiler turns this into one loop
             y = (x.unsqueeze(-2) * self.weight).sum(-1)
             return y if self.bias is None else y + self.bias
-        if x.is_cpu and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        if x.dtype != self.weight.dtype:
+            return self.multiply_float16(x, is_row)
+        if (
+            is_row
+            and x.is_cpu
+            and x.dtype == torch.float32
+            and torch.backends.mkldnn.is_available()
+        ):
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return super().forward(x)
+
+    def multiply_float16(self, x, is_row):
+        """Return x @ weight.mT + bias of a float16 weight; torch has a fast kernel for one row."""
+        if is_row:
+            y = F.linear(x.half(), self.weight).float()
+        else:
+            y = F.linear(x, self.weight.float())
+        return y if self.bias is None else y + self.bias
 
 
 def speed_up_rows(model):
@@ -312,6 +347,13 @@ def speed_up_rows(model):
             row_linear.bias = linear.bias
             model.set_submodule(name, row_linear)
     return model
+
+
+def store_as_float16(model):
+    """Keep the weights of a model's RowLinear layers as float16; embeddings and norms stay."""
+    for module in model.modules():
+        if isinstance(module, RowLinear):
+            module.weight = nn.Parameter(module.weight.half(), requires_grad=False)
 
 
 class Int8(nn.Module):
@@ -405,25 +447,42 @@ def load_model(source, device, dtype="auto", quantize="", block_size=block_size)
 
     source: a checkpoint, or a Hugging Face folder or id. The other arguments are the settings of
         the same names.
+    Raises ValueError for a dtype that does not suit the device.
     """
+    if dtype == "float16" and (device.type != "cpu" or quantize):
+        raise ValueError("dtype float16 is for a CPU without quantize: use bfloat16 or float32")
     model, tokenizer, state = read_model(source)  # it stays on the CPU until it is converted
     if "step" not in state and model.config.use_rope:  # not trained here: its context may be long
         model.crop_block_size(min(block_size, model.config.block_size))
-    if device.type == "cuda":
-        is_fast = native_bfloat16(device)
-    else:
-        is_fast = device.type == "cpu" and quantize == "int8"  # torch has a kernel for it
-    if dtype == "bfloat16" or (dtype == "auto" and is_fast):
+    if dtype == "auto":
+        dtype = best_dtype(device, quantize)
+    if dtype == "bfloat16":
         model.bfloat16()
     n_params = model.n_params()
-    weights = str(model.ln_f.weight.dtype).removeprefix("torch.")
+    weights = dtype
     if quantize:
         quantize_weights(model)
         size = weight_bytes(model) / 2**20
         weights += f", int8 weights, {size:.1f} MiB ({n_params / 2**19:.1f} MiB in bfloat16)"
+    speed_up_rows(model)
+    if dtype == "float16":
+        store_as_float16(model)
+        weights = "float32 with float16 matrices"
     described = describe(state, n_params)
     print(f"{source}: {described}; {device.type}, {weights}", file=sys.stderr)
-    return speed_up_rows(model.to(device)), tokenizer
+    return model.to(device), tokenizer
+
+
+def best_dtype(device, quantize):
+    """Return the name of the fastest dtype of the weights on this device."""
+    if device.type == "cpu":
+        if quantize:
+            return "bfloat16"  # for which torch has an int8 kernel
+        # For one row, torch has a float16 kernel on processors with these instructions.
+        fast = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+        return "float16" if fast else "float32"
+    fast = device.type == "cuda" and native_bfloat16(device)
+    return "bfloat16" if fast else "float32"
 
 
 def describe(state, n_params):
@@ -435,6 +494,16 @@ def describe(state, n_params):
     if loss < math.inf:  # a run that was stopped early has none yet
         parts.append(f"val loss {loss:.4f}")
     return ", ".join(parts)
+
+
+def adapt_to_other_processes(model, threads):
+    """Choose the number of threads for a model on a CPU if it may no longer be the fastest.
+
+    threads: a ThreadCount.
+    """
+    if threads.may_have_changed():
+        with torch.inference_mode():
+            threads.choose(lambda: model(torch.zeros(1, 1, dtype=torch.long)))
 
 
 # On a GPU the compiler tries its kernels in several shapes.
@@ -624,6 +693,11 @@ def main():
         "generator": torch.Generator(chosen).manual_seed(seed),
         "cuda_graphs": cuda_graphs,
     }
+    if chosen.type == "cpu":
+        threads = ThreadCount(partial(print, file=sys.stderr), trial_s=0.02)
+        adapt_to_other_processes(model, threads)
+        if not compile:  # what is compiled is compiled for one number of threads
+            generation["after_token"] = partial(adapt_to_other_processes, model, threads)
     if compile:
         generation["forward"] = compiled(model, cuda_graphs)
     write = partial(write_sample, model, tokenizer, sampling=sampling, **generation)

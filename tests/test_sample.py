@@ -515,12 +515,23 @@ def test_the_bounds_themselves_are_fine(say, name, value):
     assert say(prompt="abc", **{name: value}).out == "abcdefgh\n"
 
 
-def test_dtype(say):
-    """bfloat16 says the same, float32 is what auto means on a CPU, and others are named."""
+def test_dtype(say, monkeypatch):
+    """All say the same; auto is float16 on a CPU that has a kernel for it; others are named."""
     out, err = say(prompt="abc", dtype="bfloat16")
     assert out == "abcdefgh\n"
     assert "bfloat16" in err
-    assert "cpu, float32" in say(prompt="abc", dtype="auto").err
+    for capability, expected in (
+        ("AVX512", "cpu, float32 with float16 matrices\n"),
+        ("AVX2", "cpu, float32 with float16 matrices\n"),
+        ("DEFAULT", "cpu, float32\n"),
+    ):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda c=capability: c)
+        out, err = say(prompt="abc", dtype="auto")
+        assert out == "abcdefgh\n"
+        assert expected in err
+    assert "with float16 matrices" in say(prompt="abc", dtype="float16").err
+    with pytest.raises(ValueError, match="dtype float16 is for a CPU without quantize"):
+        say(dtype="float16", quantize="int8")
     with pytest.raises(ValueError, match="dtype is 'int8'"):
         say(dtype="int8")
 
@@ -667,6 +678,26 @@ def test_compiling_that_fails_is_said_and_does_no_harm(say, monkeypatch):
     assert "torch.compile failed (RuntimeError)" in found.err
 
 
+# ---- Threads ----
+def test_a_busy_machine_is_noticed_before_and_while_text_is_generated(say, monkeypatch):
+    """Where one thread is faster, sampling takes one; the text stays."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    counts = []
+    monkeypatch.setattr(torch, "set_num_threads", counts.append)
+    forward = gpt.GPT.forward
+
+    def slow_with_many_threads(self, *args, **options):
+        time.sleep(0.002 if counts[-1:] == [4] else 0)
+        return forward(self, *args, **options)
+
+    monkeypatch.setattr(gpt.GPT, "forward", slow_with_many_threads)
+    monkeypatch.setattr(os, "getloadavg", lambda: (3.0, 0, 0))
+    out, err = say(prompt="abc")
+    assert out == "abcdefgh\n"
+    assert counts == [4, 1, 1]
+    assert "1 thread from here on: other processes are busy" in err
+
+
 # ---- Rows ----
 @pytest.mark.parametrize("tied", [True, False])
 def test_speeding_up_rows_keeps_weights_and_names(tied):
@@ -685,6 +716,50 @@ def test_speeding_up_rows_keeps_weights_and_names(tied):
     plain = random_model(tie_weights=tied, bias=True)
     plain.load_state_dict(weights)
     assert ids == [int(token) for token in plain.generate([[5, 17]], 40, temperature=0.0)]
+
+
+# ---- float16 matrices ----
+def float16_twins(**changes):
+    """Return (a model with float16 matrices, a float32 one whose matrices were rounded to them)."""
+    model = sample.speed_up_rows(random_model(**changes))
+    reference = random_model(**changes | {"tie_weights": False})  # the embedding stays float32
+    linear = {name for name, m in model.named_modules() if type(m) is sample.RowLinear}
+    sample.store_as_float16(model)
+    state = model.state_dict()
+    halves = {name for name, w in state.items() if w.dtype == torch.float16}
+    assert halves == {f"{name}.weight" for name in linear}
+    reference.load_state_dict(state)
+    return model, reference
+
+
+@pytest.mark.parametrize("changes", [{}, {"bias": True, "use_rms_norm": False}], ids=str)
+@pytest.mark.parametrize("tied", [True, False])
+def test_float16_matrices_give_the_logits_of_rounded_weights(tied, changes):
+    """For many rows these are exact; a single row is rounded to float16 before each product."""
+    model, reference = float16_twins(tie_weights=tied, **changes)
+    idx = torch.randint(100, (1, 20))
+    with torch.no_grad():
+        expected = reference(idx)[0]
+        torch.testing.assert_close(model(idx)[0], expected, rtol=1e-5, atol=1e-5)
+        cache = gpt.KVCache(model.config, 1)
+        parts = [model(idx[:, i : i + 1], cache=cache)[0] for i in range(20)]
+    assert parts[0].dtype == torch.float32
+    off = (torch.cat(parts, 1) - expected).std() / expected.std()
+    assert 1e-6 < off < 2e-3  # float16 has 11 bits: 2**-11 is 5e-4 for each rounding
+
+
+def test_a_row_of_a_float16_matrix_is_summed_in_float32():
+    """Rounding each partial sum to float16 would be off by much more than one rounding."""
+    torch.manual_seed(0)
+    linear = sample.RowLinear(4096, 64, bias=False)
+    x = torch.rand(1, 1, 4096)
+    with torch.no_grad():
+        linear.weight.copy_(torch.rand(64, 4096))
+        linear.weight = torch.nn.Parameter(linear.weight.half(), requires_grad=False)
+        exact = x.half().double() @ linear.weight.double().mT
+        torch.testing.assert_close(linear(x).double(), exact, rtol=1e-3, atol=0)
+        compiled = torch.compile(linear, backend="eager")
+        torch.testing.assert_close(compiled(x).double(), exact, rtol=1e-3, atol=0)
 
 
 # ---- int8 ----

@@ -1046,7 +1046,144 @@ def dtype_and_compile(model=None):
     chosen = gpt.checked_settings()
     machine = gpt.set_up_machine(chosen)
     model = model or gpt.GPT(gpt.model_config(chosen, vocab_size=65))
-    return machine.dtype, gpt.compile_pays(chosen, model, machine)
+    return machine.dtype, bool(gpt.what_to_compile(chosen, model, machine))
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"max_minutes": 2.0}, "blocks"),
+        ({"max_minutes": 4.9}, "blocks"),
+        ({"max_minutes": 5.0}, "model"),
+        ({"max_minutes": 1.9}, ""),
+        ({"compile": True}, "blocks"),
+        ({"compile": False, "max_minutes": 60.0}, ""),
+    ],
+)
+def test_a_short_run_compiles_the_blocks_alone(settings, monkeypatch, changes, expected):
+    settings(dtype="bfloat16", **changes)
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    chosen = gpt.checked_settings()
+    model = gpt.GPT(gpt.model_config(chosen, vocab_size=65))
+    assert gpt.what_to_compile(chosen, model, gpt.set_up_machine(chosen)) == expected
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_compiled_blocks_replace_the_models_own_in_training(
+    settings, monkeypatch, gradient_checkpointing
+):
+    """Each is called once per micro-batch, on the model's weights; gradients are the plain ones."""
+    options = {"dropout": 0.1, "gradient_checkpointing": gradient_checkpointing}
+    settings(**options)
+    plain = new_trainer()
+    plain.gradients(0)
+    calls = []
+
+    def compile(block, **_):
+        def compiled(*args):
+            calls.append(block)
+            return block(*args)
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", compile)
+    trainer = new_trainer(compile=True)
+    trainer.get_ready()
+    calls.clear()
+    trainer.gradients(0)
+    assert calls[: len(trainer.model.h)] == list(trainer.model.h)
+    for a, b in zip(trainer.model.parameters(), plain.model.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad)
+
+
+# ---- Threads ----
+@pytest.fixture
+def torch_threads(monkeypatch):
+    """Stand in for torch's number of threads, which begins as 4; return the list of its values."""
+    counts = [4]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: counts[-1])
+    monkeypatch.setattr(torch, "set_num_threads", counts.append)
+    return counts
+
+
+@pytest.mark.parametrize(
+    ("seconds", "load", "expected"),
+    [
+        ({4: 0.001, 3: 0.002}, 1.0, 4),  # alone: more threads are faster
+        ({4: 0.003, 3: 0.001}, 1.0, 3),  # one thread waits for another process
+        ({4: 0.003, 2: 0.001}, 2.0, 2),
+        ({4: 0.003, 1: 0.001}, 40.0, 1),
+    ],
+)
+def test_the_fastest_number_of_threads_is_taken(
+    torch_threads, monkeypatch, seconds, load, expected
+):
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0, 0), raising=False)
+    said = []
+    threads = gpt.ThreadCount(said.append, trial_s=0.01)
+    threads.choose(lambda: time.sleep(seconds[torch_threads[-1]]))
+    assert torch_threads[-1] == threads.count == expected
+    assert set(torch_threads) == set(seconds)
+    assert len(said) == (expected < 4)
+
+
+def test_threads_are_chosen_anew_when_others_come_or_go(torch_threads, monkeypatch):
+    """A minute later at the earliest, because the load is the mean of a minute."""
+    now = [1000.0]
+    load = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(os, "getloadavg", lambda: (load[0], 0, 0), raising=False)
+    seconds = {4: 1.0, 3: 2.0}  # of a step
+
+    def work():
+        now[0] += seconds[torch_threads[-1]]
+
+    said = []
+    threads = gpt.ThreadCount(said.append)
+    assert threads.may_have_changed()
+    threads.choose(work)
+    assert threads.count == 4
+    now[0] += 100
+    load[0] = 4.0  # our own threads
+    assert not threads.may_have_changed()
+    load[0] = 5.0  # another process has come
+    assert threads.may_have_changed()
+    seconds.update({4: 3.0, 3: 1.0})
+    threads.choose(work)
+    assert threads.count == 3
+    now[0] += 59
+    load[0] = 3.0  # it has gone
+    assert not threads.may_have_changed()
+    now[0] += 2
+    assert threads.may_have_changed()
+    seconds.update({4: 1.0, 3: 2.0})
+    threads.choose(work)
+    assert threads.count == 4
+    assert len(said) == 2
+
+
+def test_a_run_gives_the_number_of_threads_back(settings, torch_threads, monkeypatch):
+    """Python callers of train() find what they had."""
+    monkeypatch.setattr(gpt.ThreadCount, "seconds_of", lambda self, work, count: count)
+    settings(max_iters=2)
+    gpt.train()
+    assert 1 < len(torch_threads)
+    assert torch_threads[-2:] != [4, 4]
+    assert torch_threads[-1] == 4
+
+
+def test_the_number_of_threads_changes_no_bit(settings):
+    """So a run may change it whenever it likes."""
+    settings(n_embd=128, block_size=128, batch_size=8, dropout=0.1, dtype="bfloat16")
+    found = []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        trainer = new_trainer()
+        for step in range(3):
+            trainer.gradients(step * trainer.rows_per_step)
+            trainer.update()
+        found.append(trainer.model.state_dict())
+    assert_same(dict(found[0]), dict(found[1]))
 
 
 def test_compile_failure_is_one_line_and_trains_on(settings, monkeypatch, capsys):
