@@ -9,9 +9,12 @@
     python gpt.py --init_from=resume                    resume an interrupted run
     python sample.py --prompt "ROMEO:"                  let the newest run continue a text
 
+With --max_minutes, settings that are None are fitted to the text, the minutes and the machine. In
+other runs they are what stands in [] below.
+
 You can also paste this file into a notebook cell and run it. It reads from top to bottom: settings,
 tokenizer, model, loss, generation, optimizers, data, checkpoints, machine, evaluation, progress,
-resuming, trainer, folder of a run, what it prints, the training loop, main.
+fitting, resuming, trainer, folder of a run, what it prints, the training loop, main.
 """
 
 import time
@@ -55,7 +58,8 @@ import torch.utils.checkpoint
 from torch import nn
 
 # ---- Settings: each comment is the help text (python gpt.py --help) -----------------------------
-# A flag or a config file assigns to one of these names before main() reads them all, once.
+# A flag or a config file assigns to one of these names before main() reads them all, once. A setting
+# that is None is fitted to the text and to max_minutes; without max_minutes it is what stands in [].
 dataset = "shakespeare"  # folder under data_dir; shakespeare and pydoc are prepared when missing
 data_dir = ""  # folder of all data sets; empty: data/ beside gpt.py
 out_dir = ""  # folder for this run's checkpoints and log; empty: out/<dataset> beside gpt.py
@@ -73,14 +77,14 @@ sample_tokens = 300  # length of these samples in tokens; 0: none
 max_bad_steps = 10  # how many steps in a row may have non-finite gradients; one more ends the run
 dry_run = False  # only print the run's plan, based on three timed steps, and write nothing
 # model
-block_size = 256  # context length in tokens
-n_layer = 4  # number of blocks
-n_head = 4  # query heads per block
-n_kv_head = 1  # key/value heads per block, each shared by a group of query heads (GQA)
-n_embd = 128  # width of the residual stream
+block_size: int | None = None  # context length in tokens [256]
+n_layer: int | None = None  # number of blocks [4]
+n_head: int | None = None  # query heads per block [4]
+n_kv_head: int | None = None  # key/value heads, each shared by a group of query heads (GQA) [1]
+n_embd: int | None = None  # width of the residual stream [128]
 mlp_ratio = 4.0  # MLP width divided by n_embd; SwiGLU, which has a third matrix, uses 2/3 of it
-dropout = 0.0  # rate at which channels are dropped after the embedding, each attention and MLP
-train_temperature = 1.0  # training divides the logits by it; a value below 1 curbs overconfidence
+dropout: float | None = None  # rate of channels dropped after embedding, attention and MLP [0]
+train_temperature: float | None = None  # divides logits in training; <1 curbs overconfidence [1]
 bias = False  # biases in the linear layers and in LayerNorm
 use_rope = True  # rotary positions; False: learned positions
 use_rms_norm = True  # RMSNorm; False: LayerNorm
@@ -90,13 +94,13 @@ tie_weights = False  # use one matrix for the token embedding and the output hea
 lora_rank = 0  # above 0: finetune small matrices of this rank beside init_from's frozen ones (LoRA)
 gradient_checkpointing = False  # recompute blocks in the backward pass: less memory, 1/3 more work
 # batches and optimizer
-batch_size = 8  # sequences per micro-batch
+batch_size: int | None = None  # sequences per micro-batch [8]
 gradient_accumulation_steps = 1  # micro-batches per step over all processes, which share them
 optimizer = "muon"  # muon: Muon for the blocks' matrices, AdamW for the rest | adamw: AdamW for all
-learning_rate = 6e-3  # peak learning rate of AdamW
-muon_lr = 0.03  # peak learning rate of Muon
+learning_rate: float | None = None  # peak learning rate of AdamW [6e-3]
+muon_lr: float | None = None  # peak learning rate of Muon [0.03]
 muon_momentum = 0.9  # decay of Muon's running mean of the gradient
-weight_decay = 0.0  # decoupled decay of matrices and embeddings, per unit of learning rate
+weight_decay: float | None = None  # decay of matrices and embeddings per unit of learning rate [0]
 beta1 = 0.9  # decay of AdamW's running mean of the gradient
 beta2 = 0.95  # decay of AdamW's running mean of the squared gradient
 grad_clip = 1.0  # largest norm of the gradient; 0: no clipping
@@ -117,6 +121,22 @@ compile: bool | None = None  # use torch.compile; None: only if the run is long 
 # ---- Reading and checking settings --------------------------------------------------------------
 __version__ = "2.0.0"
 HERE = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()
+
+
+# What the settings that are None mean where nothing is fitted: the values in brackets above.
+UNFITTED = {
+    "block_size": 256,
+    "n_layer": 4,
+    "n_head": 4,
+    "n_kv_head": 1,
+    "n_embd": 128,
+    "dropout": 0.0,
+    "train_temperature": 1.0,
+    "batch_size": 8,
+    "learning_rate": 6e-3,
+    "muon_lr": 0.03,
+    "weight_decay": 0.0,
+}
 
 
 class Setting(NamedTuple):
@@ -217,20 +237,46 @@ def checked_settings(**changes):
         values[name] = check_setting(name, values[name], SETTINGS)
         check_meaning(name, values[name])
     settings = SimpleNamespace(**values)
+    if not is_fitted(settings):
+        fill(settings, UNFITTED)
+        check_together(settings)
+    return settings
+
+
+def is_fitted(settings):
+    """Return whether settings may stay None until the text, or the run to resume, is known."""
+    if settings.eval_only:
+        return False
+    return settings.max_minutes > 0 or settings.init_from in ("resume", "auto")
+
+
+def fill(settings, values):
+    """Give the settings that are None their values in a dict, which may hold other names too."""
+    for name in UNFITTED.keys() & values.keys():
+        if getattr(settings, name) is None:
+            setattr(settings, name, values[name])
+
+
+def default_of(name):
+    """Return what a setting means if nobody sets it, and nothing is fitted."""
+    return UNFITTED.get(name, SETTINGS[name].default)
+
+
+def check_together(settings):
+    """Raise ValueError for settings that do not fit together."""
     if settings.min_lr > settings.learning_rate:
         raise ValueError(
             f"min_lr is {settings.min_lr}: it must be at most learning_rate, which is "
             f"{settings.learning_rate}"
         )
-    model_config(settings, vocab_size=1)  # raises ValueError for sizes that do not fit together
-    return settings
+    model_config(settings, vocab_size=1)
 
 
 def check_meaning(name, value):
     """Raise ValueError for a value of the right type that has no meaning."""
     if name in CHOICES and value not in CHOICES[name]:
         raise ValueError(f"{name} is {value!r}: it must be one of {', '.join(CHOICES[name])}")
-    if name in POSITIVE and not (isinstance(value, int | float) and 0 < value < 2**31):
+    if name in POSITIVE and value is not None and not 0 < value < 2**31:
         raise ValueError(f"{name} is {value!r}: it must be a number above 0 and below 2**31")
     if type(value) in (int, float) and not 0 <= value < 2**31:
         raise ValueError(f"{name} is {value}: it must be at least 0 and below 2**31")
@@ -367,15 +413,15 @@ class GPTConfig:
 
     # A field that shares its name with a setting defaults to the value written above, even if a
     # flag changes the setting.
-    block_size: int = block_size
+    block_size: int = UNFITTED["block_size"]
     vocab_size: int = 8192
-    n_layer: int = n_layer
-    n_head: int = n_head
-    n_kv_head: int = n_kv_head
-    n_embd: int = n_embd
+    n_layer: int = UNFITTED["n_layer"]
+    n_head: int = UNFITTED["n_head"]
+    n_kv_head: int = UNFITTED["n_kv_head"]
+    n_embd: int = UNFITTED["n_embd"]
     mlp_ratio: float = mlp_ratio
-    dropout: float = training_only(dropout)
-    train_temperature: float = training_only(train_temperature)
+    dropout: float = training_only(UNFITTED["dropout"])
+    train_temperature: float = training_only(UNFITTED["train_temperature"])
     bias: bool = bias
     use_rope: bool = use_rope
     use_rms_norm: bool = use_rms_norm
@@ -1594,6 +1640,7 @@ class Machine:
     rank: int = 0
     world_size: int = 1
     fsdp: bool = False  # whether the processes shard the model instead of each holding a copy
+    threads: object = None  # a ThreadCount, if this is the only process on a CPU
     stop_signals: list = field(default_factory=list)  # those that have come
     # What is closed or restored at the end of the run.
     at_end: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
@@ -1716,6 +1763,9 @@ def set_up_machine(settings):
     machine = Machine(found, dtype, rank, world_size, settings.fsdp and world_size > 1)
     if world_size > 1:
         join_processes(machine)
+    elif found.type == "cpu":
+        machine.threads = ThreadCount(machine.say)
+        machine.at_end.callback(torch.set_num_threads, machine.threads.most)
     return machine
 
 
@@ -1779,10 +1829,10 @@ class ThreadCount:
         work()  # the first call sets up what the others use, and may compile
         began = time.monotonic()
         calls = 0
-        while calls == 0 or time.monotonic() - began < self.trial_s:
+        while calls == 0 or (time.monotonic() - began < self.trial_s and calls < 100):
             work()
             calls += 1
-        return (time.monotonic() - began) / calls
+        return max(1e-9, time.monotonic() - began) / calls
 
     def load_of_others(self):
         """Return how many threads of other processes have computed in the last minute, about."""
@@ -1976,6 +2026,141 @@ class Clock:
         return step / self.settings.max_iters if self.settings.max_iters else 1.0
 
 
+# ---- Fitting a run to the text, the minutes and the machine -------------------------------------
+MOST_EPOCHS = 40  # more only overfit, even with the strongest dropout
+
+
+def complete(settings, folder, state, machine, clock):
+    """Give every setting that is still None a value.
+
+    state: the checkpoint of the run to resume, whose values stay; None: a new run, which is fitted
+        to the data set in folder, to max_minutes and to the machine.
+    """
+    if state is not None:
+        with naming_damage("the run's checkpoint"):
+            fill(settings, state["config"])
+    elif names_checkpoint(settings) or not settings.max_minutes:
+        fill(settings, UNFITTED)
+    if any(getattr(settings, name) is None for name in UNFITTED):
+        meta, _ = read_meta(folder)
+        flops_per_s = machine.world_size * machine.from_first(flops_per_second, machine)
+        fit(
+            settings, meta["train_tokens"], meta["vocab_size"], flops_per_s, clock.left_s(), machine
+        )
+    check_together(settings)
+
+
+def flops_per_second(machine):
+    """Return the FLOPs per second of a process's training steps, measured in about a second.
+
+    The steps are not compiled: what compiling gains in a short run, it also costs in time. The model
+    becomes wider until a step takes a while, because on a GPU small ones wait for Python.
+    """
+    for n_embd in (128, 256, 512, 1024):
+        model = GPT(GPTConfig(vocab_size=256, n_embd=n_embd)).to(machine.device)
+        idx = torch.zeros(8, model.config.block_size, dtype=torch.long, device=machine.device)
+        step = functools.partial(forward_and_backward, model, idx, machine)
+        if machine.threads is not None and machine.threads.may_have_changed():
+            machine.threads.choose(step)
+        seconds = [step() for _ in range(5)]
+        step_s = max(1e-9, sum(seconds[2:]) / 3)  # the first two set up
+        if step_s > 0.03:
+            break
+    return model.flops_per_token() * idx.numel() / step_s
+
+
+def forward_and_backward(model, idx, machine):
+    """Compute the gradients of one batch; return the seconds that this took."""
+    began = time.monotonic()
+    with machine.autocast():
+        _, loss = model(idx, idx, loss_only=True)
+    loss.backward()
+    float(model.ln_f.weight.grad[0])  # waits for a GPU
+    return time.monotonic() - began
+
+
+def fit(settings, n_tokens, vocab_size, flops_per_s, seconds, machine):
+    """Give the settings that are None values for training on n_tokens; print them.
+
+    The constants were fitted to the runs of bench/ladder.py. docs/fitting.md shows how well, and
+    compares them with published scaling laws.
+    """
+    flops = flops_per_s * seconds
+    missing = [name for name in UNFITTED if getattr(settings, name) is None]
+    fill(settings, fitted_shape(settings, n_tokens, vocab_size, flops))
+    tokens = flops / flops_of(settings, vocab_size)
+    epochs = tokens / n_tokens
+    why = ""
+    if epochs > MOST_EPOCHS:
+        settings.max_minutes *= MOST_EPOCHS / epochs
+        tokens = MOST_EPOCHS * n_tokens
+        epochs = MOST_EPOCHS
+        why = ", since more would only overfit"
+    # The batch: the best one grows with about the square root of the tokens (arXiv:2505.13738).
+    rows = 2048 * (tokens / 2e6) ** 0.5 / settings.block_size / machine.world_size
+    # Against overfitting: the more often a text is seen, the more these hold back.
+    overfitting = math.log2(max(1.5, epochs) / 1.5)
+    width = settings.n_embd / 192
+    values = {
+        "batch_size": machine.world_size * 2 ** max(0, round(math.log2(rows))),
+        "learning_rate": 8e-3 * width**-0.7,
+        "muon_lr": 0.03 * width**-0.5,
+        "dropout": min(0.25, 0.05 * overfitting),
+        "weight_decay": min(0.1, 0.05 * overfitting),
+        "train_temperature": max(0.83, 1 - 0.09 * overfitting),
+    }
+    fill(settings, {name: rounded(value) for name, value in values.items()})
+    chosen = [f"{name}={getattr(settings, name):g}" for name in missing]
+    machine.say(
+        f"fitted   {', '.join(chosen)}\n"
+        f"         to {settings.max_minutes:.3g} minutes of {flops_per_s / 1e12:.2g} TFLOP/s{why},\n"
+        f"         which are {epochs:.2g} epochs of {n_tokens:,} tokens"
+    )
+
+
+def rounded(value):
+    """Return a number with two significant digits; an integer stays as it is."""
+    return value if isinstance(value, int) else float(f"{value:.2g}")
+
+
+def fitted_shape(settings, n_tokens, vocab_size, flops):
+    """Return the sizes of the model that `flops` and n_tokens train best, as a dict.
+
+    Sizes that the settings hold already are taken into account.
+    """
+    params = 1e6 * (flops / 2e13) ** 0.46
+    wanted = 6 * min(params, 3 * n_tokens)  # FLOPs per token
+    best = UNFITTED
+    best_distance = math.inf
+    for size in (*range(64, 256, 32), *range(256, 8192, 64)):
+        n_embd = settings.n_embd or size
+        n_head = settings.n_head or max(4, n_embd // 64)
+        divisors = [n for n in range(1, n_head + 1) if n_head % n == 0]
+        shape = {
+            "n_embd": n_embd,
+            "n_layer": 1 + size // 64,
+            "n_head": n_head,
+            "n_kv_head": max(n for n in divisors if n <= max(1, n_head / 4)),
+            "block_size": 2 ** math.ceil(math.log2(n_embd)),
+        }
+        candidate = SimpleNamespace(**vars(settings))
+        fill(candidate, shape)
+        if n_embd % (2 * n_head) or n_head % candidate.n_kv_head:
+            continue  # these do not fit together
+        distance = abs(math.log(flops_of(candidate, vocab_size) / wanted))
+        if distance >= best_distance:
+            break  # larger models are further away still
+        best = shape
+        best_distance = distance
+    return best
+
+
+def flops_of(settings, vocab_size):
+    """Return the FLOPs per token of the model that the settings describe."""
+    with torch.device("meta"):  # it takes no memory
+        return GPT(model_config(settings, vocab_size)).flops_per_token()
+
+
 # ---- Folders, resuming, finetuning --------------------------------------------------------------
 @contextlib.contextmanager
 def data_folder(settings, machine):
@@ -1995,7 +2180,7 @@ def run_folder(settings, folder):
 def model_config(settings, vocab_size):
     """Return the GPTConfig of the settings. Raises ValueError if the sizes do not fit together."""
     known = GPTConfig.__dataclass_fields__
-    values = {name: value for name, value in vars(settings).items() if name in known}
+    values = {n: v for n, v in vars(settings).items() if n in known and v is not None}
     return GPTConfig(vocab_size=vocab_size, **values)
 
 
@@ -2129,7 +2314,7 @@ def say_what_has_no_effect(settings, model, machine):
     for name, value in asdict(model.config).items():
         if name in SETTINGS and name != "block_size":
             asked = getattr(settings, name)
-            if asked not in (value, SETTINGS[name].default):
+            if asked not in (value, default_of(name)):
                 machine.say(f"{name}={asked} has no effect: {model.base} has {name}={value}")
 
 
@@ -2159,7 +2344,7 @@ def compare_with_run(settings, state, progress, val_conditions, machine):
     """Print which settings differ from the resumed run's; forget a best loss that they affect."""
     before = state["config"]
     for name, value in vars(settings).items():
-        then = before.get(name, SETTINGS[name].default)
+        then = before.get(name, default_of(name))
         if then != value and name not in ("init_from", "out_dir", "data_dir"):
             machine.say(f"resuming with {name}={value} instead of {then}")
     earlier = before | {"dataset_sha256": state["dataset_sha256"]} | state.get("val_conditions", {})
@@ -2217,11 +2402,6 @@ class Trainer:
         # On one GPU, a step of one micro-batch is recorded as two CUDA graphs; see Replay.
         recorded = settings.cuda_graphs and machine.world_size == n_micro_batches == 1
         recorded = recorded and not settings.gradient_checkpointing  # which reads the random state
-        # On a CPU that one process has for itself, or shares with other programs.
-        self.threads = None
-        if machine.device.type == "cpu" and machine.world_size == 1:
-            self.threads = ThreadCount(machine.say)
-            machine.at_end.callback(torch.set_num_threads, self.threads.most)
         first_backward = functools.partial(self.backward, is_first=True)
         self.first_backward = Replay(first_backward, machine.device, recorded)
         self.take_steps = Replay(self.optimizer_steps, machine.device, recorded)
@@ -2341,8 +2521,9 @@ class Trainer:
 
     def adapt_to_other_processes(self):
         """On a CPU, choose the number of threads anew if other processes have come or gone."""
-        if self.threads is not None and self.threads.may_have_changed():
-            self.threads.choose(self.try_micro_batch)
+        threads = self.machine.threads
+        if threads is not None and threads.may_have_changed():
+            threads.choose(self.try_micro_batch)
 
     def micro_batch_fits(self):
         """Return whether the memory is enough for a micro-batch; on a CPU, suppose that it is."""
@@ -2413,13 +2594,14 @@ def what_to_compile(settings, model, machine):
     """
     float32 = machine.dtype == torch.float32
     on_gpu = machine.device.type == "cuda"
-    flops = model.flops_per_token() * settings.max_iters * settings.block_size
-    flops *= settings.batch_size * settings.gradient_accumulation_steps
-    minutes = 2 * flops / (5e15 if on_gpu else 5e13)  # roughly
     enough = 2
     if settings.max_minutes:
         minutes = settings.max_minutes
         enough = 5 if float32 else 2
+    else:
+        flops = model.flops_per_token() * settings.max_iters * settings.block_size
+        flops *= settings.batch_size * settings.gradient_accumulation_steps
+        minutes = 2 * flops / (5e15 if on_gpu else 5e13)  # roughly
     able = machine.device.type == "cpu" and shutil.which("g++") is not None
     if on_gpu:
         able = torch.cuda.get_device_capability(machine.device) >= (7, 0)
@@ -2657,14 +2839,15 @@ def training_loop(settings, machine, folder, progress, started):  # noqa: C901
     Each pass of the loop takes a step: save and evaluate, if it is time | compute the gradients of
     one global batch | update | log. A signal ends the run once its checkpoint is saved.
     """
-    data = Data(folder, settings.block_size, settings.seed)
     out = run_folder(settings, folder)
     state = read_run(settings, out, machine)
     if state is not None:
         with naming_damage(f"the checkpoint in {out}"):
             vars(progress).update(vars(read_progress(state)))
-    model = build_model(settings, data, state, out)
     clock = Clock(settings, progress, started)
+    complete(settings, folder, state, machine, clock)
+    data = Data(folder, settings.block_size, settings.seed)
+    model = build_model(settings, data, state, out)
     trainer = Trainer(settings, model, data, machine)
     # A validation loss can be compared with another one only if all of this is the same.
     val_conditions = {"dataset_sha256": data.meta["sha256"], "val_tokens": data.meta["val_tokens"]}

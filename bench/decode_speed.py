@@ -10,6 +10,8 @@ with its static cache. It generates no more than block_size tokens, while ours r
 when that is full. gpt-fast's model is a Llama of our shape in bfloat16. It is compiled with its own
 settings and generates one token a step.
 
+In float16 only the matrices of ours are float16, as sample.py has them on a CPU by default.
+
 Each figure is the median of `runs` measurements, taken in turn. The ratios are to others with
 weights of the same dtype. They are compiled if ours is, as by sample.py's --compile=True. Compiling
 takes some seconds, which do not count. nanoGPT, whose text grows, is not compiled.
@@ -35,6 +37,11 @@ from common import (
 import gpt
 from sample import COMPILE, speed_up_rows
 
+try:
+    from sample import store_as_float16
+except ImportError:  # --old=PATH may name a version without it
+    store_as_float16 = None
+
 SHAPES = {
     "shakespeare": {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "vocab_size": 65},
     "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "vocab_size": 50304},
@@ -47,8 +54,11 @@ OURS = {"qk_norm": False, "tie_weights": True}  # as in the peers
 def ours(case, idx, dtype):
     """Return gpt.py's generator, from the checkout that the case names."""
     config = gpt.GPTConfig(**case["sizes"], **OURS, n_kv_head=case["n_kv_head"])
+    halve = dtype == torch.float16  # what sample.py does on a CPU: float16 matrices alone
     with torch.device(idx.device):
-        model = speed_up_rows(gpt.GPT(config).to(dtype).eval())
+        model = speed_up_rows(gpt.GPT(config).to(torch.float32 if halve else dtype).eval())
+    if halve:
+        store_as_float16(model)
     forward = torch.compile(model.forward, **COMPILE) if case["compile"] else None
 
     def generate(n):
@@ -178,7 +188,7 @@ def cases(f):
     sizes = SHAPES[f["shape"]]
     base = {key: f[key] for key in ("batch_size", "tokens", "nanogpt", "gptfast")}
     base |= {"who": "ours", "sizes": sizes, "n_kv_head": f["n_kv_head"] or sizes["n_head"]}
-    dtypes = ("bfloat16",) if torch.cuda.is_available() else ("float32", "bfloat16")
+    dtypes = ("bfloat16",) if torch.cuda.is_available() else ("float32", "bfloat16", "float16")
     found = {}
     for dtype in dtypes:
         found |= cases_of_dtype(f, base | {"dtype": dtype, "compile": False})
@@ -197,6 +207,8 @@ def cases_of_dtype(f, plain):
         checkout = {"who": "ours", "checkout": f["old"]}
         found[f"old {dtype}"] = plain | checkout
         found[f"old {dtype}, compiled"] = compiled | checkout
+    if dtype == "float16":  # the others have no such form
+        return {name: case for name, case in found.items() if name.startswith("ours")}
     if f["nanogpt"]:
         found[f"nanoGPT {dtype}"] = plain | {"who": "nanogpt"}
     if f["transformers"]:
@@ -245,7 +257,7 @@ def bandwidth_shares(f, medians):
     shares = {}
     for name, speed in medians.items():
         if name.startswith("ours"):
-            size = 2 if "bfloat16" in name else 4
+            size = 2 if "float16" in name else 4
             size_cached = size if torch.cuda.is_available() else 4  # float32 on a CPU
             n_bytes = n_weights * size + n_cached * size_cached
             shares[name] = round(n_bytes * speed / f["batch_size"] / bandwidth, 3)
@@ -254,7 +266,11 @@ def bandwidth_shares(f, medians):
 
 def comparable(mine, other):
     """Tell whether a case of ours does the same as one of somebody else's."""
-    if mine["who"] != "ours" or "checkout" in mine or mine["dtype"] != other["dtype"]:
+    if mine["who"] != "ours" or "checkout" in mine:
+        return False
+    # float16 matrices are compared with float32, which is what others have by default.
+    counterpart = "float32" if mine["dtype"] == "float16" else mine["dtype"]
+    if other["dtype"] != counterpart:
         return False
     if other["who"] == "nanogpt":  # it has nothing to compile
         return True

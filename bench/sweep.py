@@ -15,7 +15,7 @@ from common import flags, record
 import gpt
 
 SHAPES = ((4, 64), (4, 128), (4, 256), (2, 128), (8, 128))  # layers, width
-RATES = {name: gpt.SETTINGS[name].default for name in ("muon_lr", "learning_rate")}
+RATES = {name: gpt.UNFITTED[name] for name in ("muon_lr", "learning_rate")}
 
 
 def main():

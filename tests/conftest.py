@@ -48,6 +48,7 @@ def settings(monkeypatch, tmp_path):
             assert name in gpt.SETTINGS, name
             monkeypatch.setattr(gpt, name, value)
 
+    change(**gpt.UNFITTED)  # a test that has something fitted sets it to None
     change(
         dataset="toy",
         data_dir=str(tmp_path / "data"),

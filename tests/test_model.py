@@ -1188,7 +1188,7 @@ def test_a_config_has_the_settings_defaults():
     config = asdict(gpt.GPTConfig())
     shared = config.keys() & gpt.SETTINGS.keys()
     assert len(shared) == 15
-    assert {n: config[n] for n in shared} == {n: gpt.SETTINGS[n].default for n in shared}
+    assert {n: config[n] for n in shared} == {n: gpt.default_of(n) for n in shared}
 
 
 def test_fields_that_matter_only_in_training_change_no_logits():

@@ -128,7 +128,11 @@ def test_every_plain_global_of_a_script_is_a_setting_with_a_help_text(module):
 def test_the_optional_settings_of_gpt():
     assert {"dataset", "n_kv_head", "muon_lr", "compile"} <= set(gpt.SETTINGS)
     assert gpt.SETTINGS["compile"].type is bool
-    assert [name for name, setting in gpt.SETTINGS.items() if setting.optional] == ["compile"]
+    optional = {name for name, setting in gpt.SETTINGS.items() if setting.optional}
+    assert optional == {"compile", *gpt.UNFITTED}
+    for name, value in gpt.UNFITTED.items():  # the help text ends with the value, in brackets
+        text = gpt.SETTINGS[name].help
+        assert float(text[text.rindex("[") + 1 : -1]) == value, text
 
 
 VALID = [

@@ -1,0 +1,198 @@
+"""What is not set is fitted to the text, the minutes and the machine; what is set stays."""
+
+import math
+import random
+import signal
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import gpt
+
+SPEED = 1e11  # FLOPs per second, those of a laptop
+
+
+def fitted(n_tokens=1_000_000, vocab_size=65, speed=SPEED, seconds=100.0, **asked):
+    """Return (settings as gpt.fit leaves them, what it said)."""
+    settings = gpt.checked_settings(**{"max_minutes": seconds / 60, **asked})
+    said = []
+    machine = SimpleNamespace(world_size=1, say=said.append)
+    gpt.fit(settings, n_tokens, vocab_size, speed, seconds, machine)
+    return settings, "\n".join(said)
+
+
+def size(settings, vocab_size=65):
+    """Return the FLOPs per token / 6, which is the number of weights that products use, about."""
+    model = gpt.GPT(gpt.model_config(settings, vocab_size))
+    return model.flops_per_token() / 6
+
+
+def test_nothing_is_left_open_and_all_of_it_is_said():
+    settings, said = fitted()
+    for name in gpt.UNFITTED:
+        value = getattr(settings, name)
+        assert value is not None
+        assert f"{name}={value:g}" in said
+    assert "1.67 minutes of 0.1 TFLOP/s" in said
+    assert "epochs of 1,000,000 tokens" in said
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_what_the_user_sets_stays(seed):
+    """Any part of it; the rest fits to it."""
+    values = {
+        "block_size": 96,
+        "n_layer": 5,
+        "n_head": 2,
+        "n_kv_head": 2,
+        "n_embd": 96,
+        "dropout": 0.4,
+        "train_temperature": 0.95,
+        "batch_size": 7,
+        "learning_rate": 1e-4,
+        "muon_lr": 1e-3,
+        "weight_decay": 0.3,
+    }
+    draw = random.Random(seed)
+    names = draw.sample(sorted(values), draw.randint(1, len(values)))
+    asked = {name: values[name] for name in names}
+    settings, said = fitted(**asked)
+    assert {name: getattr(settings, name) for name in names} == asked
+    assert not any(f"{name}=" in said for name in names)
+    assert size(settings) > 0
+
+
+def test_more_work_makes_a_larger_model_and_a_larger_batch():
+    """Unless the text is too small for it."""
+    sizes = []
+    batches = []
+    for exponent in range(12, 22):
+        settings, _ = fitted(n_tokens=10**12, speed=10.0**exponent / 100)
+        sizes.append(size(settings))
+        batches.append(settings.batch_size * settings.block_size)
+    assert sizes == sorted(sizes)
+    assert batches == sorted(batches)
+    assert sizes[-1] > 1000 * sizes[0]
+
+
+@pytest.mark.parametrize("flops", [1e18, 1e19, 1e20, 1e21, 1e22])
+def test_large_runs_are_those_of_published_scaling_laws(flops):
+    """Hoffmann et al. (arXiv:2203.15556): the square root of FLOPs / 120, within a factor of 2.
+
+    There all of the law's runs have more work than ours, so this is an extrapolation.
+    """
+    with torch.device("meta"):
+        settings, _ = fitted(n_tokens=10**13, vocab_size=50257, speed=flops / 100)
+        ratio = size(settings, 50257) / math.sqrt(flops / 120)
+    assert 0.5 < ratio < 2
+
+
+def test_a_small_text_gets_a_small_model_and_no_more_than_40_epochs():
+    """A GPU would train a megabyte for hundreds; the minutes shrink, and it says why."""
+    settings, said = fitted(speed=2e14, seconds=600.0)
+    assert size(settings) < 5e6
+    epochs = 2e14 * 60 * settings.max_minutes / gpt.flops_of(settings, 65) / 1_000_000
+    assert epochs == pytest.approx(40)
+    assert settings.max_minutes < 1
+    assert "more would only overfit" in said
+    assert "40 epochs" in said
+
+
+def test_a_text_that_is_seen_more_often_is_held_back_more():
+    """Dropout and decay rise with the epochs, from 0 for a text that is seen once."""
+    found = [fitted(n_tokens=n, n_embd=128)[0] for n in (10**8, 10**6, 3 * 10**5, 10**5)]
+    dropouts = [settings.dropout for settings in found]
+    temperatures = [settings.train_temperature for settings in found]
+    assert dropouts == sorted(dropouts)
+    assert temperatures == sorted(temperatures, reverse=True)
+    assert (dropouts[0], temperatures[0], found[0].weight_decay) == (0.0, 1.0, 0.0)
+    assert dropouts[-1] > 0.1
+    assert temperatures[-1] == 0.83
+
+
+def test_processes_share_the_batch_evenly():
+    settings = gpt.checked_settings(max_minutes=1.0)
+    machine = SimpleNamespace(world_size=6, say=lambda text: None)
+    gpt.fit(settings, 10**9, 65, SPEED, 60.0, machine)
+    assert settings.batch_size % 6 == 0
+
+
+# ---- In a run ----
+@pytest.fixture
+def unset(settings, monkeypatch):
+    """Return `settings`, with everything left to be fitted, and a machine of a known speed."""
+    settings(**dict.fromkeys(gpt.UNFITTED), max_minutes=0.05, eval_interval=1000, eval_iters=1)
+    monkeypatch.setattr(gpt, "flops_per_second", lambda machine: 1e9)
+    return settings
+
+
+def test_a_run_is_fitted_and_its_checkpoint_holds_what_was_chosen(unset, capsys):
+    figures = gpt.train()
+    assert capsys.readouterr().out.startswith("fitted   block_size=")
+    state = gpt.read_checkpoint(gpt.as_path(figures["out_dir"]) / "ckpt.pt")
+    assert all(state["config"][name] is not None for name in gpt.UNFITTED)
+    assert state["config"]["n_embd"] == state["model_args"]["n_embd"] == 64
+
+
+def test_a_fitted_run_resumes_with_what_was_chosen_on_another_machine(unset, monkeypatch, capsys):
+    """Nothing needs to be named again, and nothing is measured again."""
+    first = gpt.train(max_minutes=0.02)
+    chosen = gpt.read_checkpoint(gpt.as_path(first["out_dir"]) / "ckpt.pt")["config"]
+    monkeypatch.setattr(gpt, "flops_per_second", lambda machine: 1e20)
+    capsys.readouterr()
+    for how in ("resume", "auto"):
+        figures = gpt.train(init_from=how, max_minutes=0.06 if how == "auto" else 0.04)
+        out = capsys.readouterr().out
+        assert "fitted" not in out
+        assert "n_embd" not in out
+        state = gpt.read_checkpoint(gpt.as_path(figures["out_dir"]) / "ckpt.pt")
+        assert {n: state["config"][n] for n in gpt.UNFITTED} == {n: chosen[n] for n in gpt.UNFITTED}
+    assert figures["step"] > first["step"]
+
+
+def test_a_run_of_fixed_length_is_not_fitted(unset, capsys):
+    figures = gpt.train(max_minutes=0.0, max_iters=1)
+    assert "fitted" not in capsys.readouterr().out
+    state = gpt.read_checkpoint(gpt.as_path(figures["out_dir"]) / "ckpt.pt")
+    assert {name: state["config"][name] for name in gpt.UNFITTED} == gpt.UNFITTED
+
+
+def test_settings_that_do_not_fit_together_are_refused_before_anything_is_written(unset, tmp_path):
+    with pytest.raises(ValueError, match="n_head"):
+        gpt.train(n_embd=100, n_head=3)
+    with pytest.raises(ValueError, match="min_lr is 0.5"):
+        gpt.train(min_lr=0.5)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_stopped_run_has_its_settings(unset, monkeypatch):
+    """A signal in the first step leaves a checkpoint that resumes."""
+    autocast = gpt.Machine.autocast
+
+    def stopping(self):
+        if gpt.init_from == "scratch":
+            signal.raise_signal(signal.SIGTERM)
+        return autocast(self)
+
+    monkeypatch.setattr(gpt.Machine, "autocast", stopping)
+    assert gpt.train()["stopped_by"] == signal.SIGTERM
+    unset(init_from="resume")
+    assert gpt.train()["stopped_by"] is None
+
+
+def test_the_machines_speed_is_that_of_its_steps(monkeypatch):
+    """FLOPs of a step over its seconds, by a clock that each forward pass moves."""
+    now = [0.0]
+    monkeypatch.setattr(gpt, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    forward = gpt.GPT.forward
+
+    def slow(self, *args, **options):
+        now[0] += 2.0
+        return forward(self, *args, **options)
+
+    monkeypatch.setattr(gpt.GPT, "forward", slow)
+    machine = gpt.set_up_machine(gpt.checked_settings(device="cpu", dtype="float32"))
+    model = gpt.GPT(gpt.GPTConfig(vocab_size=256))
+    expected = model.flops_per_token() * 8 * 256 / 2.0
+    assert gpt.flops_per_second(machine) == pytest.approx(expected)
