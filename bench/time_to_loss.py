@@ -2,7 +2,9 @@
 
     python bench/time_to_loss.py config/train_shakespeare.py [--key=value ...] [--runs=3]
     python bench/time_to_loss.py --nanogpt=PATH --runs=3 config/train_shakespeare.py ...
+    python bench/time_to_loss.py --nanogpt=PATH --data=data/novel --max_minutes=1.5
 
+--data is the folder of another data set than tiny Shakespeare, for both.
 Runs differ in their seed. The loss over the whole validation split is the one that the command
 prints at its end. The loss of best.pt is also measured by nanoGPT's estimator. This is the mean
 loss of random windows of validation text, which have 64 or 256 tokens. Here there are 2,400
@@ -97,19 +99,14 @@ def estimates_of(model, config):
 
 
 # ---- nanoGPT's ----
-def copy_nanogpt(path, copy):
-    """Copy a checkout of nanoGPT, with our tokens as its data set shakespeare_char."""
+def copy_nanogpt(path, copy, data):
+    """Copy a checkout of nanoGPT, with the tokens of our folder `data` as its shakespeare_char."""
     shutil.copytree(path, copy, ignore=shutil.ignore_patterns(".git"))
-    data = ROOT / "data" / "shakespeare"
     folder = copy / "data" / "shakespeare_char"
     for name in ("train.bin", "val.bin"):  # both sort the characters, so the ids are the same
         shutil.copy(data / name, folder)
-    chars = json.loads((data / "meta.json").read_text(encoding="utf-8"))["tokenizer"]["chars"]
-    meta = {
-        "vocab_size": len(chars),
-        "itos": dict(enumerate(chars)),
-        "stoi": {c: i for i, c in enumerate(chars)},
-    }
+    vocab_size = json.loads((data / "meta.json").read_text(encoding="utf-8"))["vocab_size"]
+    meta = {"vocab_size": vocab_size, "itos": {}, "stoi": {}}
     (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
 
 
@@ -140,11 +137,14 @@ def train_nanogpt(copy, until):
     return ended - began, evaluations[-1] - evaluations[0]
 
 
-def run_nanogpt(path, until):
-    """Run nanoGPT's recipe in a copy of its checkout; return (wall_s, train_s, its estimate)."""
+def run_nanogpt(path, until, data):
+    """Run nanoGPT's recipe in a copy of its checkout; return (wall_s, train_s, its estimate).
+
+    data: the folder of the data set.
+    """
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "nanoGPT"
-        copy_nanogpt(path, copy)
+        copy_nanogpt(path, copy, data)
         wall_s, train_s = train_nanogpt(copy, until)
         state = torch.load(copy / "out-shakespeare-char" / "ckpt.pt", DEVICE, weights_only=True)
         model_py = nanogpt(copy)
@@ -152,7 +152,7 @@ def run_nanogpt(path, until):
     weights = {name.removeprefix("_orig_mod."): w for name, w in state["model"].items()}
     model.load_state_dict(weights)
     model.to(DEVICE).eval()
-    ids = np.fromfile(ROOT / "data" / "shakespeare" / "val.bin", np.uint16).astype(np.int64)
+    ids = np.fromfile(data / "val.bin", np.uint16).astype(np.int64)
     loss = estimate(lambda x, y: model(x, y)[1], torch.from_numpy(ids).to(DEVICE), WINDOW)
     return wall_s, train_s, loss
 
@@ -160,7 +160,7 @@ def run_nanogpt(path, until):
 # ---- Both ----
 def read_arguments():
     """Return (this script's own flags, the words of the training command)."""
-    options = {"runs": "1", "nanogpt": "", "until": "0", "peer_runs": ""}
+    options = {"runs": "1", "nanogpt": "", "until": "0", "peer_runs": "", "data": ""}
     command = []
     for argument in sys.argv[1:]:
         name, _, value = argument.removeprefix("--").partition("=")
@@ -192,11 +192,14 @@ def peer_figures(options, peers, walls, trains):
 def main():
     options, command = read_arguments()
     n_runs = int(options["runs"])
+    data = Path(options["data"] or ROOT / "data" / "shakespeare").resolve()
+    if options["data"]:
+        command += [f"--dataset={data.name}", f"--data_dir={data.parent}"]
     found = []
     peers = []
     for run in range(n_runs):
         if options["nanogpt"] and run < int(options["peer_runs"] or n_runs):
-            peer = run_nanogpt(options["nanogpt"], float(options["until"]))
+            peer = run_nanogpt(options["nanogpt"], float(options["until"]), data)
         if options["nanogpt"]:
             peers.append(peer)
             print(f"run {run + 1}: nanoGPT {peer}", flush=True)
@@ -210,7 +213,7 @@ def main():
         each_estimate[window] = [round(of_run[window], 4) for of_run in estimates]
     record(
         "time_to_loss",
-        command=" ".join(command),
+        command=" ".join(word for word in command if not word.startswith("--data_dir=")),
         runs=len(found),
         wall_s=round(statistics.median(walls), 1),
         train_s=round(statistics.median(trains), 2),
