@@ -9,8 +9,8 @@
     python gpt.py --init_from=resume                    resume an interrupted run
     python sample.py --prompt "ROMEO:"                  let the newest run continue a text
 
-With --max_minutes, settings that are None are fitted to the text, the minutes and the machine. In
-other runs they are what stands in [] below.
+With --max_minutes, settings that are None are fitted to the text, the minutes and the machine.
+Without it they are what stands in [] below. A resumed run keeps its own values.
 
 You can also paste this file into a notebook cell and run it. It reads from top to bottom: settings,
 tokenizer, model, loss, generation, optimizers, data, checkpoints, machine, evaluation, progress,
@@ -40,6 +40,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import textwrap
 import threading
 import urllib.request
 import zipfile
@@ -58,8 +59,8 @@ import torch.utils.checkpoint
 from torch import nn
 
 # ---- Settings: each comment is the help text (python gpt.py --help) -----------------------------
-# A flag or a config file assigns to one of these names before main() reads them all, once. A setting
-# that is None is fitted to the text and to max_minutes; without max_minutes it is what stands in [].
+# A flag or a config file assigns to one of these names before main() reads them all, once. With
+# max_minutes, a setting that is None is fitted to the text; without, it is what stands in [].
 dataset = "shakespeare"  # folder under data_dir; shakespeare and pydoc are prepared when missing
 data_dir = ""  # folder of all data sets; empty: data/ beside gpt.py
 out_dir = ""  # folder for this run's checkpoints and log; empty: out/<dataset> beside gpt.py
@@ -83,8 +84,8 @@ n_head: int | None = None  # query heads per block [4]
 n_kv_head: int | None = None  # key/value heads, each shared by a group of query heads (GQA) [1]
 n_embd: int | None = None  # width of the residual stream [128]
 mlp_ratio = 4.0  # MLP width divided by n_embd; SwiGLU, which has a third matrix, uses 2/3 of it
-dropout: float | None = None  # rate of channels dropped after embedding, attention and MLP [0]
-train_temperature: float | None = None  # divides logits in training; <1 curbs overconfidence [1]
+dropout: float | None = None  # share of channels dropped after embedding, attention and MLP [0]
+train_temperature: float | None = None  # divisor of logits; below 1 curbs overconfidence [1]
 bias = False  # biases in the linear layers and in LayerNorm
 use_rope = True  # rotary positions; False: learned positions
 use_rms_norm = True  # RMSNorm; False: LayerNorm
@@ -107,6 +108,7 @@ grad_clip = 1.0  # largest norm of the gradient; 0: no clipping
 # schedule
 max_iters = 2000  # number of optimizer steps
 max_minutes = 0.0  # above 0: minutes that the whole process may take, instead of max_iters
+max_epochs: float | None = None  # above 0: end when the text has been seen so often [0]
 warmup_iters = 20  # steps of linear warm-up
 lr_schedule = "linear"  # after warm-up: cosine | linear | constant | wsd (linear in the last fifth)
 lr_decay_iters = 0  # step at which min_lr is reached; 0: the last step
@@ -136,6 +138,7 @@ UNFITTED = {
     "learning_rate": 6e-3,
     "muon_lr": 0.03,
     "weight_decay": 0.0,
+    "max_epochs": 0.0,
 }
 
 
@@ -237,39 +240,42 @@ def checked_settings(**changes):
         values[name] = check_setting(name, values[name], SETTINGS)
         check_meaning(name, values[name])
     settings = SimpleNamespace(**values)
-    if not is_fitted(settings):
-        fill(settings, UNFITTED)
-        check_together(settings)
+    if not may_stay_open(settings):
+        fill_settings(settings, UNFITTED)
+    check_together(settings)
     return settings
 
 
-def is_fitted(settings):
-    """Return whether settings may stay None until the text, or the run to resume, is known."""
+def may_stay_open(settings):
+    """Return whether settings may be None until a text, or an earlier run, decides on them."""
     if settings.eval_only:
         return False
-    return settings.max_minutes > 0 or settings.init_from in ("resume", "auto")
+    return settings.max_minutes > 0 or settings.init_from != "scratch"
 
 
-def fill(settings, values):
+def fill_settings(settings, values):
     """Give the settings that are None their values in a dict, which may hold other names too."""
     for name in UNFITTED.keys() & values.keys():
         if getattr(settings, name) is None:
-            setattr(settings, name, values[name])
+            setattr(settings, name, check_setting(name, values[name], SETTINGS))
 
 
 def default_of(name):
     """Return what a setting means if nobody sets it, and nothing is fitted."""
-    return UNFITTED.get(name, SETTINGS[name].default)
+    default = SETTINGS[name].default
+    return UNFITTED.get(name) if default is None else default
 
 
 def check_together(settings):
-    """Raise ValueError for settings that do not fit together."""
-    if settings.min_lr > settings.learning_rate:
+    """Raise ValueError for settings that do not fit together; those that are None do not count."""
+    if settings.learning_rate is not None and settings.min_lr > settings.learning_rate:
         raise ValueError(
             f"min_lr is {settings.min_lr}: it must be at most learning_rate, which is "
             f"{settings.learning_rate}"
         )
-    model_config(settings, vocab_size=1)
+    if settings.n_embd is not None and settings.n_head is not None:
+        n_kv_head = settings.n_kv_head or 1
+        model_config(SimpleNamespace(**vars(settings) | {"n_kv_head": n_kv_head}), vocab_size=1)
 
 
 def check_meaning(name, value):
@@ -411,8 +417,8 @@ def training_only(default):
 class GPTConfig:
     """The shape of a model. GPT-2 has bias=True, n_kv_head=n_head and every use_ field False."""
 
-    # A field that shares its name with a setting defaults to the value written above, even if a
-    # flag changes the setting.
+    # A field that shares its name with a setting defaults to what the setting is in a run without
+    # flags and without max_minutes.
     block_size: int = UNFITTED["block_size"]
     vocab_size: int = 8192
     n_layer: int = UNFITTED["n_layer"]
@@ -1640,7 +1646,7 @@ class Machine:
     rank: int = 0
     world_size: int = 1
     fsdp: bool = False  # whether the processes shard the model instead of each holding a copy
-    threads: object = None  # a ThreadCount, if this is the only process on a CPU
+    threads: object = None  # a ThreadCount, if one process on a CPU trains for max_minutes
     stop_signals: list = field(default_factory=list)  # those that have come
     # What is closed or restored at the end of the run.
     at_end: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
@@ -1763,7 +1769,8 @@ def set_up_machine(settings):
     machine = Machine(found, dtype, rank, world_size, settings.fsdp and world_size > 1)
     if world_size > 1:
         join_processes(machine)
-    elif found.type == "cpu":
+    elif found.type == "cpu" and settings.max_minutes:
+        # A run of a fixed number of steps keeps its threads, on which the last bits may depend.
         machine.threads = ThreadCount(machine.say)
         machine.at_end.callback(torch.set_num_threads, machine.threads.most)
     return machine
@@ -1793,17 +1800,33 @@ class ThreadCount:
     """Finds how many threads are fastest on a CPU whose cores other processes may use as well.
 
     The threads of an operation wait for the slowest one. When another process takes a core from it,
-    fewer threads are faster. The results of a step do not depend on their number.
+    fewer threads are faster. With float32, the last bits of a result may depend on their number.
 
     say: a function that prints a text. trial_s: how many seconds each number is tried.
     """
 
-    def __init__(self, say, trial_s=0.3):
+    def __init__(self, say, trial_s=0.1):
         self.say = say
         self.trial_s = trial_s
         self.most = torch.get_num_threads()
         self.count = self.most
-        self.chosen_at = -math.inf
+        self.began = time.monotonic()
+        self.next_trial = self.began
+        self.wait_s = 30.0
+
+    def adapt(self, work):
+        """Choose anew if other processes seem to have become busy, or idle, since the last choice.
+
+        work: a function whose speed decides.
+        """
+        if self.most == 1 or time.monotonic() < self.next_trial:
+            return
+        if (self.load_of_others() > 0.3) == (self.count == self.most):
+            before = self.count
+            self.choose(work)
+            if self.count == before:  # a trial costs time, so the next one can wait longer
+                self.wait_s *= 2
+        self.next_trial = time.monotonic() + self.wait_s
 
     def choose(self, work):
         """Set the number of threads with which the function `work` takes the least time."""
@@ -1821,12 +1844,11 @@ class ThreadCount:
         elif count != self.count:
             self.say(f"{count} threads from here on: other processes are no longer busy")
         self.count = count
-        self.chosen_at = time.monotonic()
 
     def seconds_of(self, work, count):
         """Return the mean seconds of work() with this number of threads."""
         torch.set_num_threads(count)
-        work()  # the first call sets up what the others use, and may compile
+        work()  # the first call sets up what the others use
         began = time.monotonic()
         calls = 0
         while calls == 0 or (time.monotonic() - began < self.trial_s and calls < 100):
@@ -1835,18 +1857,12 @@ class ThreadCount:
         return max(1e-9, time.monotonic() - began) / calls
 
     def load_of_others(self):
-        """Return how many threads of other processes have computed in the last minute, about."""
+        """Estimate how many threads of other processes were running in the last minute."""
         if not hasattr(os, "getloadavg"):  # Windows
             return 0.0
-        ours = 0 if self.chosen_at == -math.inf else self.count
-        return max(0.0, os.getloadavg()[0] - ours)
-
-    def may_have_changed(self):
-        """Return whether other processes seem to have become busy or idle since the last choice."""
-        if self.most == 1 or time.monotonic() - self.chosen_at < 60:  # the load is a minute's mean
-            return False
-        never_chosen = self.chosen_at == -math.inf
-        return never_chosen or (self.load_of_others() > 0.5) == (self.count == self.most)
+        # The load average is a mean whose weights fall exponentially within a minute.
+        share = 1 - math.exp((self.began - time.monotonic()) / 60)
+        return max(0.0, os.getloadavg()[0] - share * self.count)
 
 
 @contextlib.contextmanager
@@ -2019,53 +2035,61 @@ class Clock:
         budget = 60 * self.settings.max_minutes * (1 - EXIT_SHARE)
         return max(0.0, budget - self.spent_s() - self.progress.reserve_s)
 
-    def share_done(self, step):
+    def share_done(self, step, epochs):
+        """Return the share of the run that is done after `step` steps, which took `epochs`."""
         if self.settings.max_minutes:
             trained = self.trained_s()
-            return trained / max(1.0, trained + self.left_s())  # at least a second of training
-        return step / self.settings.max_iters if self.settings.max_iters else 1.0
+            share = trained / max(1.0, trained + self.left_s())  # at least a second of training
+        else:
+            share = step / self.settings.max_iters if self.settings.max_iters else 1.0
+        if self.settings.max_epochs:
+            share = max(share, epochs / self.settings.max_epochs)
+        return share
 
 
 # ---- Fitting a run to the text, the minutes and the machine -------------------------------------
-MOST_EPOCHS = 40  # more only overfit, even with the strongest dropout
-
-
-def complete(settings, folder, state, machine, clock):
+def complete_settings(settings, folder, out, state, machine, clock):
     """Give every setting that is still None a value.
 
     state: the checkpoint of the run to resume, whose values stay; None: a new run, which is fitted
         to the data set in folder, to max_minutes and to the machine.
     """
     if state is not None:
-        with naming_damage("the run's checkpoint"):
-            fill(settings, state["config"])
-    elif names_checkpoint(settings) or not settings.max_minutes:
-        fill(settings, UNFITTED)
-    if any(getattr(settings, name) is None for name in UNFITTED):
-        meta, _ = read_meta(folder)
-        flops_per_s = machine.world_size * machine.from_first(flops_per_second, machine)
-        fit(
-            settings, meta["train_tokens"], meta["vocab_size"], flops_per_s, clock.left_s(), machine
-        )
+        with naming_damage(f"the checkpoint in {out}"):
+            fill_settings(settings, state["config"])
+    elif names_checkpoint(settings):
+        fill_settings(settings, {"block_size": block_size_of_base(settings)})
+    elif settings.max_minutes:
+        if (folder / "train.weight.bin").exists():  # examples, which a shorter context would cut
+            fill_settings(settings, {"block_size": UNFITTED["block_size"]})
+        if any(getattr(settings, name) is None for name in UNFITTED):
+            meta, _ = read_meta(folder)
+            # The first process decides, because the others may measure something else.
+            flops_per_s = machine.world_size * machine.from_first(flops_per_second, machine)
+            seconds = max(1.0, machine.from_first(clock.left_s))
+            fit_settings(settings, meta, flops_per_s, seconds, machine)
+    fill_settings(settings, UNFITTED)
     check_together(settings)
 
 
 def flops_per_second(machine):
-    """Return the FLOPs per second of a process's training steps, measured in about a second.
+    """Return the FLOPs per second of a process's training steps, measured in a few of them.
 
-    The steps are not compiled: what compiling gains in a short run, it also costs in time. The model
-    becomes wider until a step takes a while, because on a GPU small ones wait for Python.
+    They are not compiled, because in a short run compiling costs as much time as it saves. The
+    model becomes wider until a step takes a while, because on a GPU small ones wait for Python.
     """
     for n_embd in (128, 256, 512, 1024):
         model = GPT(GPTConfig(vocab_size=256, n_embd=n_embd)).to(machine.device)
         idx = torch.zeros(8, model.config.block_size, dtype=torch.long, device=machine.device)
         step = functools.partial(forward_and_backward, model, idx, machine)
-        if machine.threads is not None and machine.threads.may_have_changed():
-            machine.threads.choose(step)
+        if machine.threads is not None:
+            machine.threads.adapt(step)
         seconds = [step() for _ in range(5)]
         step_s = max(1e-9, sum(seconds[2:]) / 3)  # the first two set up
         if step_s > 0.03:
             break
+    if machine.device.type == "cuda":  # this memory is not the run's
+        torch.cuda.reset_peak_memory_stats(machine.device)
     return model.flops_per_token() * idx.numel() / step_s
 
 
@@ -2079,48 +2103,48 @@ def forward_and_backward(model, idx, machine):
     return time.monotonic() - began
 
 
-def fit(settings, n_tokens, vocab_size, flops_per_s, seconds, machine):
-    """Give the settings that are None values for training on n_tokens; print them.
+def fit_settings(settings, meta, flops_per_s, seconds, machine):
+    """Give the settings that are None values for a text and for seconds of training; print them.
 
     The constants were fitted to the runs of bench/ladder.py. docs/fitting.md shows how well, and
     compares them with published scaling laws.
     """
     flops = flops_per_s * seconds
     missing = [name for name in UNFITTED if getattr(settings, name) is None]
-    fill(settings, fitted_shape(settings, n_tokens, vocab_size, flops))
-    tokens = flops / flops_of(settings, vocab_size)
+    n_tokens = max(1, meta["train_tokens"])
+    fill_settings(settings, fitted_shape(settings, n_tokens, meta["vocab_size"], flops))
+    fill_settings(settings, {"max_epochs": 40.0})  # further epochs only overfit
+    tokens = flops / flops_of(settings, meta["vocab_size"])
     epochs = tokens / n_tokens
-    why = ""
-    if epochs > MOST_EPOCHS:
-        settings.max_minutes *= MOST_EPOCHS / epochs
-        tokens = MOST_EPOCHS * n_tokens
-        epochs = MOST_EPOCHS
-        why = ", since more would only overfit"
-    # The batch: the best one grows with about the square root of the tokens (arXiv:2505.13738).
-    rows = 2048 * (tokens / 2e6) ** 0.5 / settings.block_size / machine.world_size
-    # Against overfitting: the more often a text is seen, the more these hold back.
-    overfitting = math.log2(max(1.5, epochs) / 1.5)
+    if settings.max_epochs:
+        epochs = min(epochs, settings.max_epochs)
+    # The best batch grows with about the square root of the tokens (arXiv:2505.13738).
+    micro_batches = settings.gradient_accumulation_steps * machine.world_size
+    rows = 2048 * (epochs * n_tokens / 2e6) ** 0.5 / settings.block_size / micro_batches
+    # A text that is seen more often needs more regularization.
+    repeats = math.log2(max(1.5, epochs) / 1.5)
     width = settings.n_embd / 192
     values = {
         "batch_size": machine.world_size * 2 ** max(0, round(math.log2(rows))),
-        "learning_rate": 8e-3 * width**-0.7,
-        "muon_lr": 0.03 * width**-0.5,
-        "dropout": min(0.25, 0.05 * overfitting),
-        "weight_decay": min(0.1, 0.05 * overfitting),
-        "train_temperature": max(0.83, 1 - 0.09 * overfitting),
+        "learning_rate": two_digits(8e-3 * width**-0.7),
+        "muon_lr": two_digits(0.03 * width**-0.5),
+        "dropout": two_digits(min(0.25, 0.04 * repeats)),
+        "weight_decay": two_digits(min(0.1, 0.04 * repeats)),
+        "train_temperature": two_digits(max(0.83, 1 - 0.09 * repeats)),
     }
-    fill(settings, {name: rounded(value) for name, value in values.items()})
-    chosen = [f"{name}={getattr(settings, name):g}" for name in missing]
-    machine.say(
-        f"fitted   {', '.join(chosen)}\n"
-        f"         to {settings.max_minutes:.3g} minutes of {flops_per_s / 1e12:.2g} TFLOP/s{why},\n"
-        f"         which are {epochs:.2g} epochs of {n_tokens:,} tokens"
+    fill_settings(settings, values)
+    chosen = " ".join(f"{name}={getattr(settings, name):g}" for name in missing)
+    why = (
+        f"for {settings.max_minutes:g} minutes at {flops_per_s / 1e12:.2g} TFLOP/s: about "
+        f"{epochs:.2g} epochs of {n_tokens:,} tokens"
     )
+    lines = [*textwrap.wrap(chosen, 90), why]
+    machine.say("\n         ".join(["fitted   " + lines[0], *lines[1:]]))
 
 
-def rounded(value):
-    """Return a number with two significant digits; an integer stays as it is."""
-    return value if isinstance(value, int) else float(f"{value:.2g}")
+def two_digits(value):
+    """Return a number rounded to two significant digits."""
+    return float(f"{value:.2g}")
 
 
 def fitted_shape(settings, n_tokens, vocab_size, flops):
@@ -2128,30 +2152,33 @@ def fitted_shape(settings, n_tokens, vocab_size, flops):
 
     Sizes that the settings hold already are taken into account.
     """
-    params = 1e6 * (flops / 2e13) ** 0.46
+    params = 1.3e6 * (flops / 2e13) ** 0.44
     wanted = 6 * min(params, 3 * n_tokens)  # FLOPs per token
     best = UNFITTED
     best_distance = math.inf
+    # Heads have an even number of channels, and share keys and values in equal groups.
+    unit = 2 * (settings.n_head or settings.n_kv_head or 1)
+    groups = settings.n_kv_head or 1
     for size in (*range(64, 256, 32), *range(256, 8192, 64)):
-        n_embd = settings.n_embd or size
-        n_head = settings.n_head or max(4, n_embd // 64)
-        divisors = [n for n in range(1, n_head + 1) if n_head % n == 0]
+        n_embd = settings.n_embd or unit * max(1, round(size / unit))
+        most_heads = max(4, groups, n_embd // 64)
+        heads = [n for n in range(groups, most_heads + 1, groups) if n_embd % (2 * n) == 0]
+        n_head = settings.n_head or max(heads, default=UNFITTED["n_head"])
         shape = {
             "n_embd": n_embd,
-            "n_layer": 1 + size // 64,
+            "n_layer": 2 + size // 64,
             "n_head": n_head,
-            "n_kv_head": max(n for n in divisors if n <= max(1, n_head / 4)),
+            "n_kv_head": max(n for n in range(1, max(1, n_head // 4) + 1) if n_head % n == 0),
             "block_size": 2 ** math.ceil(math.log2(n_embd)),
         }
         candidate = SimpleNamespace(**vars(settings))
-        fill(candidate, shape)
-        if n_embd % (2 * n_head) or n_head % candidate.n_kv_head:
-            continue  # these do not fit together
+        fill_settings(candidate, shape)
         distance = abs(math.log(flops_of(candidate, vocab_size) / wanted))
-        if distance >= best_distance:
+        if distance > best_distance:
             break  # larger models are further away still
-        best = shape
-        best_distance = distance
+        if distance < best_distance:
+            best = shape
+            best_distance = distance
     return best
 
 
@@ -2159,6 +2186,17 @@ def flops_of(settings, vocab_size):
     """Return the FLOPs per token of the model that the settings describe."""
     with torch.device("meta"):  # it takes no memory
         return GPT(model_config(settings, vocab_size)).flops_per_token()
+
+
+def block_size_of_base(settings):
+    """Return the context length for finetuning init_from's model: the usual one, or its own."""
+    path = as_path(settings.init_from)
+    path = path if path.is_file() else path / "best.pt"
+    if not path.exists():  # model_to_finetune will say so
+        return UNFITTED["block_size"]
+    state = read_checkpoint(path)
+    with naming_damage(path):
+        return min(UNFITTED["block_size"], state["model_args"]["block_size"])
 
 
 # ---- Folders, resuming, finetuning --------------------------------------------------------------
@@ -2447,19 +2485,20 @@ class Trainer:
         """Return this process's rows of a step, which begin at `first`."""
         return self.data.get_batch("train", first, self.rows_per_process)
 
-    def backward(self, x, y, w, share, is_first=False):
+    def backward(self, x, y, w, share, is_first=False, model=None):
         """Add a micro-batch's gradients to the accumulated ones; return its loss times its share.
 
         share: the weight of its targets divided by that of the whole step's targets, because the
             model returns the mean of the micro-batch alone.
         is_first: whether to drop the previous step's gradients before. A recording includes this.
+        model: is called instead of wrapped_model.
         """
         if is_first:
             for o in self.optimizers:
                 o.zero_grad()
         x, y, w = (to_device(t, self.machine.device) for t in (x, y, w))
         with self.machine.autocast():
-            _, loss = self.wrapped_model(x, y, weights=w, loss_only=True)
+            _, loss = (model or self.wrapped_model)(x, y, weights=w, loss_only=True)
         loss = loss * share
         self.scaler.scale(loss).backward()
         return loss.detach()
@@ -2520,10 +2559,12 @@ class Trainer:
             self.machine.say(f"out of memory: trying micro-batches of {self.micro_rows} rows")
 
     def adapt_to_other_processes(self):
-        """On a CPU, choose the number of threads anew if other processes have come or gone."""
-        threads = self.machine.threads
-        if threads is not None and threads.may_have_changed():
-            threads.choose(self.try_micro_batch)
+        """On a CPU, choose the number of threads anew if other processes have come or gone.
+
+        The plain model decides, because a compiled one would have to be compiled for each number.
+        """
+        if self.machine.threads is not None:
+            self.machine.threads.adapt(functools.partial(self.try_micro_batch, self.model))
 
     def micro_batch_fits(self):
         """Return whether the memory is enough for a micro-batch; on a CPU, suppose that it is."""
@@ -2539,7 +2580,7 @@ class Trainer:
 
     def compile(self):
         """Compile the model and try it; if that fails, say so and train the plain model."""
-        self.machine.say("compiling, which takes about half a minute")
+        self.machine.say("compiling, which takes up to half a minute")
         began = time.monotonic()
         os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # skips testing the C++ compiler
         plain_model = self.wrapped_model
@@ -2558,13 +2599,17 @@ class Trainer:
             return
         self.machine.say(f"compiled in {time.monotonic() - began:.0f} s")
 
-    def try_micro_batch(self):
-        """Compute a micro-batch's gradients while holding the memory of the optimizers' state."""
+    def try_micro_batch(self, model=None):
+        """Compute a micro-batch's gradients while holding the memory of the optimizers' state.
+
+        model: is called instead of wrapped_model.
+        """
         groups = [(o, group) for o in self.optimizers for group in o.param_groups]
         without_state = [p for o, group in groups for p in group["params"] if p not in o.state]
         optimizer_state = [torch.empty_like(p) for p in without_state for _ in range(2)]
         try:
-            self.backward(*self.data.get_batch("train", 0, self.micro_rows), 0.0)
+            batch = self.data.get_batch("train", 0, self.micro_rows)
+            self.backward(*batch, 0.0, model=model)
         finally:
             del optimizer_state
             for o in self.optimizers:
@@ -2590,24 +2635,22 @@ def what_to_compile(settings, model, machine):
 
     The setting `compile` decides whether to compile or, if it is None, the length of the run. All
     blocks share the code of one, which a CPU compiles in 14 s instead of 22, but the compiled model
-    is 3 to 5% faster. So that pays from about five minutes on.
+    is 3 to 5% faster. Compiling the whole model pays from about five minutes on.
     """
-    float32 = machine.dtype == torch.float32
     on_gpu = machine.device.type == "cuda"
-    enough = 2
+    able = machine.device.type == "cpu" and shutil.which("g++") is not None
+    if on_gpu:
+        able = torch.cuda.get_device_capability(machine.device) >= (7, 0)
     if settings.max_minutes:
         minutes = settings.max_minutes
-        enough = 5 if float32 else 2
+        enough = 5 if machine.dtype == torch.float32 else 2
     else:
         flops = model.flops_per_token() * settings.max_iters * settings.block_size
         flops *= settings.batch_size * settings.gradient_accumulation_steps
         minutes = 2 * flops / (5e15 if on_gpu else 5e13)  # roughly
-    able = machine.device.type == "cpu" and shutil.which("g++") is not None
-    if on_gpu:
-        able = torch.cuda.get_device_capability(machine.device) >= (7, 0)
-    if settings.compile is None and not (able and minutes >= enough):
-        return ""
-    if settings.compile is False:
+        enough = 2
+    wanted = able and minutes >= enough if settings.compile is None else settings.compile
+    if not wanted:
         return ""
     short = machine.device.type == "cpu" and machine.world_size == 1 and minutes < 5
     return "blocks" if short else "model"
@@ -2845,7 +2888,7 @@ def training_loop(settings, machine, folder, progress, started):  # noqa: C901
         with naming_damage(f"the checkpoint in {out}"):
             vars(progress).update(vars(read_progress(state)))
     clock = Clock(settings, progress, started)
-    complete(settings, folder, state, machine, clock)
+    complete_settings(settings, folder, out, state, machine, clock)
     data = Data(folder, settings.block_size, settings.seed)
     model = build_model(settings, data, state, out)
     trainer = Trainer(settings, model, data, machine)
@@ -2892,8 +2935,9 @@ def training_loop(settings, machine, folder, progress, started):  # noqa: C901
     clock.begin_loop()
     while True:
         # How much is done? The processes must agree, although their clocks may differ.
+        epochs = progress.next_row / data.n_rows("train")
         share_done, stopping = machine.combine(
-            [clock.share_done(progress.step), bool(machine.stop_signals)], "max"
+            [clock.share_done(progress.step, epochs), bool(machine.stop_signals)], "max"
         )
         finished = share_done >= 1
         failing = bad_steps > settings.max_bad_steps
@@ -2979,6 +3023,9 @@ def training_loop(settings, machine, folder, progress, started):  # noqa: C901
             left_s = (settings.max_iters - progress.step) * step_s
             if settings.max_minutes:
                 left_s = clock.left_s() + progress.reserve_s
+            if settings.max_epochs:
+                rows_left = settings.max_epochs * data.n_rows("train") - progress.next_row
+                left_s = min(left_s, rows_left / trainer.rows_per_step * step_s)
             machine.say(progress_line(progress, loss, lr, speed, mfu, left_s))
             if left_s > 60:  # another number of threads may have to be compiled for
                 trainer.adapt_to_other_processes()

@@ -60,7 +60,7 @@ block_size = 2048  # longest context of a model from Hugging Face, in tokens; th
 show: str | None = None  # --show: the likeliest next tokens, no sample; --show=attention: a picture
 output = ""  # file for the samples or the picture; empty: the screen, or attention.png
 device = "auto"  # auto: cuda, else mps, else cpu | any torch device
-dtype = "auto"  # of the weights; auto: the fastest | float32 | bfloat16 | float16, on a CPU
+dtype = "auto"  # auto: by device and model | bfloat16 | float32 | float16, on a CPU
 quantize = ""  # int8: weights as one byte each, which halves their memory; empty: as dtype says
 compile = False  # compile the step for each token: takes up to a minute at first, then is faster
 cuda_graphs = True  # on a GPU, record that step and replay it, so that no kernel waits for Python
@@ -308,8 +308,9 @@ def write_sample(model, tokenizer, text, file, sampling, **generation):
 class RowLinear(nn.Linear):
     """nn.Linear that reads its weight faster for a single row, which is what generating needs.
 
-    The weight may be float16 where x is float32. A row then reads half the bytes; it is rounded to
-    float16 as well, the products are summed in float32, and the result is float32 again.
+    The weight may be float16 where x is float32. A row then reads half the bytes. It is rounded to
+    float16 as well, the products are summed in float32, and the sum is rounded to float16. When
+    compiled, neither is rounded.
     """
 
     def forward(self, x):
@@ -450,12 +451,14 @@ def load_model(source, device, dtype="auto", quantize="", block_size=block_size)
     Raises ValueError for a dtype that does not suit the device.
     """
     if dtype == "float16" and (device.type != "cpu" or quantize):
-        raise ValueError("dtype float16 is for a CPU without quantize: use bfloat16 or float32")
+        raise ValueError(
+            "dtype is float16, which needs a CPU and no quantize: use bfloat16 or float32"
+        )
     model, tokenizer, state = read_model(source)  # it stays on the CPU until it is converted
     if "step" not in state and model.config.use_rope:  # not trained here: its context may be long
         model.crop_block_size(min(block_size, model.config.block_size))
     if dtype == "auto":
-        dtype = best_dtype(device, quantize)
+        dtype = best_dtype(device, quantize, trained_here="step" in state)
     if dtype == "bfloat16":
         model.bfloat16()
     n_params = model.n_params()
@@ -473,14 +476,18 @@ def load_model(source, device, dtype="auto", quantize="", block_size=block_size)
     return model.to(device), tokenizer
 
 
-def best_dtype(device, quantize):
-    """Return the name of the fastest dtype of the weights on this device."""
+def best_dtype(device, quantize, trained_here):
+    """Return the name of a fast dtype of the weights on this device.
+
+    trained_here: whether gpt.py trained the model. The activations of other models may exceed
+        float16's range.
+    """
     if device.type == "cpu":
         if quantize:
             return "bfloat16"  # for which torch has an int8 kernel
         # For one row, torch has a float16 kernel on processors with these instructions.
         fast = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
-        return "float16" if fast else "float32"
+        return "float16" if fast and trained_here else "float32"
     fast = device.type == "cuda" and native_bfloat16(device)
     return "bfloat16" if fast else "float32"
 
@@ -501,9 +508,8 @@ def adapt_to_other_processes(model, threads):
 
     threads: a ThreadCount.
     """
-    if threads.may_have_changed():
-        with torch.inference_mode():
-            threads.choose(lambda: model(torch.zeros(1, 1, dtype=torch.long)))
+    with torch.inference_mode():
+        threads.adapt(lambda: model(torch.zeros(1, 1, dtype=torch.long)))
 
 
 # On a GPU the compiler tries its kernels in several shapes.
@@ -696,6 +702,7 @@ def main():
     if chosen.type == "cpu":
         threads = ThreadCount(partial(print, file=sys.stderr), trial_s=0.02)
         adapt_to_other_processes(model, threads)
+        threads.say = lambda text: None  # from here on it would stand amid the sample
         if not compile:  # what is compiled is compiled for one number of threads
             generation["after_token"] = partial(adapt_to_other_processes, model, threads)
     if compile:

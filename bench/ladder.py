@@ -17,6 +17,7 @@ N: FLOPs per token / 6, in millions; U: tokens of the text, in millions. E and s
 the others to all. The second form prints them, and the fit's error, and draws docs/fitting.svg.
 """
 
+import datetime
 import json
 import os
 import shlex
@@ -74,6 +75,7 @@ def train(line, data_dir):
         "hardware": hardware(),
         "torch": torch.__version__,
         "commit": COMMIT,
+        "date": str(datetime.date.today()),
     }
     print(json.dumps(figures), flush=True)
     with open(FOUND, "a", encoding="utf-8") as file:
@@ -172,7 +174,21 @@ def report(found):
     for i, text in enumerate(texts):
         mine = errors[numbers["text"] == i]
         print(f"{text}: {len(mine)} runs, largest error {mine.abs().max():.4f}")
+    for tflop in (8, 30, 200):
+        print(f"{tflop} TFLOP: {valley(tflop, shared)}")
     draw(numbers, texts, shared, lowest, scale)
+
+
+def valley(tflop, shared):
+    """Return in words the best size for a long text, and what the size of gpt.py's rule loses."""
+    A, B, a, b, _, c = shared
+
+    def loss(N):
+        return float(A * N**-a + B * (tflop / 6 / N / (1 + c)) ** -b)
+
+    best = min((10 ** (i / 200) for i in range(-300, 300)), key=loss)
+    rule = 1.3 * (tflop / 20) ** 0.44
+    return f"best {best:.2f}M, the rule's {rule:.2f}M loses {loss(rule) - loss(best):.4f} times s"
 
 
 def main():

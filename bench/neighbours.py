@@ -50,7 +50,7 @@ class Worker:
 
 def new_trainer():
     """Return a Trainer of gpt.py's default model, with compiled blocks."""
-    settings = gpt.checked_settings(dataset="pydoc", compile=True)
+    settings = gpt.checked_settings(**gpt.UNFITTED, dataset="pydoc", max_minutes=2.0)
     machine = gpt.set_up_machine(settings)
     machine.say = lambda text: print(text, file=sys.stderr, flush=True)
     machine.threads.say = machine.say

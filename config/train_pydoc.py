@@ -1,11 +1,12 @@
 # python gpt.py config/train_pydoc.py
 # The text is the documentation that ships with Python, by characters, so it needs no network. On a
-# CPU the run takes 2 minutes or --max_minutes, and gpt.py fits the model to them. There is so little
-# text that a larger model soon overfits. GPU: not measured yet.
+# CPU the run takes 2 minutes or --max_minutes, and gpt.py fits the model to them. There is so
+# little text that a larger model soon overfits. GPU: not measured yet.
 dataset = "pydoc"
 if device_type == "cpu":
     max_minutes = max_minutes or 2.0
 else:
+    block_size = 256
     n_layer = 6
     n_head = 6
     n_kv_head = 6

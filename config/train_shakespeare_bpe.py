@@ -9,6 +9,7 @@ early_stop = 3
 if device_type == "cpu":  # gpt.py fits the model to the minutes
     max_minutes = max_minutes or 2.0
 else:
+    block_size = 256
     n_layer = 6
     n_head = 6
     n_kv_head = 6

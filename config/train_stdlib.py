@@ -6,6 +6,7 @@ tie_weights = True
 if device_type == "cpu":  # gpt.py fits the model to the minutes
     max_minutes = max_minutes or 10.0
 else:
+    block_size = 256
     n_layer = 8
     n_head = 8
     n_kv_head = 4

@@ -157,7 +157,7 @@ def test_two_processes_of_torchrun_give_one_processes_losses(tmp_path):
             {"lora_rank": 4, "init_from": "out/pydoc", "optimizer": "adamw", "out_dir": "x"},
             "extras/",
         ),
-        ({"batch_size": "8"}, "batch_size is '8': it must be a number"),
+        ({"batch_size": "8"}, "batch_size is '8': expected an integer, or None"),
         ({"n_head": 3}, "multiple"),
     ],
 )

@@ -530,7 +530,7 @@ def test_dtype(say, monkeypatch):
         assert out == "abcdefgh\n"
         assert expected in err
     assert "with float16 matrices" in say(prompt="abc", dtype="float16").err
-    with pytest.raises(ValueError, match="dtype float16 is for a CPU without quantize"):
+    with pytest.raises(ValueError, match="dtype is float16, which needs a CPU and no quantize"):
         say(dtype="float16", quantize="int8")
     with pytest.raises(ValueError, match="dtype is 'int8'"):
         say(dtype="int8")
@@ -679,7 +679,7 @@ def test_compiling_that_fails_is_said_and_does_no_harm(say, monkeypatch):
 
 
 # ---- Threads ----
-def test_a_busy_machine_is_noticed_before_and_while_text_is_generated(say, monkeypatch):
+def test_a_busy_machine_is_noticed_before_text_is_generated(say, monkeypatch):
     """Where one thread is faster, sampling takes one; the text stays."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     counts = []
@@ -696,6 +696,20 @@ def test_a_busy_machine_is_noticed_before_and_while_text_is_generated(say, monke
     assert out == "abcdefgh\n"
     assert counts == [4, 1, 1]
     assert "1 thread from here on: other processes are busy" in err
+
+
+def test_a_busy_machine_is_noticed_after_each_token(say, monkeypatch):
+    """Silently, so that nothing stands amid the text; not with a compiled step."""
+    calls = []
+    monkeypatch.setattr(gpt.ThreadCount, "adapt", lambda self, work: calls.append(self.say("x")))
+    out, err = say(prompt="abc")
+    assert out == "abcdefgh\n"
+    assert len(calls) == 1 + 5
+    assert err.count("x\n") == 1
+    calls.clear()
+    monkeypatch.setattr(torch, "compile", lambda call, **_: call)
+    say(prompt="abc", compile=True)
+    assert len(calls) == 1
 
 
 # ---- Rows ----
