@@ -165,7 +165,9 @@ def draw(numbers, texts, shared, lowest, scale):
 
 
 def report(found):
-    """Print the law of the runs found, and its error; draw it."""
+    """Print the law of the runs found, and its error; draw it. A text needs two runs or more."""
+    names = [figures["run"].split()[0] for figures in found]
+    found = [figures for figures, name in zip(found, names) if names.count(name) > 1]
     numbers, texts = columns(found)
     shared, lowest, scale = fit(numbers, texts)
     errors = predict(shared, lowest, scale, numbers) - numbers["loss"]

@@ -1,11 +1,12 @@
 """Measure training beside busy processes, versus fixed numbers of threads and ways of waiting.
 
-    python bench/neighbours.py [--seconds=8] [--rounds=2]
+    python bench/neighbours.py [--seconds=20] [--rounds=2]
 
 A neighbour is a process that computes without end, at equal priority. Beside none, one and two of
 them, gpt.py's default model trains for some seconds in turn: as gpt.py chooses ("ours"), and with
-each fixed choice. All are compiled beforehand. Ours chooses in the first second of each turn, which
-counts. The ratio is ours / the best fixed choice in that situation.
+each fixed choice. All are compiled beforehand, on two cores. Ours chooses at the beginning of each
+turn, which counts; a run does so only if the load average says that others are busy. The ratio is
+ours / the best fixed choice in that situation.
 """
 
 import json
@@ -84,7 +85,7 @@ def be_a_worker(name):
 
 
 def main():
-    f = flags(seconds=8.0, rounds=2)
+    f = flags(seconds=20.0, rounds=2)
     workers = {name: Worker(name) for name in CHOICES}
     for count in (0, 1, 2):
         neighbours = [

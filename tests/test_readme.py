@@ -19,7 +19,7 @@ import sample
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ["README.md", "CHANGELOG.md", "data/README.md", "out/README.md"]
-PAGES += ["models/shakespeare/README.md"]
+PAGES += ["models/shakespeare/README.md", "docs/fitting.md"]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TEXT = "".join(
     f"ROMEO: {i} times JULIET is O, KING {i * i}! A quick brown fox jumps over lazy dogs.\n"
