@@ -3020,12 +3020,7 @@ def training_loop(settings, machine, folder, progress, started):  # noqa: C901
                 skipped=progress.skipped,
                 **measured,
             )
-            left_s = (settings.max_iters - progress.step) * step_s
-            if settings.max_minutes:
-                left_s = clock.left_s() + progress.reserve_s
-            if settings.max_epochs:
-                rows_left = settings.max_epochs * data.n_rows("train") - progress.next_row
-                left_s = min(left_s, rows_left / trainer.rows_per_step * step_s)
+            left_s = seconds_left(settings, clock, progress, trainer, step_s)
             machine.say(progress_line(progress, loss, lr, speed, mfu, left_s))
             if left_s > 60:  # another number of threads may have to be compiled for
                 trainer.adapt_to_other_processes()
@@ -3036,6 +3031,17 @@ def training_loop(settings, machine, folder, progress, started):  # noqa: C901
     log(**figures)
     print_sample(trainer, settings)
     return figures
+
+
+def seconds_left(settings, clock, progress, trainer, step_s):
+    """Estimate how many seconds a run has left; step_s: those of a step."""
+    left_s = (settings.max_iters - progress.step) * step_s
+    if settings.max_minutes:
+        left_s = clock.left_s() + progress.reserve_s
+    if settings.max_epochs:
+        rows_left = settings.max_epochs * trainer.data.n_rows("train") - progress.next_row
+        left_s = min(left_s, rows_left / trainer.rows_per_step * step_s)
+    return left_s
 
 
 def check_finite(model, bad_steps, settings, out, progress):
