@@ -2179,6 +2179,8 @@ def fitted_shape(settings, n_tokens, vocab_size, flops):
         if distance < best_distance:
             best = shape
             best_distance = distance
+        if settings.n_embd and settings.n_layer:
+            break  # there is only this one
     return best
 
 
