@@ -204,9 +204,9 @@ def main():
     wanted = RUNS.read_text(encoding="utf-8").splitlines()
     wanted = [line for line in wanted if line and not line.startswith("#") and line not in done]
     with ThreadPoolExecutor(f["lanes"]) as lanes:
-        for line in wanted:
-            if line.startswith(f["only"]):
-                lanes.submit(train, line, f["data_dir"])
+        wanted = [line for line in wanted if line.startswith(f["only"])]
+        for _ in lanes.map(lambda line: train(line, f["data_dir"]), wanted):
+            pass  # a run that failed raises its error here
 
 
 if __name__ == "__main__":
