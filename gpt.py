@@ -10,7 +10,7 @@
     python sample.py --prompt "ROMEO:"                  let the newest run continue a text
 
 With --max_minutes, settings that are None are fitted to the text, the minutes and the machine.
-Without it they are what stands in [] below. A resumed run keeps its own values.
+Without it, and in finetuning, they are what stands in [] below. A resumed run keeps its values.
 
 You can also paste this file into a notebook cell and run it. It reads from top to bottom: settings,
 tokenizer, model, loss, generation, optimizers, data, checkpoints, machine, evaluation, progress,
@@ -108,7 +108,7 @@ grad_clip = 1.0  # largest norm of the gradient; 0: no clipping
 # schedule
 max_iters = 2000  # number of optimizer steps
 max_minutes = 0.0  # above 0: minutes that the whole process may take, instead of max_iters
-max_epochs: float | None = None  # above 0: end when the text has been seen so often [0]
+max_epochs: float | None = None  # above 0: the most passes over the text [0]
 warmup_iters = 20  # steps of linear warm-up
 lr_schedule = "linear"  # after warm-up: cosine | linear | constant | wsd (linear in the last fifth)
 lr_decay_iters = 0  # step at which min_lr is reached; 0: the last step
@@ -161,7 +161,7 @@ def read_settings(source):
         pattern = r"([a-z]\w*)(?:: (\w+)( \| None)?)? = .+?  # (.+)$"
         line = lines[node.lineno - 1]
         found = re.match(pattern, line)
-        if re.match(r"[a-z]\w* = \($", line):  # a formatter has wrapped it
+        if re.match(r"[a-z]\w*(: .+)? = \($", line):  # a formatter has wrapped it
             raise ValueError(f"{line!r}: write a setting on one line: name = value  # help")
         if found and isinstance(node, ast.Assign | ast.AnnAssign):
             name, annotation, optional, help_text = found.groups()
@@ -240,21 +240,21 @@ def checked_settings(**changes):
         values[name] = check_setting(name, values[name], SETTINGS)
         check_meaning(name, values[name])
     settings = SimpleNamespace(**values)
-    if not may_stay_open(settings):
+    if not decided_later(settings):
         fill_settings(settings, UNFITTED)
     check_together(settings)
     return settings
 
 
-def may_stay_open(settings):
-    """Return whether settings may be None until a text, or an earlier run, decides on them."""
+def decided_later(settings):
+    """Return whether settings may be None until a text or an earlier run decides on them."""
     if settings.eval_only:
         return False
     return settings.max_minutes > 0 or settings.init_from != "scratch"
 
 
 def fill_settings(settings, values):
-    """Give the settings that are None their values in a dict, which may hold other names too."""
+    """Set each setting that is None to its value in `values`, if it is one of UNFITTED."""
     for name in UNFITTED.keys() & values.keys():
         if getattr(settings, name) is None:
             setattr(settings, name, check_setting(name, values[name], SETTINGS))
@@ -941,6 +941,8 @@ def summed_loss(x, head, targets, weights, config, training):
     """
     most = LOGITS_AT_ONCE.get(x.device.type, LOGITS_AT_ONCE["cpu"])
     n_parts = math.ceil(len(x) * len(head) / most)
+    if torch.compiler.is_compiling():
+        n_parts = min(n_parts, 8)  # each part is compiled by itself, which takes a second or two
     if n_parts > 1 and torch.is_grad_enabled():
         return LossByParts.apply(x, head, targets, weights, config, training, n_parts)
     matrix = matrix_for(x, head)
@@ -972,8 +974,9 @@ class LossByParts(torch.autograd.Function):
         matrix = matrix_for(x, head)
         learns_head = ctx.needs_input_grad[1]
         grads_x = []
-        # A long sum in bfloat16 would lose small terms.
-        dtype = torch.float32 if n_parts > 64 else x.dtype
+        # A long sum in bfloat16 would lose small terms, and one in float16 could overflow.
+        exact = n_parts > 64 or x.dtype == torch.float16
+        dtype = torch.float32 if exact else x.dtype
         grad_head = torch.zeros_like(matrix if learns_head else matrix[:0], dtype=dtype)
         loss = torch.zeros((), device=x.device)
         for x_part, y, w in zip(x.chunk(n_parts), targets.chunk(n_parts), weights.chunk(n_parts)):
@@ -990,6 +993,7 @@ class LossByParts(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         grad_x, grad_head = ctx.saved_tensors
         return grad_x * grad, grad_head * grad, None, None, None, None, None
@@ -1132,6 +1136,9 @@ def momentum_buffer(optimizer, p):
     return state["momentum_buffer"]
 
 
+MUON_AT_ONCE = 2**26  # weights; an update takes some 16 bytes for each
+
+
 class Muon(torch.optim.Optimizer):
     """Momentum whose updates are orthogonalized, for the weight matrices inside the blocks.
 
@@ -1156,22 +1163,28 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             params = group["params"]
-            grads = [p.grad for p in params]
-            means = [momentum_buffer(self, p) for p in params]
-            torch._foreach_lerp_(means, grads, 1 - group["momentum"])
-            nesterov = [grad.lerp(mean, group["momentum"]) for grad, mean in zip(grads, means)]
-            updates = torch.stack([whole(update) for update in nesterov])  # (n, rows, cols)
+            n = max(1, MUON_AT_ONCE // params[0].numel())
+            for start in range(0, len(params), n):
+                self.update(params[start : start + n], group)
 
-            parts = []
-            for part in updates.split(group["parts"], dim=1):
-                rows, cols = part.shape[-2:]
-                scale = max(1, rows / cols) ** 0.5  # a tall matrix needs larger steps
-                parts.append(orthogonalize(part, self.dtype) * scale)
-            updates = torch.cat(parts, dim=1).float().unbind()
-            updates = [share_of(update, p) for update, p in zip(updates, params)]
-            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_mul_(updates, -group["lr"])
-            torch._foreach_add_(params, updates)
+    def update(self, params, group):
+        """Update matrices of one shape together."""
+        grads = [p.grad for p in params]
+        means = [momentum_buffer(self, p) for p in params]
+        torch._foreach_lerp_(means, grads, 1 - group["momentum"])
+        nesterov = [grad.lerp(mean, group["momentum"]) for grad, mean in zip(grads, means)]
+        updates = torch.stack([whole(update) for update in nesterov])  # (n, rows, cols)
+
+        parts = []
+        for part in updates.split(group["parts"], dim=1):
+            rows, cols = part.shape[-2:]
+            scale = max(1, rows / cols) ** 0.5  # a tall matrix needs larger steps
+            parts.append(orthogonalize(part, self.dtype) * scale)
+        updates = torch.cat(parts, dim=1).float().unbind()
+        updates = [share_of(update, p) for update, p in zip(updates, params)]
+        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_mul_(updates, -group["lr"])
+        torch._foreach_add_(params, updates)
 
 
 def make_optimizers(model, settings, machine):
@@ -1533,6 +1546,11 @@ def save_checkpoint(path, state):
         torch.save(state, part)
         with open(part, "rb+") as file:
             os.fsync(file.fileno())
+        for _ in range(50):  # on Windows, a file that somebody reads cannot be replaced
+            with contextlib.suppress(PermissionError):
+                part.replace(path)
+                return
+            time.sleep(0.1)
         part.replace(path)
     except (OSError, RuntimeError) as e:  # torch turns a failed write into a RuntimeError
         part.unlink(missing_ok=True)
@@ -1554,10 +1572,16 @@ def read_checkpoint(path):
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: name a checkpoint, or train one first")
     try:
-        broken = zipfile.ZipFile(path).testzip()  # torch itself does not verify the checksums
+        archive = zipfile.ZipFile(path)
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise zipfile.BadZipFile("it is compressed")  # a small file could fill the memory
+        broken = archive.testzip()  # torch itself does not verify the checksums
         if broken:
             raise zipfile.BadZipFile(f"checksum of {broken}")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        # With mmap, the processes of one computer share the memory that the file takes; on Windows
+        # it would keep the file from being replaced.
+        mmap = sys.platform != "win32"
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except MemoryError:
         raise
     except Exception as e:  # torch raises half a dozen types of error
@@ -1714,17 +1738,28 @@ class Machine:
 
 def pick_device(name):
     """Return the torch.device named by the setting `device`. Raises ValueError if there is none."""
+    device = name
     if name == "auto":
         found = torch.accelerator.is_available()
-        name = torch.accelerator.current_accelerator().type if found else "cpu"
-    if name == "cuda" and launched_by_torchrun():
-        name = f"cuda:{os.environ['LOCAL_RANK']}"  # one GPU for each process
+        device = torch.accelerator.current_accelerator().type if found else "cpu"
+        if not found and torch.version.cuda is None and shutil.which("nvidia-smi"):
+            say_once("this build of torch cannot use the NVIDIA GPU; pytorch.org says which can")
+    if device == "cuda" and launched_by_torchrun():
+        device = f"cuda:{os.environ['LOCAL_RANK']}"  # one GPU for each process
     try:
-        return torch.zeros(1, device=name).device
+        return torch.ones(1, device=device).add(1).device  # the sum shows that kernels exist
     except Exception as e:  # torch raises half a dozen types of error
+        if name == "auto":  # a GPU may be too old for this build of torch
+            say_once(f"{device} does not work here ({shortened(e)}): taking the CPU")
+            return torch.device("cpu")
         raise ValueError(
             f"device {name!r} is not available: use --device=auto or --device=cpu"
         ) from e
+
+
+@functools.cache
+def say_once(text):
+    print(text, flush=True)
 
 
 def native_bfloat16(device):
@@ -1814,26 +1849,34 @@ class ThreadCount:
         self.next_trial = self.began
         self.wait_s = 30.0
 
-    def adapt(self, work):
+    def adapt(self, work, least_gain=1.1):
         """Choose anew if other processes seem to have become busy, or idle, since the last choice.
 
-        work: a function whose speed decides.
+        work: a function whose speed decides. least_gain: how many times as fast it must become with
+            fewer threads than before.
         """
         if self.most == 1 or time.monotonic() < self.next_trial:
             return
-        if (self.load_of_others() > 0.3) == (self.count == self.most):
+        if self.suggested() != self.count:
             before = self.count
-            self.choose(work)
-            if self.count == before:  # a trial costs time, so the next one can wait longer
-                self.wait_s *= 2
+            began = time.monotonic()
+            self.choose(work, least_gain)
+            # A trial costs time; after one that changed nothing, the next can wait longer.
+            self.wait_s = 30.0 if self.count != before else 2 * self.wait_s
+            self.wait_s = max(self.wait_s, 20 * (time.monotonic() - began))
         self.next_trial = time.monotonic() + self.wait_s
 
-    def choose(self, work):
+    def suggested(self):
+        """Return how many threads the load of other processes leaves room for, at least 1."""
+        load = self.load_of_others()
+        return max(1, self.most - max(round(load), load > 0.3))
+
+    def choose(self, work, least_gain=1.1):
         """Set the number of threads with which the function `work` takes the least time."""
-        fewer = max(1, self.most - max(1, round(self.load_of_others())))
+        fewer = min(self.suggested(), self.most - 1)
         seconds = {count: self.seconds_of(work, count) for count in (self.most, fewer)}
         gain = seconds[self.most] / seconds[fewer]
-        count = fewer if gain > 1.1 else self.most
+        count = fewer if gain > (1.1 if self.count < self.most else least_gain) else self.most
         torch.set_num_threads(count)
         if count < self.most:
             plural = "" if count == 1 else "s"
@@ -2058,18 +2101,32 @@ def complete_settings(settings, folder, out, state, machine, clock):
         with naming_damage(f"the checkpoint in {out}"):
             fill_settings(settings, state["config"])
     elif names_checkpoint(settings):
-        fill_settings(settings, {"block_size": block_size_of_base(settings)})
+        if settings.block_size is None:
+            settings.block_size = block_size_of_base(settings)
     elif settings.max_minutes:
-        if (folder / "train.weight.bin").exists():  # examples, which a shorter context would cut
-            fill_settings(settings, {"block_size": UNFITTED["block_size"]})
+        n_tokens, vocab_size = tokens_of_an_epoch(settings, folder)
         if any(getattr(settings, name) is None for name in UNFITTED):
-            meta, _ = read_meta(folder)
             # The first process decides, because the others may measure something else.
             flops_per_s = machine.world_size * machine.from_first(flops_per_second, machine)
             seconds = max(1.0, machine.from_first(clock.left_s))
-            fit_settings(settings, meta, flops_per_s, seconds, machine)
+            fit_settings(settings, n_tokens, vocab_size, flops_per_s, seconds, machine)
     fill_settings(settings, UNFITTED)
     check_together(settings)
+
+
+def tokens_of_an_epoch(settings, folder):
+    """Return (how many tokens the rows of an epoch hold, vocab_size) of a data set.
+
+    Examples keep the usual block_size, since a shorter one would cut them. Most of their rows hold
+    less than that, but take as much time.
+    """
+    meta, _ = read_meta(folder)
+    n_tokens = meta["train_tokens"]
+    if (folder / "train.weight.bin").exists():
+        fill_settings(settings, {"block_size": UNFITTED["block_size"]})
+        data = Data(folder, settings.block_size, splits=["train"])
+        n_tokens = data.n_rows("train") * settings.block_size
+    return max(1, n_tokens), meta["vocab_size"]
 
 
 def flops_per_second(machine):
@@ -2078,14 +2135,19 @@ def flops_per_second(machine):
     They are not compiled, because in a short run compiling costs as much time as it saves. The
     model becomes wider until a step takes a while, because on a GPU small ones wait for Python.
     """
+    rows = 64 if machine.device.type == "cuda" else 8
     for n_embd in (128, 256, 512, 1024):
         model = GPT(GPTConfig(vocab_size=256, n_embd=n_embd)).to(machine.device)
-        idx = torch.zeros(8, model.config.block_size, dtype=torch.long, device=machine.device)
-        step = functools.partial(forward_and_backward, model, idx, machine)
+        shape = (rows, model.config.block_size)
+        idx = torch.zeros(shape, dtype=torch.long, device=machine.device)
+        step = functools.partial(timed_step, model, idx, machine)
         if machine.threads is not None:
             machine.threads.adapt(step)
-        seconds = [step() for _ in range(5)]
-        step_s = max(1e-9, sum(seconds[2:]) / 3)  # the first two set up
+        seconds = []
+        while len(seconds) < 5 and sum(seconds) < 1:
+            seconds.append(step())
+        last = seconds[2:] or seconds[-1:]  # the first two set up
+        step_s = max(1e-9, sum(last) / len(last))
         if step_s > 0.03:
             break
     if machine.device.type == "cuda":  # this memory is not the run's
@@ -2093,7 +2155,7 @@ def flops_per_second(machine):
     return model.flops_per_token() * idx.numel() / step_s
 
 
-def forward_and_backward(model, idx, machine):
+def timed_step(model, idx, machine):
     """Compute the gradients of one batch; return the seconds that this took."""
     began = time.monotonic()
     with machine.autocast():
@@ -2103,40 +2165,35 @@ def forward_and_backward(model, idx, machine):
     return time.monotonic() - began
 
 
-def fit_settings(settings, meta, flops_per_s, seconds, machine):
+def fit_settings(settings, n_tokens, vocab_size, flops_per_s, seconds, machine):
     """Give the settings that are None values for a text and for seconds of training; print them.
 
-    The constants were fitted to the runs of bench/ladder.py. docs/fitting.md shows how well, and
-    compares them with published scaling laws.
+    n_tokens: those of an epoch. docs/fitting.md says where the constants come from: from the runs
+    of bench/ladder.py, from published scaling laws, and some are guesses.
     """
     flops = flops_per_s * seconds
     missing = [name for name in UNFITTED if getattr(settings, name) is None]
-    n_tokens = max(1, meta["train_tokens"])
-    fill_settings(settings, fitted_shape(settings, n_tokens, meta["vocab_size"], flops))
+    fill_settings(settings, fitted_shape(settings, n_tokens, vocab_size, flops))
     fill_settings(settings, {"max_epochs": 40.0})  # further epochs only overfit
-    tokens = flops / flops_of(settings, meta["vocab_size"])
-    epochs = tokens / n_tokens
+    epochs = flops / flops_of_token(settings, vocab_size) / n_tokens
     if settings.max_epochs:
         epochs = min(epochs, settings.max_epochs)
-    # The best batch grows with about the square root of the tokens (arXiv:2505.13738).
-    micro_batches = settings.gradient_accumulation_steps * machine.world_size
-    rows = 2048 * (epochs * n_tokens / 2e6) ** 0.5 / settings.block_size / micro_batches
     # A text that is seen more often needs more regularization.
     repeats = math.log2(max(1.5, epochs) / 1.5)
     width = settings.n_embd / 192
     values = {
-        "batch_size": machine.world_size * 2 ** max(0, round(math.log2(rows))),
+        "batch_size": fitted_batch_size(settings, epochs * n_tokens, machine.world_size),
         "learning_rate": two_digits(8e-3 * width**-0.7),
         "muon_lr": two_digits(0.03 * width**-0.5),
         "dropout": two_digits(min(0.25, 0.04 * repeats)),
         "weight_decay": two_digits(min(0.1, 0.04 * repeats)),
-        "train_temperature": two_digits(max(0.83, 1 - 0.09 * repeats)),
+        "train_temperature": two_digits(1 - 0.1 * min(1, epochs**2)),
     }
     fill_settings(settings, values)
     chosen = " ".join(f"{name}={getattr(settings, name):g}" for name in missing)
     why = (
-        f"for {settings.max_minutes:g} minutes at {flops_per_s / 1e12:.2g} TFLOP/s: about "
-        f"{epochs:.2g} epochs of {n_tokens:,} tokens"
+        f"for {settings.max_minutes:g} minutes at {two_digits(flops_per_s / 1e12):g} TFLOP/s: up "
+        f"to {two_digits(epochs):g} epochs of {n_tokens:,} tokens"
     )
     lines = [*textwrap.wrap(chosen, 90), why]
     machine.say("\n         ".join(["fitted   " + lines[0], *lines[1:]]))
@@ -2147,33 +2204,42 @@ def two_digits(value):
     return float(f"{value:.2g}")
 
 
+def fitted_batch_size(settings, tokens, world_size):
+    """Return the batch_size for a run over so many tokens, which all processes can share.
+
+    The best batch grows with about the square root of the tokens (arXiv:2505.13738).
+    """
+    accumulation = settings.gradient_accumulation_steps
+    rows_per_step = 2048 * (tokens / 2e6) ** 0.5 / settings.block_size
+    micro_batches = world_size * math.ceil(accumulation / world_size)
+    share = math.lcm(micro_batches, accumulation) // accumulation  # see Trainer
+    doublings = math.log2(rows_per_step / accumulation / share)
+    return share * 2 ** max(0, round(doublings))
+
+
+def best_size(flops):
+    """Return how many weights each token should be multiplied by, in the best run of `flops`.
+
+    Attention counts too: it is FLOPs per token / 6.
+    """
+    return 1.05e6 * (flops / 2e13) ** 0.47
+
+
 def fitted_shape(settings, n_tokens, vocab_size, flops):
     """Return the sizes of the model that `flops` and n_tokens train best, as a dict.
 
     Sizes that the settings hold already are taken into account.
     """
-    params = 1.3e6 * (flops / 2e13) ** 0.44
-    wanted = 6 * min(params, 3 * n_tokens)  # FLOPs per token
+    wanted = 6 * min(best_size(flops), 3 * n_tokens)  # FLOPs per token
+    longest = 2 ** math.floor(math.log2(max(2, n_tokens / 2)))
     best = UNFITTED
     best_distance = math.inf
-    # Heads have an even number of channels, and share keys and values in equal groups.
-    unit = 2 * (settings.n_head or settings.n_kv_head or 1)
-    groups = settings.n_kv_head or 1
-    for size in (*range(64, 256, 32), *range(256, 8192, 64)):
-        n_embd = settings.n_embd or unit * max(1, round(size / unit))
-        most_heads = max(4, groups, n_embd // 64)
-        heads = [n for n in range(groups, most_heads + 1, groups) if n_embd % (2 * n) == 0]
-        n_head = settings.n_head or max(heads, default=UNFITTED["n_head"])
-        shape = {
-            "n_embd": n_embd,
-            "n_layer": 2 + size // 64,
-            "n_head": n_head,
-            "n_kv_head": max(n for n in range(1, max(1, n_head // 4) + 1) if n_head % n == 0),
-            "block_size": 2 ** math.ceil(math.log2(n_embd)),
-        }
+    for width in (*range(64, 256, 32), *range(256, 8192, 64)):
+        shape = shape_of_width(settings, width)
+        shape["block_size"] = min(longest, shape["block_size"])
         candidate = SimpleNamespace(**vars(settings))
         fill_settings(candidate, shape)
-        distance = abs(math.log(flops_of(candidate, vocab_size) / wanted))
+        distance = abs(math.log(flops_of_token(candidate, vocab_size) / wanted))
         if distance > best_distance:
             break  # larger models are further away still
         if distance < best_distance:
@@ -2184,7 +2250,25 @@ def fitted_shape(settings, n_tokens, vocab_size, flops):
     return best
 
 
-def flops_of(settings, vocab_size):
+def shape_of_width(settings, width):
+    """Return the sizes of a model of about this width, as a dict; a set n_embd only gets deeper."""
+    # Heads have an even number of channels, and share keys and values in equal groups.
+    unit = 2 * (settings.n_head or settings.n_kv_head or 1)
+    groups = settings.n_kv_head or 1
+    n_embd = settings.n_embd or unit * max(1, round(width / unit))
+    most_heads = max(4, groups, n_embd // 64)
+    heads = [n for n in range(groups, most_heads + 1, groups) if n_embd % (2 * n) == 0]
+    n_head = settings.n_head or max(heads, default=groups)
+    return {
+        "n_embd": n_embd,
+        "n_layer": round(0.08 * width**0.75),
+        "n_head": n_head,
+        "n_kv_head": max(n for n in range(1, max(1, n_head // 4) + 1) if n_head % n == 0),
+        "block_size": 2 ** math.ceil(math.log2(n_embd)),
+    }
+
+
+def flops_of_token(settings, vocab_size):
     """Return the FLOPs per token of the model that the settings describe."""
     with torch.device("meta"):  # it takes no memory
         return GPT(model_config(settings, vocab_size)).flops_per_token()
@@ -2436,7 +2520,7 @@ class Trainer:
             )
             self.ddp_model.broadcast_buffers = False  # none changes; as an argument it would warn
             self.wrapped_model = self.ddp_model
-        self.to_compile = what_to_compile(settings, model, machine)
+        self.to_compile = what_to_compile(settings, model, data, machine)
         self.optimizers = make_optimizers(model, settings, machine)
         self.scaler = torch.amp.GradScaler("cuda", enabled=machine.dtype == torch.float16)
         # On one GPU, a step of one micro-batch is recorded as two CUDA graphs; see Replay.
@@ -2469,16 +2553,11 @@ class Trainer:
         micro_batches = list(zip(*(tensor.split(self.micro_rows) for tensor in batch)))
         for i, (x, y, w) in enumerate(micro_batches):
             row = first + i * self.micro_rows
-            torch.manual_seed((self.settings.seed << 32) + row)  # dropout depends on the row only
+            torch.manual_seed(dropout_seed(self.settings.seed, row))
             self.set_gradient_exchange(i == len(micro_batches) - 1)
             run_backward = self.first_backward if i == 0 else self.backward
-            try:
-                # The sum is a new tensor; the next call may overwrite the one returned here.
-                loss = loss + run_backward(x, y, w, float(w.sum()) / weight)
-            except RuntimeError as e:
-                if out_of_memory(e):
-                    raise ValueError(memory_is_full(self.settings, self.micro_rows)) from e
-                raise
+            # The sum is a new tensor; the next call may overwrite the one returned here.
+            loss = loss + run_backward(x, y, w, float(w.sum()) / weight)
         following = first + self.rows_per_step
         self.read_ahead = {following: self.read_rows(following)}
         return loss
@@ -2555,18 +2634,23 @@ class Trainer:
             self.compile()
         while not self.micro_batch_fits():
             if self.micro_rows == 1 or self.machine.world_size > 1:
-                raise ValueError(memory_is_full(self.settings, self.micro_rows))
+                raise ValueError(memory_is_full(self.settings))
             smaller = range(self.micro_rows // 2, 0, -1)
             self.micro_rows = next(n for n in smaller if self.micro_rows % n == 0)
             self.machine.say(f"out of memory: trying micro-batches of {self.micro_rows} rows")
 
-    def adapt_to_other_processes(self):
+    def adapt_to_other_processes(self, left_s=math.inf):
         """On a CPU, choose the number of threads anew if other processes have come or gone.
 
         The plain model decides, because a compiled one would have to be compiled for each number.
+        left_s: the seconds of training left, in which another number must pay for compiling again.
         """
-        if self.machine.threads is not None:
-            self.machine.threads.adapt(functools.partial(self.try_micro_batch, self.model))
+        if self.machine.threads is None or left_s < 60:
+            return
+        compile_s = 20.0 if self.to_compile else 0.0
+        least_gain = 1.1 if left_s == math.inf else max(1.1, left_s / (left_s - compile_s))
+        try_it = functools.partial(self.try_micro_batch, self.model)
+        self.machine.threads.adapt(try_it, least_gain)
 
     def micro_batch_fits(self):
         """Return whether the memory is enough for a micro-batch; on a CPU, suppose that it is."""
@@ -2618,21 +2702,28 @@ class Trainer:
                 o.zero_grad()
 
 
+def dropout_seed(seed, row):
+    """Return a number of 32 bits, of which a CPU's generator takes no more."""
+    return int(np.random.SeedSequence((seed, row)).generate_state(1)[0])
+
+
 def out_of_memory(error):
-    return isinstance(error, RuntimeError) and "out of memory" in str(error)
+    """Return whether a RuntimeError means that a GPU or the computer has no memory left."""
+    return "out of memory" in str(error) or "can't allocate memory" in str(error)
 
 
-def memory_is_full(settings, rows):
-    """Return the error message for memory that is too small for micro-batches of `rows` rows."""
+def memory_is_full(settings):
+    """Return the error message for memory that is too small for a run."""
+    rows = settings.batch_size or UNFITTED["batch_size"]
+    block_size = settings.block_size or UNFITTED["block_size"]
     return (
-        f"out of memory with micro-batches of {rows} rows: lower batch_size "
-        f"({settings.batch_size}) and raise gradient_accumulation_steps "
+        f"out of memory: lower batch_size ({rows}) and raise gradient_accumulation_steps "
         f"({settings.gradient_accumulation_steps}), set --gradient_checkpointing=True, lower "
-        f"block_size ({settings.block_size}), or use several GPUs with --fsdp=True under torchrun"
+        f"block_size ({block_size}), or use several GPUs with --fsdp=True under torchrun"
     )
 
 
-def what_to_compile(settings, model, machine):
+def what_to_compile(settings, model, data, machine):
     """Return what to compile: "model", its "blocks", or "" for nothing.
 
     The setting `compile` decides whether to compile or, if it is None, the length of the run. All
@@ -2643,14 +2734,13 @@ def what_to_compile(settings, model, machine):
     able = machine.device.type == "cpu" and shutil.which("g++") is not None
     if on_gpu:
         able = torch.cuda.get_device_capability(machine.device) >= (7, 0)
-    if settings.max_minutes:
-        minutes = settings.max_minutes
-        enough = 5 if machine.dtype == torch.float32 else 2
-    else:
-        flops = model.flops_per_token() * settings.max_iters * settings.block_size
-        flops *= settings.batch_size * settings.gradient_accumulation_steps
-        minutes = 2 * flops / (5e15 if on_gpu else 5e13)  # roughly
-        enough = 2
+    # How many minutes will the run take, roughly?
+    minutes_per_row = model.flops_per_token() * settings.block_size / (2.5e15 if on_gpu else 2.5e13)
+    rows = settings.max_iters * settings.batch_size * settings.gradient_accumulation_steps
+    minutes = settings.max_minutes or rows * minutes_per_row
+    if settings.max_epochs:
+        minutes = min(minutes, settings.max_epochs * data.n_rows("train") * minutes_per_row)
+    enough = 5 if machine.dtype == torch.float32 and settings.max_minutes else 2
     wanted = able and minutes >= enough if settings.compile is None else settings.compile
     if not wanted:
         return ""
@@ -2783,6 +2873,8 @@ def describe(settings, trainer, out, progress):
     length = f"{settings.max_iters:,} steps"
     if settings.max_minutes:
         length = f"{settings.max_minutes:g} minutes"
+    if settings.max_epochs:
+        length += f", at most {settings.max_epochs:g} epochs"
     if progress.step:
         length += f", resumed after step {progress.step:,}"
     machine.say(
@@ -2847,6 +2939,9 @@ def plan(settings, trainer):
     steps = settings.max_iters
     if settings.max_minutes:
         steps = int(60 * settings.max_minutes / step_s)
+    if settings.max_epochs:
+        rows = settings.max_epochs * trainer.data.n_rows("train")
+        steps = min(steps, math.ceil(rows / trainer.rows_per_step))
     tokens = trainer.tokens_per_step
     epochs = steps * trainer.rows_per_step / trainer.data.n_rows("train")
     flops = steps * tokens * trainer.model.flops_per_token()
@@ -3024,9 +3119,10 @@ def training_loop(settings, machine, folder, progress, started):  # noqa: C901
             )
             left_s = seconds_left(settings, clock, progress, trainer, step_s)
             machine.say(progress_line(progress, loss, lr, speed, mfu, left_s))
-            if left_s > 60:  # another number of threads may have to be compiled for
-                trainer.adapt_to_other_processes()
+            trainer.adapt_to_other_processes(left_s)
 
+    if 0 < settings.max_epochs <= progress.next_row / data.n_rows("train"):
+        machine.say(f"the run ends here, because max_epochs is {settings.max_epochs:g}")
     title = f"{progress.step:,} steps, {clock.spent_s():.0f} s, whole validation split"
     loss = evaluate(trainer.eval_model, data, machine, n_val_batches, settings.batch_size)
     figures = final_figures(loss, data, machine, title)
@@ -3097,6 +3193,10 @@ def run(settings, started):
             remedy = ""
         machine.say(f"{e}{remedy}")
         figures["stopped_by"] = (machine.stop_signals or [signal.SIGTERM])[0]
+    except (MemoryError, RuntimeError) as e:
+        if isinstance(e, RuntimeError) and not out_of_memory(e):
+            raise
+        raise ValueError(memory_is_full(settings)) from e
     except ModuleNotFoundError as e:
         if not str(e.name).startswith("extras"):
             raise

@@ -318,7 +318,7 @@ class RowLinear(nn.Linear):
         if is_row and torch.compiler.is_compiling():  # the compiler turns this into one loop
             y = (x.unsqueeze(-2) * self.weight).sum(-1)
             return y if self.bias is None else y + self.bias
-        if x.dtype != self.weight.dtype:
+        if self.weight.dtype == torch.float16 and x.dtype == torch.float32:
             return self.multiply_float16(x, is_row)
         if (
             is_row
@@ -458,7 +458,8 @@ def load_model(source, device, dtype="auto", quantize="", block_size=block_size)
     if "step" not in state and model.config.use_rope:  # not trained here: its context may be long
         model.crop_block_size(min(block_size, model.config.block_size))
     if dtype == "auto":
-        dtype = best_dtype(device, quantize, trained_here="step" in state)
+        trained_here = "step" in state and not state.get("base")  # finetuned models have a base
+        dtype = best_dtype(device, quantize, trained_here)
     if dtype == "bfloat16":
         model.bfloat16()
     n_params = model.n_params()

@@ -68,7 +68,11 @@ def main():
             loss, tokens, settings = run(ROOT, text, minutes, f)
             figures = {"loss": loss, "tokens": tokens}
             if f["old"]:
-                words = f["old_flags"].split()
+                # A config file is the old checkout's own.
+                words = [
+                    word if word.startswith("--") else str(Path(f["old"]) / word)
+                    for word in f["old_flags"].split()
+                ]
                 figures["old_loss"], figures["old_tokens"], _ = run(
                     f["old"], text, minutes, f, *words
                 )
@@ -78,7 +82,7 @@ def main():
                     capture_output=True,
                     text=True,
                 ).stdout.strip()
-                figures["old_flags"] = " ".join(Path(word).name for word in words)
+                figures["old_flags"] = f["old_flags"]
             if f["grid"]:
                 chosen = {name: settings[name] for name in gpt.UNFITTED}
                 base = [f"--{name}={value}" for name, value in chosen.items()]

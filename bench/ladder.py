@@ -43,11 +43,10 @@ def plan(flops, arguments, meta):
     changes = {}
     for argument in arguments:
         name, _, value = argument.removeprefix("--").partition("=")
-        changes[name] = value == "True" if value in ("True", "False") else float(value)
-        if gpt.SETTINGS[name].type is int:
-            changes[name] = int(value)
+        kind = gpt.SETTINGS[name].type
+        changes[name] = value == "True" if kind is bool else kind(value)
     settings = gpt.checked_settings(**changes)
-    flops_per_token = gpt.flops_of(settings, meta["vocab_size"])
+    flops_per_token = gpt.flops_of_token(settings, meta["vocab_size"])
     tokens_per_step = settings.batch_size * settings.block_size
     return round(flops / flops_per_token / tokens_per_step), flops_per_token, tokens_per_step
 
@@ -72,7 +71,7 @@ def train(line, data_dir):
         "tokens_per_step": tokens_per_step,
         "unique": meta["train_tokens"],
         "vocab_size": meta["vocab_size"],
-        "hardware": hardware(),
+        "hardware": "1 thread, " + hardware(),
         "torch": torch.__version__,
         "commit": COMMIT,
         "date": str(datetime.date.today()),
@@ -189,7 +188,7 @@ def valley(tflop, shared):
         return float(A * N**-a + B * (tflop / 6 / N / (1 + c)) ** -b)
 
     best = min((10 ** (i / 200) for i in range(-300, 300)), key=loss)
-    rule = 1.3 * (tflop / 20) ** 0.44
+    rule = gpt.best_size(tflop * 1e12) / 1e6
     return f"best {best:.2f}M, the rule's {rule:.2f}M loses {loss(rule) - loss(best):.4f} times s"
 
 
@@ -204,7 +203,7 @@ def main():
     wanted = RUNS.read_text(encoding="utf-8").splitlines()
     wanted = [line for line in wanted if line and not line.startswith("#") and line not in done]
     with ThreadPoolExecutor(f["lanes"]) as lanes:
-        wanted = [line for line in wanted if line.startswith(f["only"])]
+        wanted = [line for line in wanted if f["only"] in ("", line.split()[0])]
         for _ in lanes.map(lambda line: train(line, f["data_dir"]), wanted):
             pass  # a run that failed raises its error here
 

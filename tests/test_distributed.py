@@ -219,7 +219,7 @@ def test_full_memory_in_one_process_ends_both(settings, tmp_path):
     settings(gradient_accumulation_steps=2, max_iters=50)
     done = start_processes(2, {}, code=SHORT_OF_MEMORY + WORKER)
     assert [process.returncode for process in done] == [1, 1]
-    sentence = "ValueError: out of memory with micro-batches of 4 rows: lower batch_size (4)"
+    sentence = "ValueError: out of memory: lower batch_size (4)"
     assert sentence in done[1].stderr
     assert "Connection closed by peer" in done[0].stderr
 

@@ -581,6 +581,48 @@ def test_losses_in_parts_are_those_of_the_whole(
     assert torch.allclose(head.grad.double(), 3 * grad_head, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_heads_gradient_in_many_parts_is_summed_exactly(dtype, logits_at_once):
+    """Sums over 4,096 tokens: in bfloat16 they would lose small terms, in float16 overflow."""
+    logits_at_once(7 if dtype == torch.bfloat16 else 7 * 128)
+    x, head, targets, weights = loss_inputs(4096, dtype=dtype)
+    with torch.no_grad():
+        x[:] = x.abs() * 40 + 20 if dtype == torch.float16 else x
+    targets[:] = 2
+    loss_at(x, head, targets, weights).backward()
+    head_as_used = head.detach().to(dtype)
+    _, _, expected = exact_loss(x, head_as_used, targets, weights)
+    assert (head.grad - expected).norm() < 1e-2 * expected.norm()
+
+
+def test_the_loss_in_parts_has_no_second_derivative(logits_at_once):
+    """It would be wrong, because the gradients are constants of the first backward pass."""
+    logits_at_once(7)
+    x, head, targets, weights = loss_inputs()
+    loss = loss_at(x, head, targets, weights)
+    grad = torch.autograd.grad(loss**2, x, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_few_parts_are_compiled(logits_at_once, parts_of_logits, monkeypatch):
+    """Each part is compiled by itself."""
+    logits_at_once(7)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    loss_at(*loss_inputs(64))
+    assert len(parts_of_logits) == 8
+
+
+def test_a_compiled_loss_in_parts_is_the_same(logits_at_once):
+    skip_without_compiler()
+    logits_at_once(14)
+    inputs = loss_inputs()
+    torch.compile(loss_at, fullgraph=True, dynamic=False)(*inputs, 0.7).backward()
+    _, grad_x, grad_head = exact_loss(*inputs, 0.7)
+    assert torch.allclose(inputs[0].grad.double(), grad_x, atol=1e-5)
+    assert torch.allclose(inputs[1].grad.double(), grad_head, atol=1e-5)
+
+
 @pytest.mark.parametrize("most", [1, 30, 10**6])
 def test_losses_without_gradients_are_the_same(most, logits_at_once):
     """Under no_grad, in inference mode, and for a head that is frozen or an input that is."""

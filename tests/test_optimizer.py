@@ -161,6 +161,24 @@ def test_fused_parts_equal_matrices_of_their_own(parts):
     assert relative(whole[0], found[0]) > 1e-2
 
 
+@pytest.mark.parametrize("most", [1, 2 * 24 * 16])
+def test_few_matrices_at_a_time_move_as_all_do(monkeypatch, most):
+    """The memory that a step takes does not grow with the number of layers."""
+    starts = [torch.randn(24, 16) for _ in range(5)]
+    gradients = [[torch.randn(24, 16) for _ in range(5)] for _ in range(3)]
+    together = muon_steps(starts, gradients, [24], lr=0.1)
+    taken = []
+    orthogonalize = gpt.orthogonalize
+    monkeypatch.setattr(
+        gpt, "orthogonalize", lambda G, dtype: (taken.append(len(G)), orthogonalize(G, dtype))[1]
+    )
+    monkeypatch.setattr(gpt, "MUON_AT_ONCE", most)
+    found = muon_steps(starts, gradients, [24], lr=0.1)
+    assert taken == ([1] * 5 if most == 1 else [2, 2, 1]) * 3
+    for a, b in zip(together, found):
+        assert (a - b).abs().max() < 1e-5
+
+
 def test_a_step_by_hand():
     """A 1 by 1 matrix: one step moves it by the quintic's value at 1, times the rate."""
     found = muon_steps([torch.ones(1, 1)], [[torch.full((1, 1), -5.0)]], [1], lr=0.1)[0]

@@ -957,6 +957,39 @@ def test_mfu_counts_the_known_gpus_and_is_none_elsewhere(monkeypatch):
 @pytest.mark.filterwarnings(
     "ignore:torch.cuda.amp.GradScaler is enabled, but CUDA is not available"
 )
+def test_a_gpu_that_does_not_work_gives_way_to_the_cpu(monkeypatch, capsys):
+    """Such as one that is older than what this build of torch has kernels for."""
+    gpt.say_once.cache_clear()
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(gpt, "launched_by_torchrun", lambda: False)
+
+    def no_kernel(*size, device):
+        raise RuntimeError("CUDA error: no kernel image is available for execution")
+
+    monkeypatch.setattr(torch, "ones", no_kernel)
+    for _ in range(2):
+        assert gpt.pick_device("auto") == torch.device("cpu")
+    told = capsys.readouterr().out
+    assert told == (
+        "cuda does not work here (CUDA error: no kernel image is available for execution): "
+        "taking the CPU\n"
+    )
+    with pytest.raises(ValueError, match="device 'cuda' is not available"):
+        gpt.pick_device("cuda")
+
+
+@pytest.mark.parametrize("build", [None, "13.0"])
+def test_a_torch_without_cuda_beside_a_gpu_is_named(monkeypatch, capsys, build):
+    """pip installs such a torch on Windows."""
+    gpt.say_once.cache_clear()
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", build)
+    monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}")
+    assert gpt.pick_device("auto") == torch.device("cpu")
+    assert ("cannot use the NVIDIA GPU" in capsys.readouterr().out) == (build is None)
+
+
 @pytest.mark.parametrize(
     "capability, expected",
     [
@@ -1046,7 +1079,8 @@ def dtype_and_compile(model=None):
     chosen = gpt.checked_settings()
     machine = gpt.set_up_machine(chosen)
     model = model or gpt.GPT(gpt.model_config(chosen, vocab_size=65))
-    return machine.dtype, bool(gpt.what_to_compile(chosen, model, machine))
+    data = SimpleNamespace(n_rows=lambda split: 10**9)
+    return machine.dtype, bool(gpt.what_to_compile(chosen, model, data, machine))
 
 
 @pytest.mark.parametrize(
@@ -1065,7 +1099,12 @@ def test_a_short_run_compiles_the_blocks_alone(settings, monkeypatch, changes, e
     monkeypatch.setattr(shutil, "which", lambda name: name)
     chosen = gpt.checked_settings()
     model = gpt.GPT(gpt.model_config(chosen, vocab_size=65))
-    assert gpt.what_to_compile(chosen, model, gpt.set_up_machine(chosen)) == expected
+    data = SimpleNamespace(n_rows=lambda split: 10**9)
+    machine = gpt.set_up_machine(chosen)
+    assert gpt.what_to_compile(chosen, model, data, machine) == expected
+    few_rows = SimpleNamespace(n_rows=lambda split: 10)
+    settings(max_epochs=2.0)
+    assert gpt.what_to_compile(gpt.checked_settings(), model, few_rows, machine) == ""
 
 
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
@@ -1134,7 +1173,7 @@ def test_threads_are_chosen_anew_when_others_come_or_go(torch_threads, monkeypat
     trials = []
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     monkeypatch.setattr(os, "getloadavg", lambda: (load[0], 0, 0), raising=False)
-    seconds = {4: 1.0, 3: 2.0}  # of a step
+    seconds = {4: 0.1, 3: 0.2}  # of a step
 
     def work():
         trials.append(torch_threads[-1])
@@ -1152,14 +1191,17 @@ def test_threads_are_chosen_anew_when_others_come_or_go(torch_threads, monkeypat
     threads.adapt(work)
     assert trials == []
     now[0] += 2
-    seconds.update({4: 3.0, 3: 1.0})
-    threads.adapt(work)
+    seconds.update({4: 0.3, 3: 0.1})
+    threads.adapt(work, least_gain=3.5)  # it must pay for compiling anew
+    assert threads.count == torch_threads[-1] == 4
+    now[0] += 61
+    threads.adapt(work, least_gain=2.5)
     assert threads.count == torch_threads[-1] == 3
     load[0] = 3.0  # it has gone
     threads.adapt(work)
     assert threads.count == 3
     now[0] += 31
-    seconds.update({4: 1.0, 3: 2.0})
+    seconds.update({4: 0.1, 3: 0.2})
     threads.adapt(work)
     assert threads.count == torch_threads[-1] == 4
     assert len(said) == 2
@@ -1169,6 +1211,46 @@ def test_threads_are_chosen_anew_when_others_come_or_go(torch_threads, monkeypat
         now[0] += wait_s
         threads.adapt(work)
         assert bool(trials) == expected
+
+
+def test_threads_follow_a_load_that_falls_but_not_to_nothing(torch_threads, monkeypatch):
+    now = [1000.0]
+    load = [3.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(gpt.ThreadCount, "load_of_others", lambda self: load[0])
+
+    def work():
+        free = 4 - load[0]  # a thread that shares its core makes the others wait
+        now[0] += 1e-3 / torch_threads[-1] * (3 if torch_threads[-1] > free else 1)
+
+    threads = gpt.ThreadCount(print)
+    found = []
+    for load[0] in (3.0, 1.0, 2.0, 0.2):
+        now[0] += 40
+        threads.adapt(work)
+        found.append(threads.count)
+    assert found == [1, 3, 2, 4]
+
+
+def test_trials_that_take_long_are_rare(torch_threads, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(gpt.ThreadCount, "load_of_others", lambda self: 1.0)
+    trials = []
+
+    def work():
+        trials.append(1)
+        now[0] += 10.0
+
+    threads = gpt.ThreadCount(print)
+    threads.adapt(work)
+    trials.clear()
+    now[0] += 20 * 40 - 1
+    threads.adapt(work)
+    assert not trials
+    now[0] += 2
+    threads.adapt(work)
+    assert trials
 
 
 def test_a_process_that_came_before_the_run_is_noticed_at_once(torch_threads, monkeypatch):
@@ -1182,17 +1264,22 @@ def test_a_process_that_came_before_the_run_is_noticed_at_once(torch_threads, mo
     assert threads.load_of_others() == 0.0  # 4 * (1 - 1 / e) is 2.53
 
 
-def test_a_run_tries_the_threads_anew_as_it_logs(settings, monkeypatch):
-    """If there is a minute left, because what is compiled must be compiled again."""
-    calls = []
-    monkeypatch.setattr(gpt.Trainer, "adapt_to_other_processes", lambda self: calls.append(1))
-    settings(max_iters=3, log_interval=1)
-    gpt.train()
-    assert len(calls) == 1
-    settings(max_iters=3, log_interval=1, max_minutes=2.0, max_epochs=0.0)
+@pytest.mark.parametrize(
+    ("minutes", "compiled", "expected"),
+    [(2.0, "", [1.1] * 4), (0.9, "", [1.1]), (2.0, "blocks", [1.1, 1.25, 1.25, 1.25])],
+)
+def test_a_run_tries_the_threads_anew_as_it_logs(
+    settings, monkeypatch, minutes, compiled, expected
+):
+    """If a minute is left, and if the gain pays for the 20 s that compiling anew would take."""
+    gains = []
+    monkeypatch.setattr(gpt.ThreadCount, "adapt", lambda self, _, gain=1.1: gains.append(gain))
+    monkeypatch.setattr(gpt, "what_to_compile", lambda *_: compiled)
+    monkeypatch.setattr(gpt.Trainer, "compile", lambda self: None)
     monkeypatch.setattr(gpt.Clock, "share_done", lambda self, step, epochs: step / 3)
-    gpt.train(out_dir=gpt.out_dir + "2")
-    assert len(calls) == 1 + 1 + 3
+    monkeypatch.setattr(gpt, "seconds_left", lambda *_: 50 * minutes)
+    gpt.train(max_iters=3, log_interval=1, max_minutes=minutes, max_epochs=0.0)
+    assert gains == expected
 
 
 def test_a_run_gives_the_number_of_threads_back(settings, torch_threads, monkeypatch):
@@ -1320,14 +1407,22 @@ def test_samples_begin_with_a_newline_or_an_examples_prompt(
 
 
 # ---- what a step, a sample and an evaluation leave behind ----
-def test_each_micro_batch_of_each_step_has_a_seed_of_its_own(settings, monkeypatch):
-    """Otherwise dropout would drop the same channels in every step."""
-    seeds = []
-    manual_seed = torch.manual_seed
-    monkeypatch.setattr(torch, "manual_seed", lambda n: seeds.append(n) or manual_seed(n))
-    gpt.train(max_iters=3, batch_size=2, gradient_accumulation_steps=2, seed=5)
-    first_rows = [0, 2, 4, 6, 8, 10]
-    assert [n for n in seeds if n >= 2**32] == [(5 << 32) + row for row in first_rows]
+def test_dropout_depends_on_the_seed_and_on_the_micro_batch_alone(settings, monkeypatch):
+    """Otherwise runs, or steps of one run, would drop the same channels."""
+    backward = gpt.Trainer.backward
+    drawn = []
+
+    def noting(self, *args, **kwargs):
+        state = torch.get_rng_state()
+        drawn.append(tuple(torch.rand(8).tolist()))
+        torch.set_rng_state(state)
+        return backward(self, *args, **kwargs)
+
+    monkeypatch.setattr(gpt.Trainer, "backward", noting)
+    for seed in (5, 6, 5):
+        gpt.train(max_iters=3, batch_size=2, gradient_accumulation_steps=2, seed=seed)
+    assert len(set(drawn)) == 12
+    assert drawn[:6] == drawn[12:]
 
 
 def test_samples_and_evaluations_leave_the_model_in_training(settings, monkeypatch):
