@@ -2180,6 +2180,7 @@ def fit_settings(settings, n_tokens, vocab_size, flops_per_s, seconds, machine):
         epochs = min(epochs, settings.max_epochs)
     # A text that is seen more often needs more regularization.
     repeats = math.log2(max(1.5, epochs) / 1.5)
+    overconfidence = 0.1 * min(1, epochs**2) + 0.03 * math.log2(max(2, epochs) / 2)
     width = settings.n_embd / 192
     values = {
         "batch_size": fitted_batch_size(settings, epochs * n_tokens, machine.world_size),
@@ -2187,7 +2188,7 @@ def fit_settings(settings, n_tokens, vocab_size, flops_per_s, seconds, machine):
         "muon_lr": two_digits(0.03 * width**-0.5),
         "dropout": two_digits(min(0.25, 0.04 * repeats)),
         "weight_decay": two_digits(min(0.1, 0.04 * repeats)),
-        "train_temperature": two_digits(1 - 0.1 * min(1, epochs**2)),
+        "train_temperature": two_digits(max(0.83, 1 - overconfidence)),
     }
     fill_settings(settings, values)
     chosen = " ".join(f"{name}={getattr(settings, name):g}" for name in missing)

@@ -4,8 +4,10 @@
 
 A neighbour is a process that computes without end, at equal priority. Beside none, one and two of
 them, gpt.py's default model trains for some seconds in turn: as gpt.py chooses ("ours"), and with
-each fixed choice. All are compiled beforehand, on two cores. Ours chooses at the beginning of each
-turn, which counts; a run does so only if the load average says that others are busy. The ratio is
+each fixed choice. All are compiled beforehand, on two cores, ours for each number of threads. Ours
+chooses at the beginning of each turn, by the compiled model, which counts. A run chooses by the
+plain model, compiles for the number that it chose, and does so only if the load average says that
+others are busy. The ratio is
 ours / the best fixed choice in that situation.
 """
 
@@ -25,6 +27,7 @@ CHOICES = {
     "ours": {},
     "all threads": {},
     "1 thread": {"OMP_NUM_THREADS": "1"},
+    "one thread too many": {"OMP_NUM_THREADS": str(os.cpu_count() + 1)},  # GNU's spin less then
     "passive": {"OMP_WAIT_POLICY": "passive"},  # threads sleep at once while they wait
 }
 

@@ -224,6 +224,32 @@ def test_full_memory_in_one_process_ends_both(settings, tmp_path):
     assert "Connection closed by peer" in done[0].stderr
 
 
+# Each process measures a speed of its own, prints what the run was fitted to, and trains.
+UNEQUAL = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+import gpt
+gpt.flops_per_second = lambda machine: 1e9 * 100 ** int(os.environ["RANK"])
+fit = gpt.fit_settings
+def show(settings, *others):
+    fit(settings, *others)
+    print([getattr(settings, name) for name in gpt.UNFITTED])
+gpt.fit_settings = show
+"""
+
+
+def test_processes_of_unequal_speed_are_fitted_alike(settings, tmp_path):
+    """The first one's speed counts, times their number."""
+    open_settings = dict.fromkeys(gpt.UNFITTED)
+    settings(eval_iters=1, sample_tokens=0)
+    done = start_processes(2, open_settings | {"max_minutes": 0.05}, code=UNEQUAL + WORKER)
+    assert [process.returncode for process in done] == [0, 0], done
+    chosen = [[x for x in process.stdout.splitlines() if x[0] == "["] for process in done]
+    assert len(chosen[0]) == 1 and chosen[0] == chosen[1]
+    assert "0.002 TFLOP/s" in done[0].stdout
+    assert gpt.read_checkpoint(tmp_path / "out" / "ckpt.pt")["step"] > 0
+
+
 def test_torchrun_starts_a_killed_run_again(settings, tmp_path):
     """It resumes the last checkpoint, also by --standalone, whose store outlives the processes."""
     settings()

@@ -132,7 +132,7 @@ def test_a_text_that_is_seen_more_often_is_held_back_more():
     assert temperatures == sorted(temperatures, reverse=True)
     assert (dropouts[0], temperatures[0], found[0].weight_decay) == (0.0, 1.0, 0.0)
     assert dropouts[-1] > 0.1
-    assert temperatures[-1] == 0.9
+    assert temperatures[-1] == 0.83
 
 
 def test_an_odd_width_is_named_as_the_user_gave_it():

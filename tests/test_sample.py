@@ -515,6 +515,20 @@ def test_the_bounds_themselves_are_fine(say, name, value):
     assert say(prompt="abc", **{name: value}).out == "abcdefgh\n"
 
 
+def test_the_matrices_of_a_finetuned_model_stay_float32(say, monkeypatch):
+    """Its base is another program's model, whose activations may exceed float16."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    read_model = sample.read_model
+
+    def finetuned(source):
+        model, tokenizer, state = read_model(source)
+        return model, tokenizer, state | {"base": "models/gpt2"}
+
+    assert "float16" in say(prompt="abc").err
+    monkeypatch.setattr(sample, "read_model", finetuned)
+    assert "float16" not in say(prompt="abc").err
+
+
 def test_dtype(say, monkeypatch):
     """All say the same; auto is float16 on a CPU that has a kernel for it; others are named."""
     out, err = say(prompt="abc", dtype="bfloat16")
