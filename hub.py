@@ -941,6 +941,11 @@ def holds_adapters_alone(state):
 @torch.no_grad()
 def merged_state(state, base=""):
     """Return a LoRA checkpoint's state with its matrices added to the base's weights."""
+    if not base and not as_path(state["base"]).exists():  # a file must not start a download
+        raise FileNotFoundError(
+            f"{state['base']}, from which LoRA began, is not on this machine: name its new path, "
+            f"or let it be fetched, with --base={state['base']}"
+        )
     base = full_name(base or state["base"])
     weights = base_weights(base)
     for key, A in state["model"].items():  # A: (rank, columns)

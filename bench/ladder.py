@@ -19,6 +19,7 @@ the others to all. The second form prints them, and the fit's error, and draws d
 
 import datetime
 import json
+import math
 import os
 import shlex
 import subprocess
@@ -135,10 +136,13 @@ def draw(numbers, texts, shared, lowest, scale):
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    figure, all_axes = pyplot.subplots(1, len(texts), figsize=(3 * len(texts), 3.2))
+    rows = math.ceil(len(texts) / 4)
+    figure, all_axes = pyplot.subplots(rows, 4, figsize=(12, 3.2 * rows))
     flops = 6 * numbers["N"] * numbers["D"]  # in units of 1e12
     params = torch.logspace(-1.3, 1.3, 400).double()
-    for i, axes in enumerate(all_axes):
+    for axes in all_axes.flat[len(texts) :]:
+        axes.remove()
+    for i, axes in enumerate(all_axes.flat[: len(texts)]):
         mine = numbers["text"] == i
         for low, high, color in ((0, 12, "C0"), (12, 30, "C1"), (30, 60, "C2"), (60, 1e9, "C3")):
             here = mine & (flops >= low) & (flops < high)
@@ -156,9 +160,11 @@ def draw(numbers, texts, shared, lowest, scale):
             losses = predict(shared, lowest, scale, curve)
             axes.plot(params, losses, color=color, label=f"{middle:.0f} TFLOP")
         axes.set(xscale="log", title=texts[i], xlabel="FLOPs per token / 6, millions")
+        axes.grid(alpha=0.3)
         axes.set_ylim(numbers["loss"][mine].min() * 0.98, numbers["loss"][mine].max() * 1.06)
         axes.legend(fontsize=7)
-    all_axes[0].set_ylabel("validation loss, nats")
+    for axes in all_axes[:, 0]:
+        axes.set_ylabel("validation loss, nats")
     figure.tight_layout()
     figure.savefig(ROOT / "docs" / "fitting.svg", metadata={"Date": None})
 

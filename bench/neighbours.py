@@ -27,7 +27,6 @@ CHOICES = {
     "ours": {},
     "all threads": {},
     "1 thread": {"OMP_NUM_THREADS": "1"},
-    "one thread too many": {"OMP_NUM_THREADS": str(os.cpu_count() + 1)},  # GNU's spin less then
     "passive": {"OMP_WAIT_POLICY": "passive"},  # threads sleep at once while they wait
 }
 

@@ -5,6 +5,7 @@ A tenth of the whole by default; FUZZ=10 pytest tests/test_fuzz.py does all of i
 
 import contextlib
 import json
+import linecache
 import math
 import os
 import random
@@ -252,6 +253,69 @@ def test_data_folders(settings, tmp_path, capsys):
             (folder / "meta.json").write_text(json.dumps(meta, skipkeys=True), encoding="utf-8")
         worked += clean(gpt.train)
     assert 0 < worked < 50 * FUZZ
+
+
+def test_environments(settings, monkeypatch, capsys):
+    """Variables of torchrun, Slurm and others, of which some are set: the run is a single one."""
+    settings(max_iters=1, eval_interval=1, n_layer=1)
+    names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"]
+    others = ["LOCAL_WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS", "TORCHELASTIC_RESTART_COUNT"]
+    others += ["TORCHELASTIC_USE_AGENT_STORE", "NO_COLOR", "COLUMNS", "LANG", "TMPDIR"]
+    draw = random.Random(5)
+    for _ in range(20 * FUZZ):
+        with monkeypatch.context() as patch:
+            for name in (*names, *others):
+                patch.delenv(name, raising=False)
+            missing = draw.choice(names)
+            for name in draw.sample([*names, *others], draw.randint(1, 8)):
+                if name != missing:
+                    patch.setenv(name, draw.choice([w for w in WORDS if "\0" not in w]))
+            assert gpt.train()["step"] == 1
+
+
+def test_notebooks(settings, tmp_path, capsys):
+    """Names that earlier cells gave to values of all kinds, before and after gpt.py is pasted."""
+    draw = random.Random(6)
+    source = (ROOT / "gpt.py").read_text(encoding="utf-8")
+    definitions = compile(source, "<cell>", "exec")
+    linecache.cache["<cell>"] = (len(source), None, source.splitlines(keepends=True), "<cell>")
+    tiny = {"max_iters": 1, "eval_iters": 1, "n_layer": 1, "n_embd": 8, "block_size": 8}
+    tiny |= {"dataset": "toy", "data_dir": str(tmp_path / "data"), "sample_tokens": 0}
+    names = ["text", "data", "model", "vocab_size", "checkpoint", "tokenizer", "x", "idx", "seed"]
+    names += ["batch_size", "learning_rate", "train", "json", "log", "config", "device", "out"]
+    for i in range(10 * FUZZ):
+        # There is no __file__, as in Jupyter, where __name__ would start a run.
+        cells = {name: draw.choice(VALUES) for name in draw.sample(names, 5)}
+        cells["__name__"] = "gpt_in_a_cell"
+        exec(definitions, cells)  # noqa: S102
+        after = [name for name in names if name not in cells or name in gpt.SETTINGS]
+        cells |= {name: draw.choice(VALUES) for name in draw.sample(after, min(3, len(after)))}
+        options = tiny | {"out_dir": str(tmp_path / f"out{i}")}
+        clean(lambda cells=cells, options=options: cells["train"](**options))
+
+
+def test_data_that_change_between_runs(settings, tmp_path, capsys):
+    """Another text under the same name, other sizes, resumed or begun anew: nothing is lost."""
+    settings(max_iters=2, eval_interval=1, n_layer=1)
+    folder, out = tmp_path / "data" / "toy", tmp_path / "out"
+    draw = random.Random(7)
+    texts = ["".join(draw.choices("ab\n", k=n)) for n in (30, 400, 3000)]
+    texts += ["".join(draw.choices("abc\n", k=3000)), "ä日\n" * 500]
+    worked = 0
+    for _ in range(40 * FUZZ):
+        if draw.random() < 0.5:
+            text = draw.choice(texts)
+            tokenizer = gpt.Tokenizer("char", "".join(sorted(set(text))))
+            gpt.write_dataset(folder, text, tokenizer, "drawn")
+        saved = {gpt.read_checkpoint(path)["step"] for path in out.glob("ckpt.pt*")}
+        changes = {"batch_size": draw.choice([1, 3, 8]), "block_size": draw.choice([4, 16, 64])}
+        changes["init_from"] = draw.choice(["scratch", "resume", "auto"])
+        changes["max_iters"] = draw.randint(1, 9)
+        worked += clean(lambda changes=changes: gpt.train(**changes))
+        kept = {gpt.read_checkpoint(path)["step"] for path in out.glob("ckpt.pt*")}
+        assert len(kept) >= 1 or not worked
+        assert max(kept, default=0) >= max(saved, default=0)
+    assert 0 < worked < 40 * FUZZ
 
 
 def test_fuzzing_would_notice_a_traceback():

@@ -746,7 +746,7 @@ def test_merge_makes_an_old_lora_checkpoint_whole(base, tmp_path):
         hub.merge(merged, out=tmp_path / "twice")
 
 
-def test_merge_where_the_base_is_elsewhere(base, tmp_path):
+def test_merge_where_the_base_is_elsewhere(base, tmp_path, monkeypatch):
     """A moved one is named by `base`, as a file or as a run; one with other weights is refused."""
     path, model = base
     lora = tmp_path / "lora" / "best.pt"
@@ -756,6 +756,12 @@ def test_merge_where_the_base_is_elsewhere(base, tmp_path):
         FileNotFoundError, match="base/best.pt, from which LoRA began, .* with --base"
     ):
         hub.merge(lora)
+    named = torch.load(lora, weights_only=True)
+    gpt.save_checkpoint(tmp_path / "hub.pt", named | {"base": "someone/model"})
+    with monkeypatch.context() as patch:  # a file alone must not start a download
+        patch.setattr(hub, "load_model", lambda name: pytest.fail("it was fetched"))
+        with pytest.raises(FileNotFoundError, match="fetched, with --base=someone/model"):
+            hub.merge(tmp_path / "hub.pt")
     assert_equal_models(hub.merge(lora, tmp_path / "moved", tmp_path / "a"), expected)
     assert_equal_models(hub.merge(lora, tmp_path / "moved" / "best.pt", tmp_path / "b"), expected)
     wrong = gpt.read_checkpoint(tmp_path / "moved")
