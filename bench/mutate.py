@@ -238,7 +238,7 @@ EDITS = {
         ],
     },
     "sample.py": {
-        "sample chat": [
+        "sample chat generation": [
             ("torch.where(logits > 0, logits / penalty, logits * penalty)", "logits / penalty"),
             ("seen.scatter_(1, drawn[:, None], True)", "pass"),
             ("        if token == end:\n            break", "        if False:\n            break"),

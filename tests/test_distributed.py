@@ -277,3 +277,17 @@ def test_torchrun_starts_a_killed_run_again(settings, tmp_path):
     watch.cancel()
     assert process.returncode == 0
     assert ", resumed after step " in rest and "60 steps, " in rest
+
+
+def test_each_block_is_a_unit_whose_gradients_are_averaged_in_float32(monkeypatch):
+    from extras import fsdp
+
+    sharded = []
+    monkeypatch.setattr(fsdp.dist, "init_device_mesh", lambda *_: "mesh")
+    monkeypatch.setattr(fsdp, "fully_shard", lambda part, **how: sharded.append((part, how)))
+    model = gpt.GPT(gpt.GPTConfig(vocab_size=5, n_layer=3, n_embd=8, n_head=2, n_kv_head=1))
+    fsdp.shard_model(model, torch.device("cpu"), torch.bfloat16, 2)
+    assert [part for part, _ in sharded] == [*model.h, model]
+    policies = [how["mp_policy"] for _, how in sharded]
+    assert {p.reduce_dtype for p in policies} == {torch.float32}
+    assert {p.param_dtype for p in policies} == {torch.bfloat16}

@@ -16,7 +16,7 @@ import prepare
 import sample
 from extras.bpe import BYTES
 from extras.hf_tokenizer import GPT2_PATTERN
-from extras.lora import add_lora, merge_lora
+from extras.lora import LoRA, add_lora, merge_lora
 
 
 def small(**changes):
@@ -348,3 +348,10 @@ def hand_loss(model, ids, block):
             logits = model(window[None, :-1])[0][0]
         nats += float(F.cross_entropy(logits, window[1:], reduction="sum"))
     return nats / (len(ids) - 1)
+
+
+def test_the_first_matrix_is_drawn_by_the_width():
+    """Its products then have the scale of their input."""
+    linear = torch.nn.Linear(400, 8)
+    A = LoRA(linear, 64).A
+    assert float(A.detach().std()) == pytest.approx(400**-0.5, rel=0.05)

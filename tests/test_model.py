@@ -1549,3 +1549,38 @@ def test_room_is_tried_for_the_optimizer_state_of_what_is_trained(settings, monk
     asked.clear()
     trainer.try_micro_batch()
     assert asked == []
+
+
+# ---- What stays float32 ----
+@pytest.mark.parametrize(
+    ("dtype", "stream"), [(torch.float16, torch.float32), (torch.bfloat16, torch.bfloat16)]
+)
+def test_a_float16_run_has_a_float32_residual_stream(monkeypatch, dtype, stream):
+    """Its sums would overflow; bfloat16 has the range of float32."""
+    model = random_model(**LLAMA_LIKE)
+    seen = []
+    forward = gpt.Block.forward
+
+    def watched(self, x, *others):
+        seen.append(x.dtype)
+        return forward(self, x, *others)
+
+    monkeypatch.setattr(gpt.Block, "forward", watched)
+    with torch.autocast("cpu", dtype), torch.no_grad():
+        model(random_ids(model.config, 2, 12))
+    assert set(seen) == {stream}
+
+
+def test_the_cache_on_a_cpu_is_float32_whatever_the_weights_are(monkeypatch):
+    """Attention in float32 is faster there, and more exact."""
+    model = random_model(**LLAMA_LIKE).bfloat16()
+    made = []
+    cache = gpt.KVCache
+
+    def watched(*arguments):
+        made.append(cache(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr(gpt, "KVCache", watched)
+    list(model.generate([[1, 2]], 2))
+    assert {k.dtype for k in made[0].k} == {torch.float32}

@@ -941,3 +941,25 @@ def test_sample_as_a_command(run_script, tmp_path):
     assert "Traceback" not in done.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
     assert os.path.exists(path)
+
+
+# ---- What a penalty and several stop texts do ----
+def test_a_penalty_lowers_logits_of_either_sign():
+    logits = torch.tensor([[2.0, -2.0, 3.0]])
+    seen = torch.tensor([[True, True, False]])
+    assert sample.penalize(logits, seen, 2.0).tolist() == [[1.0, -4.0, 3.0]]
+
+
+def test_a_drawn_token_is_penalized_from_then_on():
+    pick = sample.penalizing([0], 4.0)
+    logits = torch.tensor([[3.9, 3.0, 2.0]])
+    assert [int(pick(logits, temperature=0.0)) for _ in range(3)] == [1, 2, 0]
+
+
+def test_a_text_ends_before_the_first_of_its_stop_texts(monkeypatch):
+    """Even if one piece of text holds several."""
+    monkeypatch.setattr(sample, "text_of_tokens", lambda *_: iter(["one two three"]))
+    tokenizer = gpt.Tokenizer("char", "abc")
+    model = SimpleNamespace(generate=None)
+    pieces = sample.generate_text(model, tokenizer, [0], 5, stop=["three", "two"])
+    assert "".join(pieces) == "one "
