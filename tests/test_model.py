@@ -546,10 +546,10 @@ def exact_loss(x, head, targets, weights, temperature=1.0):
     return loss.detach(), *torch.autograd.grad(loss, (x, head))
 
 
-def loss_at(x, head, targets, weights, temperature=1.0):
+def loss_at(x, head, targets, weights, temperature=1.0, summed_loss=gpt.summed_loss):
     """Return gpt's summed_loss in training, at this train_temperature."""
     config = gpt.GPTConfig(train_temperature=temperature)
-    return gpt.summed_loss(x, head, targets, weights, config, True)
+    return summed_loss(x, head, targets, weights, config, True)
 
 
 def loss_inputs(n=11, n_embd=5, vocab_size=7, dtype=torch.float32):
@@ -617,7 +617,8 @@ def test_a_compiled_loss_in_parts_is_the_same(logits_at_once):
     skip_without_compiler()
     logits_at_once(14)
     inputs = loss_inputs()
-    torch.compile(loss_at, fullgraph=True, dynamic=False)(*inputs, 0.7).backward()
+    compiled = torch.compile(gpt.summed_loss, fullgraph=True, dynamic=False)
+    loss_at(*inputs, 0.7, compiled).backward()
     _, grad_x, grad_head = exact_loss(*inputs, 0.7)
     assert torch.allclose(inputs[0].grad.double(), grad_x, atol=1e-5)
     assert torch.allclose(inputs[1].grad.double(), grad_head, atol=1e-5)
