@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from test_training import Clock
 
 import configurator
 import gpt
@@ -316,6 +317,87 @@ def test_data_that_change_between_runs(settings, tmp_path, capsys):
         assert len(kept) >= 1 or not worked
         assert max(kept, default=0) >= max(saved, default=0)
     assert 0 < worked < 40 * FUZZ
+
+
+def test_clocks(settings, tmp_path, monkeypatch, capsys):
+    """Clocks that jump, stand still for a while or are set: runs under max_minutes end in time."""
+    draw = random.Random(8)
+    forward = gpt.GPT.forward
+    for i in range(5 * FUZZ):
+        clock = Clock()
+
+        def slow(self, *args, clock=clock, **kwargs):
+            clock.now += draw.choice([0.0, 0.1, 1.0, 5.0, 60.0])
+            clock.set_by += draw.choice([0.0] * 9 + [-1e9, -3600.0, 0.5, 1e6])
+            return forward(self, *args, **kwargs)
+
+        minutes = draw.choice([0.01, 1.0, 5.0])
+        out = tmp_path / f"out{i}"
+        with monkeypatch.context() as patch:
+            patch.setattr(gpt, "time", clock)
+            patch.setattr(gpt.GPT, "forward", slow)
+            evals = {"eval_interval": draw.choice([1, 3, 50]), "eval_iters": draw.choice([1, 4])}
+            figures = gpt.train(out_dir=str(out), max_minutes=minutes, max_iters=10**6, **evals)
+        # An evaluation has four batches at most, besides the whole split's at the end.
+        spent = clock.now - 1000
+        assert spent < 60 * minutes + 60 * 4 * 30, (i, spent, minutes)
+        lines = [json.loads(x) for x in (out / "log.jsonl").read_text("utf-8").splitlines()]
+        seconds = [line["elapsed_s"] for line in lines]
+        assert seconds == sorted(seconds) and 0 <= seconds[0] <= seconds[-1] < spent + 0.1
+        assert figures["step"] >= 1
+    assert "-1 day" not in capsys.readouterr().out
+
+
+def test_two_runs_in_a_folder(settings, tmp_path, monkeypatch, capsys):
+    """A run that begins in the folder of one that is under way is refused, and harms nothing."""
+    draw = random.Random(9)
+    settings(n_layer=1, eval_interval=2)
+    gradients = gpt.Trainer.gradients
+    out = tmp_path / "out"
+    for i in range(20 * FUZZ):
+        same = draw.random() < 0.7
+        second = {"out_dir": str(out if same else tmp_path / f"other{i}")}
+        second |= {"max_iters": draw.randint(0, 3), "n_layer": draw.randint(1, 2)}
+        second |= {"init_from": draw.choice(["scratch", "auto", "resume"])}
+        at, steps = draw.randint(1, 5), draw.randint(5, 7)
+        calls, worked = [], []
+
+        def meeting(self, *args, at=at, second=second, calls=calls, worked=worked):
+            calls.append(1)
+            if len(calls) == at:
+                worked.append(clean(lambda: gpt.train(**second)))
+            return gradients(self, *args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(gpt.Trainer, "gradients", meeting)
+            assert gpt.train(max_iters=steps)["step"] == steps
+        assert worked == [not same and second["init_from"] != "resume"]
+        assert gpt.read_checkpoint(out / "ckpt.pt")["step"] == steps
+        assert not list(out.glob("*.part"))
+
+
+def test_checkpoints_of_other_versions(settings, tmp_path, capsys):
+    """Keys that an older version lacked, or that a newer one will add; any version's name."""
+    settings(max_iters=2, eval_interval=2, n_layer=1)
+    gpt.train()
+    path = tmp_path / "out" / "ckpt.pt"
+    whole = torch.load(path, weights_only=True)
+    draw = random.Random(10)
+    loaded, resumed = [], []
+    settings(init_from="resume", max_iters=3)
+    for _ in range(50 * FUZZ):
+        state = whole | {"model_args": dict(whole["model_args"]), "config": dict(whole["config"])}
+        state["version"] = draw.choice(["0.1", "1.0.0", "2.1.0", "9.0", "", None, 3])
+        for tree in (state, state["model_args"], state["config"]):
+            for key in draw.sample(sorted(tree), draw.choice([0, 0, 0, 1, 2])):
+                del tree[key]
+            if draw.random() < 0.1:
+                tree["setting_of_another_version"] = draw.choice(VALUES)
+        torch.save(state, path)
+        loaded.append(clean(gpt.load_checkpoint, path))
+        resumed.append(clean(gpt.train))
+        assert [loaded[-1], resumed[-1]] != [False, True]
+    assert 0 < sum(resumed) <= sum(loaded) < 50 * FUZZ
 
 
 def test_fuzzing_would_notice_a_traceback():
