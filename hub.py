@@ -2,6 +2,7 @@
 
     python hub.py get gpt2                  download or read a model, into models/gpt2/best.pt
     python hub.py export out/mine FOLDER    write a run for transformers, vLLM and others
+    python hub.py gguf out/mine FILE.gguf   write a run for llama.cpp and what builds on it
     python hub.py merge CHECKPOINT          convert a LoRA checkpoint from before 2.0.0
 
 It knows the families of GPT-2 and Llama (with Mistral, Qwen2 and Qwen3), which differ from gpt.py's
@@ -26,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from extras import hf_tokenizer
+from extras import gguf, hf_tokenizer
 from gpt import (
     CHAT,
     GPT,
@@ -46,17 +47,23 @@ from gpt import (
 )
 
 # ---- Settings: each comment is the help text (python hub.py --help) ----
-verb = ""  # the first word: get | export | merge
+verb = ""  # the first word: get | export | gguf | merge
 source = ""  # the second word: an id or folder to get, a run to export, a checkpoint to merge
-target = ""  # the third word: the new folder that export writes
+target = ""  # the third word: the new folder that export writes, or the file that gguf writes
 name = ""  # get: the model's folder in models/; empty: the model's own name
 out = ""  # get and merge: the folder for best.pt; empty: in models/, or beside the run
-dtype = "float32"  # get and export: dtype of the weights that are written, float32 | bfloat16
+dtype = "float32"  # of the weights that are written: float32 | bfloat16; gguf: f32 | f16 | q8_0
 base = ""  # merge: new place of the model that LoRA began from; empty: it has not moved
 
 SETTINGS = read_settings(Path(__file__).read_text(encoding="utf-8-sig"))
-USAGE = {"get": "get ID_OR_FOLDER", "export": "export RUN FOLDER", "merge": "merge CHECKPOINT"}
+USAGE = {
+    "get": "get ID_OR_FOLDER",
+    "export": "export RUN FOLDER",
+    "gguf": "gguf RUN FILE",
+    "merge": "merge CHECKPOINT",
+}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+GGUF_DTYPES = {"float32": "f32", "float16": "f16", "f32": "f32", "f16": "f16", "q8_0": "q8_0"}
 
 
 # ---- Names: what our parameters are called in Hugging Face's files ----
@@ -889,6 +896,204 @@ def export(checkpoint, folder, dtype=torch.float32):
     write_texts(folder, texts)
 
 
+# ---- gguf ----
+GGUF_OUTSIDE = {"wte": "token_embd", "wpe": "position_embd", "ln_f": "output_norm"}
+GGUF_OUTSIDE |= {"lm_head": "output"}
+GGUF_INSIDE = {  # within the blocks, as in LLAMA_INSIDE
+    "ln_1": ["attn_norm"],
+    "attn.c_attn": ["attn_q", "attn_k", "attn_v"],
+    "attn.c_proj": ["attn_output"],
+    "ln_2": ["ffn_norm"],
+    "mlp.c_fc": ["ffn_gate", "ffn_up"],
+    "mlp.c_proj": ["ffn_down"],
+}
+# llama.cpp cuts words by patterns that it knows by name.
+PATTERN_NAMES = {
+    hf_tokenizer.GPT2_PATTERN: "gpt-2",
+    hf_tokenizer.SMOLLM2_PATTERN: "smollm",
+    hf_tokenizer.LLAMA3_PATTERN: "llama-bpe",
+    hf_tokenizer.QWEN2_PATTERN: "qwen2",
+}
+END = "<|endoftext|>"
+PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+
+
+def gguf_family(config):
+    """Return llama.cpp's name of a model's architecture. Raises ValueError if it knows none."""
+    if not config.use_rope:
+        return "gpt2"
+    if config.qk_norm and config.rope_scaling:
+        raise ValueError("qk_norm is True and rope_scaling is set: llama.cpp knows no such model")
+    return "qwen3" if config.qk_norm else "llama"
+
+
+def in_turns(tensor, n_heads):
+    """Return the rows of q or k with the two components of each rotated pair beside each other.
+
+    llama.cpp rotates components 2i and 2i + 1 of a Llama's heads; here they are i and i + d / 2.
+    """
+    halves = tensor.view(n_heads, 2, -1, *tensor.shape[1:])
+    return halves.transpose(1, 2).reshape(tensor.shape)
+
+
+def gguf_tensors(model):
+    """Return {name in a GGUF file: tensor} of a model."""
+    config = model.config
+    family = gguf_family(config)
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        module, _, kind = name.rpartition(".")
+        if module in GGUF_OUTSIDE:
+            tensors[f"{GGUF_OUTSIDE[module]}.{kind}"] = parameter.data
+            continue
+        _, layer, part = module.split(".", 2)  # "h.0.attn.c_attn"
+        names, rows = GGUF_INSIDE[part], [len(parameter)]
+        if family == "gpt2":
+            names = {"attn.c_attn": ["attn_qkv"], "mlp.c_fc": ["ffn_up"]}.get(part, names)
+        elif len(names) > 1:
+            rows = model.get_submodule(module.rpartition(".")[0]).parts
+        for there, tensor in zip(names, parameter.data.split(rows), strict=True):
+            if family == "llama" and there in ("attn_q", "attn_k"):
+                n_heads = config.n_head if there == "attn_q" else config.n_kv_head
+                tensor = in_turns(tensor, n_heads)
+            tensors[f"blk.{layer}.{there}.{kind}"] = tensor
+    if config.qk_norm:  # llama.cpp's norms have weights, ours have none
+        for layer in range(config.n_layer):
+            for there in ("attn_q_norm", "attn_k_norm"):
+                tensors[f"blk.{layer}.{there}.weight"] = torch.ones(config.head_dim)
+    if config.rope_scaling:
+        speeds = config.rope_theta ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)
+        tensors["rope_freqs.weight"] = speeds / slow_down(speeds, **config.rope_scaling)
+    return tensors
+
+
+def gguf_vocabulary(tokenizer, vocab_size):
+    """Return (tokens, types, merges, name of the pattern) for a GGUF file. Raises ValueError.
+
+    tokens: the names of vocab_size tokens. types: 1 for plain tokens, 3 for special ones, and 5 for
+    those that the model has and its tokenizer has not. merges: pairs of tokens, as "a b".
+    """
+    data = json.loads(tokenizer_files(tokenizer, 0)["tokenizer.json"])
+    vocab, special = data["model"]["vocab"], tokenizer.special_tokens
+    if tokenizer.state["kind"] == "char":
+        pattern = hf_tokenizer.GPT2_PATTERN
+        vocab = {hf_tokenizer.spell(c.encode()): i for c, i in vocab.items() if c not in special}
+        # The bytes of a character are merged one after the other.
+        merges = [(c[:n], c[n]) for n in range(1, 4) for c in vocab if n < len(c)]
+        merges = list(dict.fromkeys(merges))
+    else:
+        pattern = hf_tokenizer.read_pattern(data.get("pre_tokenizer"))
+        merges = data["model"].get("merges")
+        all_plain = all(token["special"] for token in data["added_tokens"])
+        if pattern not in PATTERN_NAMES or data.get("normalizer") or not all_plain:
+            known = ", ".join(PATTERN_NAMES.values())
+            raise ValueError(
+                "llama.cpp does not cut words as this tokenizer does: it knows the patterns of "
+                f"{known} by name"
+            )
+    names = {i: name for name, i in (vocab | special).items()}
+    tokens = [names.get(i, f"<unused {i}>") for i in range(vocab_size)]
+    types = [5 if i not in names else 3 if names[i] in special else 1 for i in range(vocab_size)]
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in merges]
+    return tokens, types, merges, PATTERN_NAMES[pattern]
+
+
+def with_end_token(tokens, types, tensors):
+    """Add the token END to a vocabulary and its weights, since llama.cpp takes id 11 without one.
+
+    Its embedding is the mean of the others.
+    """
+    for name in tensors.keys() & {"token_embd.weight", "output.weight"}:
+        rows = tensors[name].float()
+        tensors[name] = torch.cat((rows, rows.mean(0, keepdim=True)))
+    return [*tokens, END], [*types, 3]
+
+
+def gguf_fields(config, family):
+    """Return the fields of a GGUF file that describe the shape of a model."""
+    norm = "layer_norm_epsilon" if family == "gpt2" else "layer_norm_rms_epsilon"
+    shape = {
+        "context_length": config.block_size,
+        "embedding_length": config.n_embd,
+        "block_count": config.n_layer,
+        "feed_forward_length": config.mlp_hidden,
+        "attention.head_count": config.n_head,
+        "attention.head_count_kv": config.n_kv_head,
+        f"attention.{norm}": config.norm_eps,
+    }
+    if family != "gpt2":
+        shape |= {
+            "rope.freq_base": config.rope_theta,
+            "rope.dimension_count": config.head_dim,
+            "attention.key_length": config.head_dim,
+            "attention.value_length": config.head_dim,
+        }
+    return {f"{family}.{key}": value for key, value in shape.items()}
+
+
+def write_gguf(checkpoint, path, dtype="f32"):
+    """Write a checkpoint as a GGUF file, for llama.cpp and what builds on it.
+
+    checkpoint: the path of a .pt file or of a run's folder. dtype: f32, f16 or q8_0, that of the
+    matrices; norms and biases stay f32, and so do learned positions. A row that q8_0 cannot divide
+    into blocks of 32 becomes f16. Raises FileNotFoundError, OSError and, before anything is
+    written, ValueError for a model or a tokenizer that llama.cpp does not know.
+    """
+    path = as_path(path)
+    if path.exists():
+        raise ValueError(f"{path} exists: name a new file")
+    model, tokenizer, _ = load_checkpoint(checkpoint)
+    config = model.config
+    write_config(config, tokenizer, torch.float32)  # raises ValueError for an unknown family
+    check_logits(model)
+    family = gguf_family(config)
+    tensors = gguf_tensors(model)
+    tokens, types, merges, pattern = gguf_vocabulary(tokenizer, config.vocab_size)
+    end, suppressed = tokenizer.end_id, {}
+    if end is None:
+        end = len(tokens)
+        tokens, types = with_end_token(tokens, types, tensors)
+        suppressed = {"tokenizer.ggml.suppress_tokens": [end]}
+    settings = json.loads(tokenizer_files(tokenizer, 0)["tokenizer_config.json"])
+    begin = tokenizer.begin_id
+
+    described = {
+        "general.architecture": family,
+        "general.name": as_path(checkpoint).resolve().name,
+        "general.file_type": {"f32": 0, "f16": 1, "q8_0": 7}[dtype],
+        "general.quantization_version": 2,
+        "general.sampling.temp": 0.8,
+        "general.sampling.top_k": 200,
+        "general.sampling.top_p": 0.9,
+        **gguf_fields(config, family),
+        "tokenizer.ggml.model": "gpt2",  # llama.cpp's name for a BPE of bytes
+        "tokenizer.ggml.pre": pattern,
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.merges": merges,
+        "tokenizer.ggml.bos_token_id": end if begin is None else begin,
+        "tokenizer.ggml.eos_token_id": end,
+        "tokenizer.ggml.add_bos_token": begin is not None,
+        "tokenizer.ggml.add_eos_token": False,
+        "tokenizer.ggml.add_space_prefix": False,
+        **suppressed,
+        "tokenizer.chat_template": settings.get("chat_template", PLAIN_TEMPLATE),
+    }
+    chosen = {}
+    for name, tensor in tensors.items():
+        kind = dtype
+        if tensor.ndim < 2 or name == "position_embd.weight":
+            kind = "f32"
+        elif dtype == "q8_0" and tensor.size(1) % 32:
+            kind = "f16"
+        largest = float(tensor.abs().max())
+        if kind != "f32" and not largest < 65504:
+            raise ValueError(f"a weight of {name} is {largest:.3g}, too large for {dtype}: use f32")
+        chosen[name] = tensor, kind
+    path.parent.mkdir(parents=True, exist_ok=True)
+    gguf.write(path, described, chosen)
+
+
 # ---- merge ----
 # What a checkpoint for use holds besides its weights
 FOR_USE = ["model_args", "tokenizer", "config", "step", "best_val_loss", "dataset_sha256"]
@@ -992,8 +1197,9 @@ def check_words():
         raise ValueError(
             f"{' '.join(given)!r} has too few or too many words: write python hub.py {USAGE[verb]}"
         )
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}: it must be one of {', '.join(DTYPES)}")
+    known = GGUF_DTYPES if verb == "gguf" else DTYPES
+    if dtype not in known:
+        raise ValueError(f"dtype is {dtype!r}: it must be one of {', '.join(known)}")
 
 
 def next_commands(path):
@@ -1014,6 +1220,10 @@ def main():
     if verb == "export":
         export(source, target, DTYPES[dtype])
         print(f"wrote {target}, in Hugging Face's format")
+        return
+    if verb == "gguf":
+        write_gguf(source, target, GGUF_DTYPES[dtype])
+        print(f"wrote {target}, for llama.cpp: llama-cli -m {shlex.quote(target)}")
         return
     if verb == "merge":
         path = merge(source, base, out)

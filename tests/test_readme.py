@@ -242,6 +242,7 @@ def test_readmes_commands_run(run, project):
         "working/out/mine/best.pt",
         "models/gpt2/best.pt",
         "EXPORTED/model.safetensors",
+        "shakespeare.gguf",
     ):
         assert list(project.glob(made)), made
 
