@@ -45,18 +45,21 @@ import numpy as np
 import tiktoken
 
 from extras.bpe import count_words, train_bpe
+from extras.chat import encode_example
 from extras.documents import (
     EOT,
     FULL_WEIGHT,
     SPECIALS,
+    TABLES,
+    Conversation,
     Special,
     file_documents,
     find_files,
     hub_documents,
+    suffix_of,
 )
 from extras.hf_tokenizer import GPT2_PATTERN
 from gpt import (
-    CHAT,
     HERE,
     SHAKESPEARE_SHA256,
     Data,
@@ -71,11 +74,11 @@ from gpt import (
 
 # ---- Settings: each comment is its help text (python prepare.py --help) ------------------------
 dataset = ""  # a data set known by name, as above; the first word on the command line
-input = ""  # your text: a .txt, .md, .jsonl or .csv, perhaps as .gz; a folder of them; -: stdin
+input = ""  # a .txt, .md, .jsonl, .json, .csv or .tsv, perhaps as .gz; a folder of them; -: stdin
 name = ""  # the new folder under data_dir; empty: the input's name
 data_dir = ""  # folder of all data sets; empty: data/ beside prepare.py
-suffixes = ".txt .md .jsonl .csv"  # which files of a folder to take
-text_column = ""  # column of the text; empty: messages, or prompt and response, or else text
+suffixes = ".txt .md .jsonl .ndjson .csv .tsv"  # which files of a folder to take
+text_column = ""  # column of the text; empty: a conversation's or an example's columns, or text
 clean = ""  # wikitext: undo that data set's markup and spacing; empty: take the text as it is
 tokenizer = ""  # char | bpe | tiktoken's, like gpt2 | a path or Hugging Face id; empty: by source
 vocab_size = 8192  # size of bpe's vocabulary, including 256 bytes and 4 special tokens
@@ -211,17 +214,32 @@ def input_source(settings):
         files = find_files(path, settings.suffixes.split())
     else:
         files = [path]
-        own_name = Path(own_name.removesuffix(".gz")).stem
+        own_name = Path(re.sub(r"(?i)\.gz$", "", own_name)).stem
+    if settings.text_column and not any(suffix_of(file) in TABLES for file in files):
+        raise ValueError(
+            f"text_column is {settings.text_column!r}, but {label} is no table: its suffix must be "
+            f"one of {', '.join(TABLES)}"
+        )
     return files_source(own_name, label, "char", files, settings)
 
 
 def copy_of_stdin():
-    """Copy standard input to a file, because a text is read twice; return the file's path."""
+    """Copy standard input to a file, because a text is read twice; return the file's path.
+
+    If its first line is a JSON object, it is taken for a .jsonl file.
+    """
     if sys.stdin is None:
         raise ValueError("input is -, but standard input is closed: give --input=FILE")
-    handle, path = tempfile.mkstemp(suffix=".txt")
+    first = sys.stdin.buffer.readline()
+    is_table = False
+    with contextlib.suppress(ValueError):
+        is_table = isinstance(json.loads(first), dict)
+    if is_table:
+        print("standard input holds JSON, a row on each line")
+    handle, path = tempfile.mkstemp(suffix=".jsonl" if is_table else ".txt")
     atexit.register(os.unlink, path)
     with os.fdopen(handle, "wb") as file:
+        file.write(first)
         shutil.copyfileobj(sys.stdin.buffer, file)
     return Path(path)
 
@@ -250,6 +268,7 @@ class Facts:
     n_bytes: int | None = 0  # None: unknown
     chars: set = field(default_factory=set)  # only for a char tokenizer
     special: bool = False  # special tokens occur
+    chats: bool = False  # conversations occur
     weighted: bool = False  # weights below 255 occur
 
 
@@ -269,6 +288,8 @@ def survey(source, kind):
             if isinstance(text, Special):
                 facts.special = True
                 continue
+            if isinstance(text, Conversation):
+                facts.special = facts.chats = facts.weighted = True
             facts.n_chars += len(text)
             facts.n_bytes += len(text.encode())
             if kind == "char":
@@ -361,9 +382,9 @@ def make_tokenizer(kind, facts, segments, settings):
             "another tokenizer, or give a single text"
         )
     check_characters(chosen, segments)
-    # In a data set no token begins a document, and chats have this project's marks.
-    state = chosen.state | {"begin": "", "chat": CHAT}
-    return Tokenizer(**state)
+    if facts.chats:  # they are encoded as the model knows them
+        return chosen
+    return Tokenizer(**chosen.state | {"begin": ""})  # no token begins a text
 
 
 def bpe_tokenizer(texts, vocab_size):
@@ -390,7 +411,9 @@ def bpe_sample(segments, n_bytes, limit):
             continue
         size = len(text.encode())
         if n_taken <= n_seen * share:
-            yield text
+            yield from (
+                (said for _, said in text.turns) if isinstance(text, Conversation) else [text]
+            )
             n_taken += size
         n_seen += size
         if n_taken >= limit:
@@ -447,28 +470,29 @@ class Encoder:
         self.tokenizer = Tokenizer(**state)
         self.dtype = np.dtype(dtype).newbyteorder("<")
 
-    def encode(self, text):
-        """Return the ids of a text or of a special token, as uint32."""
-        if isinstance(text, Special):
-            end = self.tokenizer.end_id  # this token may have another name than EOT
-            token_id = end if text == EOT else self.tokenizer.special_tokens.get(text)
-            if token_id is not None:  # a mark that the tokenizer lacks is spelled out
-                return np.uint32([token_id])
+    def encode(self, text, weight):
+        """Return [(ids, as uint32, and their weight), ...] of a segment."""
+        if isinstance(text, Conversation):
+            prompt, answer = encode_example(self.tokenizer, text.turns)
+            return [(np.uint32(prompt), 0), (np.uint32(answer), weight)]
+        if isinstance(text, Special):  # the end, which may have another name than EOT
+            return [(np.uint32([self.tokenizer.end_id]), weight)]
         if self.tokenizer.state["kind"] == "char":
-            return np.uint32(self.tokenizer.encode(text))
-        return self.tokenizer.encoding.encode_to_numpy(text, disallowed_special=())  # the fastest
+            return [(np.uint32(self.tokenizer.encode(text)), weight)]
+        encode = self.tokenizer.encoding.encode_to_numpy  # the fastest
+        return [(encode(text, disallowed_special=()), weight)]
 
     def encode_batch(self, batch):
         """Return {split: (ids, weights, number of text bytes)}. Weights are None if all are 255."""
         arrays = {}
         for split in {split for split, _, _ in batch}:
             own = [segment for segment in batch if segment[0] == split]
-            parts = [self.encode(text) for _, text, _ in own]
-            weights = [weight for _, _, weight in own]
+            parts = [part for _, text, weight in own for part in self.encode(text, weight)]
+            weights = [weight for _, weight in parts]
             each = None
             if min(weights) < FULL_WEIGHT:
-                each = np.repeat(np.uint8(weights), [len(part) for part in parts])
-            ids = np.concatenate(parts).astype(self.dtype)
+                each = np.repeat(np.uint8(weights), [len(ids) for ids, _ in parts])
+            ids = np.concatenate([ids for ids, _ in parts]).astype(self.dtype)
             arrays[split] = ids, each, len(text_bytes(own))
         return arrays
 

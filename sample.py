@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from extras.chat import encode_conversation, encode_parts, with_begin
 from gpt import (
     ThreadCount,
     as_path,
@@ -149,46 +150,12 @@ def read_prompt(prompt):
         raise FileNotFoundError(f"the prompt file {path} cannot be read: {e.strerror}") from e
 
 
-def split_at_special_tokens(tokenizer, text):
-    """Return [(piece, whether it is a special token's name), ...] of a text."""
-    # Of two names that begin alike, such as <s> and <s>a, the longer one is tried first.
-    names = sorted(tokenizer.special_tokens, reverse=True)
-    if not names:
-        return [(text, False)]
-    pattern = "|".join(re.escape(name) for name in names)
-    pieces = re.split(f"({pattern})", text)  # names have the odd indices
-    return [(piece, i % 2 == 1) for i, piece in enumerate(pieces)]
-
-
-def encode_parts(tokenizer, parts):
-    """Return the ids of texts that follow each other.
-
-    The ids begin with tokenizer.begin_id, if there is one. Plain text between two special tokens is
-    encoded in one piece, even if it comes from several parts, because a token may span two parts.
-
-    parts: (text, named) pairs. If named is True, the name of a special token in the text, such as
-        <|user|>, means that token.
-    """
-    pieces = []
-    for text, named in parts:
-        pieces += split_at_special_tokens(tokenizer, text) if named else [(text, False)]
-    ids = []
-    plain = ""
-    for piece, is_special in pieces:
-        if is_special:
-            ids += [*tokenizer.encode(plain), tokenizer.special_tokens[piece]]
-            plain = ""
-        else:
-            plain += piece
-    ids += tokenizer.encode(plain)
-    if tokenizer.begin_id is not None and ids[:1] != [tokenizer.begin_id]:
-        ids.insert(0, tokenizer.begin_id)
-    return ids
-
-
 def encode_prompt(tokenizer, text):
-    """Return the ids of a text in which names of special tokens mean these tokens."""
-    return encode_parts(tokenizer, [(text, True)])
+    """Return the ids of a text in which names of special tokens mean these tokens.
+
+    The ids begin with tokenizer.begin_id, if there is one.
+    """
+    return with_begin(tokenizer, encode_parts(tokenizer, [(text, True)]))
 
 
 def warn_about_length(n, block_size, max_tokens):
@@ -553,34 +520,32 @@ class Chat:
 
     def encode(self, turns):
         """Return the ids of system text and turns. Names of special tokens in them are text."""
-        system, question, answer = self.tokenizer.chat_parts
-        said = [(system, self.system)] if self.system else []
+        said = [("system", self.system)] if self.system else []
         for i, text in enumerate(turns):
-            said.append((answer if i % 2 else question, text))
-        parts = []
-        for template, text in said:
-            before, _, after = template.partition("%s")
-            parts += [(before, True), (text, False), (after, True)]
-        return encode_parts(self.tokenizer, parts)
+            said.append(("assistant" if i % 2 else "user", text))
+        return encode_conversation(self.tokenizer, said)
 
     def ask(self, question):
         """Add a question to the turns, and return the ids that the answer continues.
 
         The oldest questions and answers are dropped if they leave no room for the answer. Raises
-        ValueError if the question alone leaves none.
+        ValueError if the question alone fills the context.
         """
         block_size = self.model.config.block_size
         room = min(self.sampling.max_tokens, block_size // 2)
         turns = [*self.turns, question]
         ids = self.encode(turns)
-        while len(ids) + room > block_size:
-            if len(turns) == 1:
-                raise ValueError(
-                    f"{len(ids)} tokens of message and system text and {room} for the answer "
-                    f"exceed block_size {block_size}: shorten the message or lower max_tokens"
-                )
+        while len(turns) > 1 and len(ids) + room > block_size:
             turns = turns[2:]
             ids = self.encode(turns)
+        if len(ids) >= block_size:
+            raise ValueError(
+                f"the message and the system text have {len(ids)} tokens, and the model sees only "
+                f"{block_size}: shorten them"
+            )
+        if len(ids) + room > block_size:
+            left = block_size - len(ids)
+            print(f"note: the context has room for {left} more token(s)", file=sys.stderr)
         if len(turns) < len(self.turns) and not self.has_forgotten:
             self.has_forgotten = True
             note = f"note: beyond {block_size} tokens the oldest turns are forgotten"
@@ -602,6 +567,9 @@ class Chat:
             self.turns[-1] += piece
             print(piece, end="", flush=True)
         print()
+        if self.tokenizer.decode(self.tokenizer.encode("a")) == " a":
+            # Such a tokenizer puts the space before each text, so it is no part of the answer.
+            self.turns[-1] = self.turns[-1].removeprefix(" ")
 
     def command(self, line):
         """Obey /reset or /system TEXT, which begin a new conversation, or change a setting."""

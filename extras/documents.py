@@ -25,11 +25,23 @@ class Special(str):
 
 
 EOT = Special("<|endoftext|>")
-USER = Special("<|user|>")
-ASSISTANT = Special("<|assistant|>")
-SPECIALS = f"{EOT} {USER} {ASSISTANT} <|pad|>"  # for the tokenizers that prepare.py makes
-ROLE_MARKS = {"system": [], "user": [(USER, 0)], "assistant": [(ASSISTANT, 0)]}
+SPECIALS = f"{EOT} <|user|> <|assistant|> <|pad|>"  # for the tokenizers that prepare.py makes
 FULL_WEIGHT = 255  # each weight is stored in one byte
+
+
+class Conversation(str):
+    """All texts of a conversation, whose last one is an answer to learn.
+
+    turns: (role, text) pairs. The tokenizer puts its marks between them.
+    """
+
+    def __new__(cls, turns):
+        self = super().__new__(cls, "".join(text for _, text in turns))
+        self.turns = turns
+        return self
+
+    def __reduce__(self):  # how it gets to the processes that encode
+        return Conversation, (self.turns,)
 
 
 # ---- Files -------------------------------------------------------------------------------------
@@ -41,6 +53,19 @@ def say_once(message):
     print(message)
 
 
+# How the files begin that are often taken for texts
+SIGNATURES = {
+    b"PK\x03\x04": "a zip archive, as .docx and .xlsx are too: unpack it, or save it as text",
+    b"PAR1": "a Parquet file: give the folder that holds it to --hf",
+    b"%PDF": "a PDF: save its text first, for example by pdftotext",
+    b"BZh": "compressed by bzip2: unpack it",
+    b"\xfd7zXZ": "compressed by xz: unpack it",
+    b"7z\xbc\xaf": "a 7-Zip archive: unpack it",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd: unpack it",
+    b"ARROW1": "an Arrow file: give the folder that holds it to --hf",
+}
+
+
 def suffix_of(path):
     """Return the suffix that tells a file's kind: .txt for notes.txt and for NOTES.TXT.gz."""
     return Path(path.name.lower().removesuffix(".gz")).suffix
@@ -49,12 +74,18 @@ def suffix_of(path):
 def find_files(folder, suffixes):
     """Return the non-empty files in a folder and its subfolders that have one of the suffixes.
 
-    They are sorted by path. Raises FileNotFoundError if there are none.
+    They are sorted by path. Hidden ones, and those in hidden folders, are left out. Raises
+    FileNotFoundError if there are none.
     """
-    files = []
+    files, hidden = [], []
     for path in folder.rglob("*"):
+        if path.is_symlink() and path.is_dir():
+            say_once(f"{path} is a link to a folder and is left out")
         if suffix_of(path) in suffixes and path.is_file() and path.stat().st_size:
-            files.append(path)
+            is_hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+            (hidden if is_hidden else files).append(path)
+    if hidden:
+        say_once(f"left out {len(hidden)} hidden files, such as {min(hidden, key=str)}")
     if not files:
         raise FileNotFoundError(
             f"{folder} holds no {' or '.join(suffixes)} file with a text: "
@@ -80,6 +111,9 @@ def read_blocks(path, size=2**18):
                 raise ValueError(
                     f"{path} is not a complete gzip file ({e}): create or download it again"
                 ) from e
+            for begins, kind in SIGNATURES.items():
+                if offset == 0 and block.startswith(begins):
+                    raise ValueError(f"{path} is {kind}")
             at_end = len(block) < size
             start = offset - len(decoder.getstate()[0])  # the last block may have cut a character
 
@@ -142,14 +176,37 @@ def read_pieces(blocks):
 # ---- Tables ------------------------------------------------------------------------------------
 
 
-def read_rows(path):
-    """Yield (where, row) for each row of a table; `where` names the file and the row's line.
+TABLES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")  # the suffixes of tables
 
-    path: a .jsonl or .csv file.
+
+def read_rows(path):
+    """Yield (where, row) for each row of a table; `where` names the file and the row's place."""
+    readers = {".json": read_json, ".csv": read_csv, ".tsv": read_csv}
+    return readers.get(suffix_of(path), read_jsonl)(path)
+
+
+def read_json(path):
+    """Yield (where, value) for each record of a .json file.
+
+    The file is a list of records, or a dict with one such list. Many files of this suffix hold a
+    record on each line instead, as .jsonl files do.
     """
-    if suffix_of(path) == ".jsonl":
-        return read_jsonl(path)
-    return read_csv(path)
+    try:
+        records = json.loads("".join(read_blocks(path)))
+    except json.JSONDecodeError as e:
+        if e.msg == "Extra data" and e.lineno > 1:
+            yield from read_jsonl(path)
+            return
+        raise ValueError(
+            f"{path}, line {e.lineno} is not valid JSON ({e.msg} at column {e.colno}): correct it"
+        ) from e
+    if isinstance(records, dict):
+        lists = [value for value in records.values() if isinstance(value, list)]
+        records = lists[0] if len(lists) == 1 and "messages" not in records else [records]
+    if not isinstance(records, list):
+        raise ValueError(f"{path} holds no list of records: name a .txt file if it is a text")
+    for i, record in enumerate(records, 1):
+        yield f"{path}, record {i}", record
 
 
 def read_jsonl(path):
@@ -168,9 +225,17 @@ def read_jsonl(path):
 
 
 def read_csv(path):
-    """Yield (where, row) for each row of a .csv file. The first line names the row's keys."""
+    """Yield (where, row) for each row of a .csv or .tsv file. The first line names the row's keys.
+
+    A comma, a semicolon or a tab separates the fields, whichever the first line has most of.
+    """
     csv.field_size_limit(2**31 - 1)  # Python's own limit, 128 KB, is too low for a text
-    reader = csv.DictReader(read_lines(read_blocks(path)), strict=True)
+    lines = read_lines(read_blocks(path))
+    first = next(lines, "")
+    separator = "\t" if suffix_of(path) == ".tsv" else max(",;\t", key=first.count)
+    if separator != "," and suffix_of(path) == ".csv":
+        say_once(f"{path}: fields are separated by {separator!r}")
+    reader = csv.DictReader(chain([first], lines), strict=True, delimiter=separator)
     try:
         for row in reader:
             if None in row:
@@ -238,47 +303,89 @@ def row_document(where, row, text_column="", clean=""):
     Prompts have no weight in the loss. A response's weight follows from its rating.
     where: the row's place. The ValueError for a faulty row begins with it.
     """
-    columns = row.keys() if isinstance(row, dict) and not text_column else set()
-    if "messages" in columns:
-        return chat_document(where, row["messages"], rating_weight(where, row))
-    if {"prompt", "response"} <= columns:
-        prompt = checked_text(where, row, "prompt")
-        response = checked_text(where, row, "response")
-        weight = rating_weight(where, row)
-        return [(prompt, 0), (response, weight), (EOT, weight)]
+    columns = row if isinstance(row, dict) and not text_column else {}
+    turns = conversation_turns(where, columns)
+    if turns:
+        return chat_document(where, turns, rating_weight(where, row))
+    for answer in ("response", "completion"):
+        if {"prompt", answer} <= columns.keys():
+            prompt = checked_text(where, row, "prompt")
+            response = checked_text(where, row, answer)
+            weight = rating_weight(where, row)
+            return [(prompt, 0), (response, weight), (EOT, weight)]
     text = checked_text(where, row, text_column or "text")
     if clean:
         text = "\n".join(map(clean_line, text.split("\n")))
     return text_document(text)
 
 
-def chat_document(where, messages, weight):
-    """Return the document of a chat: one example for each answer.
+# What data sets call the roles of a conversation
+ROLE_NAMES = {"system": "system", "user": "user", "human": "user", "prompter": "user"}
+ROLE_NAMES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "model", "bot"), "assistant")
 
-    The example's prompt is everything before the answer. A system text, a question and an answer
-    become
-    text <|user|> text <|assistant|> text <|endoftext|>
+
+def conversation_turns(where, row):
+    """Return the (role, text) pairs of a row that holds a conversation, and else [].
+
+    It knows the columns of OpenAI (messages), ShareGPT (conversations), Alpaca (instruction, input,
+    output), TRL (prompt and completion, as messages), and those of questions and answers.
     """
-    prompt = []
-    document = []
+    for column in ("messages", "conversations", "conversation"):
+        if column in row:
+            return message_turns(where, row[column])
+    if isinstance(row.get("prompt"), list) and "completion" in row:
+        return message_turns(where, row["prompt"]) + message_turns(where, row["completion"])
+    for asked, answered in (("instruction", "output"), ("question", "answer")):
+        if not {asked, answered} <= row.keys():
+            continue
+        say_once(f"rows with {asked} and {answered} are read as conversations")
+        turns = [("system", checked_text(where, row, "system"))] if row.get("system") else []
+        for earlier in row.get("history") or []:
+            turns += zip(("user", "assistant"), map(str, earlier), strict=False)
+        question = checked_text(where, row, asked)
+        if asked == "instruction" and row.get("input"):
+            question += "\n" + checked_text(where, row, "input")
+        return [*turns, ("user", question), ("assistant", checked_text(where, row, answered))]
+    return []
+
+
+def message_turns(where, messages):
+    """Return the (role, text) pairs of messages. Raises ValueError for one that is none."""
+    turns = []
     for message in messages if isinstance(messages, list) else [messages]:
-        role = message.get("role") if isinstance(message, dict) else None
-        if role not in ROLE_MARKS:
+        fields = message if isinstance(message, dict) else {}
+        role = ROLE_NAMES.get(str(fields.get("role", fields.get("from"))).lower())
+        if role is None:
             raise ValueError(
                 f"{where}: {str(message)[:60]!r} is not a message: it needs a role, one of "
-                f"{', '.join(ROLE_MARKS)}, and a content"
+                "system, user, assistant, and a content"
             )
-        content = checked_text(where, message, "content")
-        prompt += ROLE_MARKS[role]
-        if role == "assistant":
-            document += [*prompt, (content, weight), (EOT, weight)]
-        prompt.append((content, 0))
-    if not document:
+        turns.append(
+            (role, checked_text(where, message, "value" if "value" in fields else "content"))
+        )
+    return turns
+
+
+def chat_document(where, turns, weight):
+    """Return the document of a conversation: one example for each answer.
+
+    The example's prompt is everything before the answer. A system text, a question and an answer
+    become, in this project's own marks,
+    text <|user|> text <|assistant|> text <|endoftext|>
+    """
+    turns = [turn for turn in turns if turn != ("system", "")]  # as a chat without system text
+    roles = [role for role, _ in turns]
+    if "system" in roles[1:]:
+        raise ValueError(
+            f"{where} has a system message after other ones: make it the first, or remove it"
+        )
+    if "assistant" not in roles:
         raise ValueError(
             f"{where} has no assistant message for a model to learn from: "
             "add one, or remove the chat"
         )
-    return document
+    ends = [i + 1 for i, role in enumerate(roles) if role == "assistant"]
+    return [(Conversation(turns[:end]), weight) for end in ends]
 
 
 def checked_text(where, row, column):
@@ -317,7 +424,7 @@ def file_documents(files, text_column="", clean=""):
     A whole text ends with a mark if there are several files.
     """
     for path in files:
-        if suffix_of(path) in (".csv", ".jsonl"):
+        if suffix_of(path) in TABLES:
             for where, row in read_rows(path):
                 yield row_document(where, row, text_column, clean)
         elif clean:

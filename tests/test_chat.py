@@ -12,11 +12,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from terminal import Terminal
+from test_hf_tokenizer import TOPICS, own_bpe, sentencepiece
 
 import gpt
 import prepare
 import sample
-from extras.documents import SPECIALS, Special, chat_document
+from extras.bpe import count_words, train_bpe
+from extras.chat import encode_example
+from extras.documents import SPECIALS, row_document
+from extras.hf_tokenizer import GPT2_PATTERN, library_state
 
 ROOT = Path(sample.__file__).resolve().parent
 CHATML = (
@@ -187,27 +191,65 @@ def test_names_of_special_tokens_that_are_typed_are_text():
     ]
 
 
-def test_the_default_template_is_that_of_prepare():
-    """What prepare.py writes of a conversation is what chat asks, then the answer and its end."""
-    tokenizer = gpt.Tokenizer("char", LETTERS, special=SPECIALS)
-    roles, texts = (
-        ("system", "user", "assistant", "user", "assistant"),
-        ("mild", "who", "me", "and?", "you"),
-    )
-    messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
-    ids = [[]]
-    for text, _ in chat_document("here", messages, 255):
-        ids[-1] += (
-            [tokenizer.special_tokens[text]]
-            if isinstance(text, Special)
-            else tokenizer.encode(text)
-        )
-        ids += [[]] * (text == "<|endoftext|>")
-        ids[-1] = list(ids[-1])
-    talk = chat_of(tokenizer, system="mild")
-    end = [tokenizer.special_tokens["<|endoftext|>"]]
-    assert ids[0] == talk.encode(["who"]) + tokenizer.encode("me") + end
-    assert ids[1] == talk.encode(["who", "me", "and?"]) + tokenizer.encode("you") + end
+def vocabularies():
+    """Return {name: Tokenizer}: of characters, and those that merge, with and without the marks."""
+    words = count_words([TOPICS[:100_000]], GPT2_PATTERN)
+    tokens = train_bpe(words, 900)
+    chatml = {"special": "<|im_start|> <|im_end|>", "end": "<|im_end|>", "chat": CHATML}
+    library = library_state(sentencepiece(metaspace=False)) | {"end": "</s>", "begin": "<s>"}
+    chars = "".join(sorted(set("".join(SAID) + LETTERS)))
+    return {
+        "characters": gpt.Tokenizer("char", chars, special=SPECIALS),
+        "own byte pairs": own_bpe(tokens, special=SPECIALS),
+        "GPT-2's marks": own_bpe(tokens, special="<|endoftext|>"),
+        "ChatML": own_bpe(tokens, **chatml),
+        "SentencePiece": gpt.Tokenizer(**library),
+    }
+
+
+SAID = ["hello", " the", "What is", "?", "\n", "\n\n", "  ", "don't", "42", "naïve", "日本", "<"]
+SAID += ["|>", "user", "<|user|>", "<|im_end|>", "print(x)", "**", "I'm", "."]
+
+
+@pytest.mark.parametrize(
+    "name", ["characters", "own byte pairs", "GPT-2's marks", "ChatML", "SentencePiece"]
+)
+def test_a_conversation_is_asked_as_it_was_trained(name):
+    """Token for token, for random conversations; only the last answer has weight."""
+    tokenizer = vocabularies()[name]
+    encoder = prepare.Encoder(tokenizer.state, "uint32")
+    draw = random.Random(3)
+    for _ in range(int(os.environ.get("FUZZ", "1")) * 200):
+        texts = ["".join(draw.choices(SAID, k=draw.randint(0, 6))) for _ in range(6)]
+        system, *said = texts
+        n = draw.choice([2, 4])
+        messages = [{"role": "system", "content": system}] if draw.random() < 0.5 else []
+        system = system if messages else ""
+        for i, text in enumerate(said[:n]):
+            messages.append({"role": ("user", "assistant")[i % 2], "content": text})
+        document = row_document("here", {"messages": messages})
+        assert len(document) == n // 2
+        talk = chat_of(tokenizer, system=system)
+        for i, segment in enumerate(document):
+            ids, weights, _ = encoder.encode_batch([("train", *segment)])["train"]
+            ids = ids.tolist()
+            asked = talk.encode(said[: 2 * i + 1])
+            assert ids[: len(asked)] == asked
+            answer = ids[len(asked) :]
+            assert answer.pop() == tokenizer.end_id
+            space = " " if name == "SentencePiece" and answer else ""  # it stands before a text
+            assert tokenizer.decode(answer) == space + said[2 * i + 1]
+            assert weights.tolist() == [0] * len(asked) + [255] * (len(ids) - len(asked))
+
+
+def test_marks_that_the_tokenizer_lacks_are_spelled_in_one_text_with_what_people_say():
+    """As a prompt is that holds the marks; tiktoken encodes it as a whole."""
+    tokenizer = vocabularies()["GPT-2's marks"]
+    turns = [("user", "What is the capital of France?"), ("assistant", "Paris")]
+    prompt, answer = encode_example(tokenizer, turns)
+    text = "<|user|>What is the capital of France?<|assistant|>"
+    assert prompt == tokenizer.encode(text) == sample.encode_prompt(tokenizer, text)
+    assert answer == [*tokenizer.encode("Paris"), tokenizer.end_id]
 
 
 def test_a_token_that_begins_every_text_begins_the_conversation_once():
@@ -283,17 +325,19 @@ def test_the_oldest_turns_are_dropped_whole(capsys):
 
 
 def test_a_message_too_long_is_refused_and_forgotten(capsys):
-    """The sentence names its length, the answer's room and the context; the turns stay."""
+    """One that leaves some room is answered within it, after a note; else the turns stay."""
     tokenizer = letters()
-    talk = chat_of(tokenizer, 16, [tokenizer.encode("xy")] * 2, max_tokens=9)
+    talk = chat_of(tokenizer, 16, [tokenizer.encode("xy")] * 3, max_tokens=9)
     talk.answer("a")
-    with pytest.raises(
-        ValueError, match=r"^9 tokens .* 8 for the answer exceed block_size 16: shorten"
-    ):
-        talk.answer("aaaaaaa")
+    with pytest.raises(ValueError, match=r"have 16 tokens, and the model sees only 16: shorten"):
+        talk.answer("a" * 14)
     assert talk.turns == ["a", "xy"] and len(talk.model.asked) == 1
-    talk.answer("aaaaaa")  # 8, which are left for the answer too
-    assert talk.model.asked[1][1] == 8
+    assert not capsys.readouterr().err
+    talk.answer("a" * 13)
+    assert "the context has room for 1 more token" in capsys.readouterr().err
+    assert talk.model.asked[1][1] == 1
+    talk.answer("a" * 6)
+    assert talk.model.asked[2][1] == 8 and not capsys.readouterr().err
 
 
 def test_an_answer_is_cut_at_the_end_of_the_context(capsys):

@@ -678,6 +678,144 @@ def test_faulty_jsonl(refused, tmp_path, content, fragments):
     refused(ValueError, path, *fragments, input=path)
 
 
+ASKED = [("hi", "yo"), ("what?", "that"), ("how", "so")]
+# What other projects call their columns
+SHAPES = {
+    "OpenAI": lambda q, a: {
+        "messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]
+    },
+    "ShareGPT": lambda q, a: {
+        "conversations": [{"from": "human", "value": q}, {"from": "gpt", "value": a}]
+    },
+    "Alpaca": lambda q, a: {"instruction": q, "input": "", "output": a},
+    "TRL": lambda q, a: {
+        "prompt": [{"role": "user", "content": q}],
+        "completion": [{"role": "assistant", "content": a}],
+    },
+    "questions": lambda q, a: {"question": q, "answer": a, "id": 3},
+}
+
+
+TURNED = ("user", "system", "assistant")  # in an order that is refused
+
+
+def json_list(path, rows):
+    return write(path, json.dumps(rows, indent=2))
+
+
+def json_dict(path, rows):
+    return write(path, json.dumps({"version": "1.0", "data": rows}))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (json_list, "e.json"),
+        (json_dict, "e.json"),
+        (jsonl, "e.json"),
+        (jsonl, "e.jsonl"),
+        (jsonl, "e.ndjson"),
+    ],
+)
+def test_conversations_as_other_projects_write_them(prepared, tmp_path, make, name, shape):
+    path = make(tmp_path / name, [SHAPES[shape](q, a) for q, a in ASKED])
+    prepared(input=path)
+    folder = tmp_path / "data" / "e"
+    texts = [f"<|user|>{q}<|assistant|>{a}<|endoftext|>" for q, a in ASKED]
+    assert text_of(folder, "val") + text_of(folder, "train") == "".join(texts)
+    assert read_bins(folder, "val.weight", 1) == [0, 0, 0, 0, 255, 255, 255]
+
+
+def test_alpacas_inputs_systems_and_history_are_part_of_the_prompt(prepared, tmp_path):
+    row = {"instruction": "add", "input": "1 2", "output": "3", "system": "be brief"}
+    row["history"] = [["hi", "yo"]]
+    prepared(input=json_list(tmp_path / "e.json", [row, row]))
+    text = "be brief<|user|>hi<|assistant|>yo"
+    expected = f"{text}<|endoftext|>{text}<|user|>add\n1 2<|assistant|>3<|endoftext|>"
+    assert text_of(tmp_path / "data" / "e", "val") == expected
+
+
+@pytest.mark.parametrize("answer", ["response", "completion"])
+def test_prompts_and_completions_are_joined_as_they_are(prepared, tmp_path, answer):
+    rows = [{"prompt": "1+1=", answer: "2"}] * 2
+    prepared(input=json_list(tmp_path / "e.json", rows))
+    assert text_of(tmp_path / "data" / "e", "val") == "1+1=2<|endoftext|>"
+
+
+@pytest.mark.parametrize(
+    ("name", "separator"), [("e.csv", ";"), ("e.csv", "\t"), ("e.tsv", "\t"), ("e.TSV", "\t")]
+)
+def test_other_separators(prepared, tmp_path, capsys, name, separator):
+    lines = [("question", "answer"), ("a, b?", "c,d"), ("e", "f")]
+    prepared(input=write(tmp_path / name, "\n".join(map(separator.join, lines))))
+    expected = "<|user|>a, b?<|assistant|>c,d<|endoftext|>"
+    assert text_of(tmp_path / "data" / "e", "val") == expected
+    assert (f"separated by {separator!r}" in capsys.readouterr().out) == (name == "e.csv")
+
+
+@pytest.mark.parametrize(
+    ("content", "fragments"),
+    [
+        ("[1, 2", ("line 1", "JSON", "column")),
+        ('{"a": 1, "b": 2}', ("record 1", "'text'", "a, b")),
+        ("3", ("no list of records",)),
+        ('{"text": "a"}\n{"text":\n', ("line 2", "JSON")),
+        ('[{"text": "a"}, 5]', ("record 2", "no columns")),
+        (
+            json.dumps([{"messages": [{"role": r, "content": r} for r in TURNED]}]),
+            ("record 1", "system message", "first"),
+        ),
+        ('[{"conversations": [{"from": "tool", "value": "a"}]}]', ("record 1", "tool", "role")),
+    ],
+)
+def test_faulty_json(refused, tmp_path, content, fragments):
+    path = write(tmp_path / "faulty.json", content)
+    refused(ValueError, path, *fragments, input=path)
+
+
+def test_rows_on_standard_input(run_script, tmp_path):
+    rows = "".join(json.dumps({"question": q, "answer": a}) + "\n" for q, a in ASKED)
+    done = run_script("prepare.py", "--input=-", f"--data_dir={tmp_path}", stdin=rows)
+    assert done.returncode == 0, done.stderr
+    assert "a row on each line" in done.stdout
+    assert text_of(tmp_path / "stdin", "val") == "<|user|>hi<|assistant|>yo<|endoftext|>"
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (b"PK\x03\x04rest", "zip"),
+        (b"PAR1rest", "--hf"),
+        (b"%PDF-1.7\nrest", "PDF"),
+        (b"BZh91AY", "bzip2"),
+        (b"\xfd7zXZ\0rest", "xz"),
+    ],
+)
+def test_files_that_are_no_text_are_named(refused, tmp_path, content, kind):
+    path = write(tmp_path / "t.txt", content)
+    refused(ValueError, path, kind, input=path)
+
+
+def test_hidden_files_are_left_out(prepared, tmp_path, capsys):
+    """Git's, macOS's and Jupyter's; linked folders are named, too."""
+    folder = tmp_path / "texts"
+    for name in (".git/a.txt", ".ipynb_checkpoints/b.txt", "._c.txt"):
+        write(folder / name, "hidden")
+    write(folder / "d.txt", "seen" * 9)
+    write(folder / "sub" / "e.txt", "there" * 9)
+    (folder / "link").symlink_to(tmp_path)
+    _, _, text = prepared(input=str(folder))
+    assert "hidden" not in text and "seen" in text and "there" in text
+    out = capsys.readouterr().out
+    assert "left out 3 hidden files" in out and f"{folder / 'link'} is a link" in out
+
+
+def test_a_column_of_a_text_is_refused(refused, tmp_path):
+    path = write(tmp_path / "t.txt", "hello")
+    refused(ValueError, "text_column", "no table", input=path, text_column="body")
+
+
 @pytest.mark.parametrize("content", [b"no gzip", gzip.compress(b"text " * 10**5)[:-200], b""])
 def test_a_broken_gzip_file_is_named(refused, tmp_path, content):
     """Not a traceback of zlib's."""
@@ -749,7 +887,7 @@ def test_a_tokenizer_is_taken_from_a_data_set_or_checkpoint(prepared, tmp_path):
 
 
 def test_a_tokenizer_is_taken_from_a_hugging_face_folder(prepared, tmp_path):
-    """Ids are transformers'; answers end with its end token; the chat template is prepare.py's."""
+    """Ids are transformers'; answers end with its end token; a conversation has its begin token."""
     special = "</s> <|user|> <|assistant|>"
     original = gpt.Tokenizer(
         "char", "\n eholrwd", special=special, end="</s>", begin="</s>", chat="%s||%s:||%s"
@@ -768,11 +906,12 @@ def test_a_tokenizer_is_taken_from_a_hugging_face_folder(prepared, tmp_path):
         input=jsonl(tmp_path / "c.jsonl", rows), tokenizer=str(tmp_path / "model")
     )
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
-    expected = theirs("<|user|>hello<|assistant|>world</s>", add_special_tokens=False).input_ids
+    text = "</s><|user|>hello<|assistant|>world</s>"
+    expected = theirs(text, add_special_tokens=False).input_ids
     data = gpt.Data(tmp_path / "data" / name, 1)
     assert data.tokens["train"][np.arange(len(expected))].tolist() == expected
-    assert len(data.tokens["train"]) == len(expected) == 13
-    assert (data.tokenizer.begin_id, data.tokenizer.chat_parts) == (None, gpt.CHAT.split("||"))
+    assert len(data.tokens["train"]) == len(expected) == 14
+    assert data.tokenizer.state == hub.read_tokenizer(tmp_path / "model").state
 
 
 def test_an_unknown_character_is_named_with_its_position(prepared, refused, tmp_path):

@@ -1465,6 +1465,22 @@ def test_the_model_for_evaluation_is_evaluated_and_saved(settings, monkeypatch, 
     assert figures["val_loss"] == pytest.approx(loss, abs=1e-6)
 
 
+def test_evaluation_computes_in_the_dtype_of_the_run(settings):
+    """The loss is that of a plain autocast, which differs from the one in float32."""
+    trainer = new_trainer(dtype="bfloat16", n_embd=64, batch_size=8)
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter.normal_()
+    loss = gpt.evaluate(trainer.model, trainer.data, trainer.machine, 1, 8)
+    x, y, w = trainer.data.get_batch("val", 0, 8)
+    expected = {}
+    for enabled in (True, False):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            expected[enabled] = float(trainer.model(x, y, weights=w, loss_only=True)[1])
+    assert loss == pytest.approx(expected[True], abs=1e-6)
+    assert abs(loss - expected[False]) > 1e-4
+
+
 def test_few_batches_are_spread_over_the_validation_split(settings, monkeypatch):
     trainer = new_trainer()
     last = trainer.data.n_val_batches(2) - 1
