@@ -761,8 +761,14 @@ A language model made with gpt.py.
 {rows}
 
     from transformers import pipeline
-    print(pipeline("text-generation", "{title}")("Once upon a time")[0]["generated_text"])
+    generate = pipeline("text-generation", "{title}")
+    print(generate("Once upon a time", max_new_tokens={new_tokens(model.config)})[0]["generated_text"])
 """
+
+
+def new_tokens(config):
+    """Return how many tokens other engines generate by default: they may not pass the context."""
+    return min(100, max(1, config.block_size // 2))
 
 
 def export_tensors(model, dtype):
@@ -879,6 +885,7 @@ def export(checkpoint, folder, dtype=torch.float32):
         "eos_token_id": tokenizer.end_id,
         "do_sample": True,
         "temperature": 0.8,
+        "max_length": model.config.block_size,  # the pipelines of transformers 4 heed no other key
     }
     texts = {
         "config.json": json.dumps(write_config(model.config, tokenizer, dtype), indent=1) + "\n",

@@ -493,6 +493,8 @@ def write_settings(state, special, data, block_size):
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": block_size,
         "clean_up_tokenization_spaces": False,
+        # transformers 4 would otherwise return token_type_ids, which GPT-2 adds to its embeddings.
+        "model_input_names": ["input_ids", "attention_mask"],
     }
     roles = {"bos_token": state["begin"], "eos_token": state["end"], "pad_token": "<|pad|>"}
     settings |= {role: name for role, name in roles.items() if name in special}

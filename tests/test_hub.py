@@ -244,6 +244,27 @@ def test_own_models_are_exported(tmp_path, case):
     assert transformers.GenerationConfig.from_pretrained(tmp_path / "new").do_sample
 
 
+@pytest.mark.parametrize("case", ["default", "qk_norm", "gpt2"])
+def test_exports_are_used_as_transformers_is(tmp_path, case, monkeypatch, capsys):
+    """generate() with all that the tokenizer returns, pipeline(), and what the model card says."""
+    model = random_model(**EXPORTED[case][0])
+    export(tmp_path / "new", model)
+    monkeypatch.chdir(tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained("new")
+    other = transformers.AutoModelForCausalLM.from_pretrained("new", dtype=torch.float32)
+    given = tokenizer("to be", return_tensors="pt")
+    ids = other.generate(**given, do_sample=False, max_new_tokens=9)[0, 5:].tolist()
+    prompt = [CHARS.index(c) for c in "to be"]
+    assert ids == [int(i) for i in model.generate([prompt], 9, temperature=0)]
+    text = transformers.pipeline("text-generation", "new")("to be")[0]["generated_text"]
+    assert text.startswith("to be")
+    card = (tmp_path / "new" / "README.md").read_text(encoding="utf-8")
+    snippet = "\n".join(line[4:] for line in card.splitlines() if line.startswith("    "))
+    assert "pipeline" in snippet
+    exec(snippet.replace("Once upon a time", "to be"), {})  # noqa: S102
+    assert capsys.readouterr().out.startswith("to be")
+
+
 SLOWED = {
     "factor": 8.0,
     "low_freq_factor": 1.0,
