@@ -202,10 +202,19 @@ def process_rank():
     return 0
 
 
+# What torch, CUDA and C++ say when a GPU or the computer has no memory left, as in gpt.py
+NO_MEMORY = ("out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED", "bad_alloc")
+
+
+def lacks_memory(error):
+    is_said = any(words in str(error) for words in NO_MEMORY) and not isinstance(error, ValueError)
+    return is_said or isinstance(error, MemoryError)
+
+
 def explains_itself(error):
     """Return whether an error's message is enough: a user's mistake, or something is missing."""
     if isinstance(error, RuntimeError):  # any other RuntimeError is a bug
-        return "out of memory" in str(error) or LOST_PROCESS in str(error)
+        return lacks_memory(error) or LOST_PROCESS in str(error)
     return True
 
 
@@ -216,6 +225,8 @@ def report(error):
         message = "another process has ended"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC and not error.filename:
         message = "the disk is full: free some space, then run the command again"
+    if lacks_memory(error):
+        message = "out of memory: close other programs, or give a smaller model or text"
 
     rank = process_rank()
     distributed = sys.modules.get("torch.distributed")
@@ -251,7 +262,7 @@ def run_script(script, main, settings, check, derive=dict, word_settings=()):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, sys.stdout.fileno())  # or Python would raise the error again at its exit
         sys.exit(141)  # 128 + SIGPIPE, as in other programs
-    except (ValueError, OSError, RuntimeError) as e:
+    except (ValueError, OSError, RuntimeError, MemoryError) as e:
         if os.environ.get("TRACEBACK") or not explains_itself(e):
             raise
         report(e)

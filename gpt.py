@@ -10,7 +10,7 @@
     python sample.py --prompt "ROMEO:"                  let the newest run continue a text
 
 With --max_minutes, settings that are None are fitted to the text, the minutes and the machine.
-Without it, and in finetuning, they are what stands in [] below. A resumed run keeps its values.
+Without it, and in finetuning, they take the values in [] below. A resumed run keeps its values.
 
 You can also paste this file into a notebook cell and run it. It reads from top to bottom: settings,
 tokenizer, model, loss, generation, optimizers, data, checkpoints, machine, evaluation, progress,
@@ -60,7 +60,7 @@ from torch import nn
 
 # ---- Settings: each comment is the help text (python gpt.py --help) -----------------------------
 # A flag or a config file assigns to one of these names before main() reads them all, once. With
-# max_minutes, a setting that is None is fitted to the text; without, it is what stands in [].
+# max_minutes, a setting that is None is fitted to the text; without, it takes the value in [].
 dataset = "shakespeare"  # folder under data_dir; shakespeare and pydoc are prepared when missing
 data_dir = ""  # folder of all data sets; empty: data/ beside gpt.py
 out_dir = ""  # folder for this run's checkpoints and log; empty: out/<dataset> beside gpt.py
@@ -258,6 +258,7 @@ def fill_settings(settings, values):
     for name in UNFITTED.keys() & values.keys():
         if getattr(settings, name) is None:
             setattr(settings, name, check_setting(name, values[name], SETTINGS))
+            check_meaning(name, getattr(settings, name))
 
 
 def default_of(name):
@@ -801,6 +802,7 @@ class GPT(nn.Module):
         positions: (B or 1, T), those of the queries. The keys are at positions 0 to T - 1 or, with
         a cache, at 0 to block_size - 1; those after the query are later tokens or unused.
         """
+        # The distances are computed even where no mask is needed, for a mask that is added here.
         n_keys = positions.size(1) if cache is None else self.config.block_size
         keys = torch.arange(n_keys, device=positions.device)
         distances = positions[:, None, :, None] - keys  # (B or 1, 1, T, n_keys), from key to query
@@ -993,8 +995,9 @@ class LossByParts(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
+        if torch.is_grad_enabled():  # create_graph=True
+            raise RuntimeError("the loss in parts has no second derivative: compute it in one part")
         grad_x, grad_head = ctx.saved_tensors
         return grad_x * grad, grad_head * grad, None, None, None, None, None
 
@@ -1554,6 +1557,8 @@ def save_checkpoint(path, state):
         part.replace(path)
     except (OSError, RuntimeError) as e:  # torch turns a failed write into a RuntimeError
         part.unlink(missing_ok=True)
+        if not path.parent.is_dir():
+            raise OSError(f"{path} could not be saved: its folder has been removed") from e
         free = shutil.disk_usage(path.parent).free / 2**20
         raise OSError(
             f"{path} could not be saved ({shortened(e)}; {free:,.0f} MiB are free there); the "
@@ -1582,9 +1587,9 @@ def read_checkpoint(path):
         # it would keep the file from being replaced.
         mmap = sys.platform != "win32"
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except MemoryError:
-        raise
     except Exception as e:  # torch raises half a dozen types of error
+        if out_of_memory(e):
+            raise
         raise ValueError(
             f"{path} is damaged or not a checkpoint ({type(e).__name__}): use another one"
         ) from e
@@ -1592,14 +1597,27 @@ def read_checkpoint(path):
         if not isinstance(state, dict) or not isinstance(state.get(key), dict):
             raise ValueError(f"{path} is not a checkpoint of gpt.py (no {key}): name another one")
     state = {"base": "", "lora_rank": 0} | state
-    if type(state["base"]) is not str or type(state["lora_rank"]) is not int:
-        raise ValueError(f"{path} is damaged (base or lora_rank has the wrong type): use another")
+    types = {"base": str, "lora_rank": int, "step": int, "best_val_loss": float, "config": dict}
+    for key in types.keys() & state.keys():
+        if type(state[key]) is not types[key]:
+            raise ValueError(f"{path} is damaged ({key} is {str(state[key])[:60]!r}): use another")
     if state["lora_rank"] and "wte.weight" not in state["model"]:
         raise ValueError(
             f"{path} holds only LoRA matrices, as versions before 2.0.0 wrote them: add the other "
             f"weights with python hub.py merge {path}"
         )
     return state
+
+
+# What torch, CUDA and C++ say when a GPU or the computer has no memory left
+NO_MEMORY = ("out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED", "bad_alloc")
+
+
+def out_of_memory(error):
+    """Return whether an error means that a GPU or the computer has no memory left."""
+    if isinstance(error, RuntimeError | OSError):
+        return any(words in str(error) for words in NO_MEMORY)
+    return isinstance(error, MemoryError)
 
 
 def load_checkpoint(path, device="cpu", **changes):
@@ -1613,7 +1631,9 @@ def load_checkpoint(path, device="cpu", **changes):
         model = GPT(GPTConfig(**state["model_args"] | changes))
         tokenizer = Tokenizer(**state["tokenizer"])
         load_weights(model, state)
-    except (AttributeError, KeyError, RuntimeError, TypeError) as e:
+    except (ArithmeticError, AttributeError, KeyError, RuntimeError, TypeError) as e:
+        if out_of_memory(e):
+            raise
         made_by = state.get("version", "before 2.0.0")
         raise ValueError(
             f"{path} does not fit this GPT ({shortened(e)}): it was made by gpt.py {made_by}, and "
@@ -1759,7 +1779,9 @@ def pick_device(name):
 
 @functools.cache
 def say_once(text):
-    print(text, flush=True)
+    """Print a note to stderr, once in a process, and in the first of several processes alone."""
+    if not launched_by_torchrun() or os.environ["RANK"] == "0":
+        print(text, file=sys.stderr, flush=True)
 
 
 def native_bfloat16(device):
@@ -1878,13 +1900,13 @@ class ThreadCount:
         gain = seconds[self.most] / seconds[fewer]
         count = fewer if gain > (1.1 if self.count < self.most else least_gain) else self.most
         torch.set_num_threads(count)
-        if count < self.most:
+        if count < self.most and count != self.count:
             plural = "" if count == 1 else "s"
             self.say(
                 f"{count} thread{plural} from here on: other processes are busy, and this is "
                 f"{gain:.1f} times as fast as {self.most} threads"
             )
-        elif count != self.count:
+        elif count != self.count:  # all of them
             self.say(f"{count} threads from here on: other processes are no longer busy")
         self.count = count
 
@@ -2006,8 +2028,9 @@ def evaluate_checkpoint(settings, machine, folder):
     if names_checkpoint(settings):
         path = settings.init_from
     model, tokenizer, state = load_checkpoint(path, machine.device)
-    trained_block = state.get("config", {}).get("block_size", settings.block_size)
-    block_size = min(trained_block, model.config.block_size)
+    trained_block = state.get("config", {}).get("block_size")
+    check_meaning("block_size", check_setting("block_size", trained_block, SETTINGS))
+    block_size = min(trained_block or settings.block_size, model.config.block_size)
     data = Data(folder, block_size, settings.seed, ["val"])
     check_tokenizer(data, tokenizer)
     n_batches = data.n_val_batches(settings.batch_size)
@@ -2180,7 +2203,7 @@ def fit_settings(settings, n_tokens, vocab_size, flops_per_s, seconds, machine):
         epochs = min(epochs, settings.max_epochs)
     # A text that is seen more often needs more regularization.
     repeats = math.log2(max(1.5, epochs) / 1.5)
-    overconfidence = 0.1 * min(1, epochs**2) + 0.03 * math.log2(max(2, epochs) / 2)
+    curb = 0.1 * min(1, epochs**2) + 0.03 * math.log2(max(2, epochs) / 2)
     width = settings.n_embd / 192
     values = {
         "batch_size": fitted_batch_size(settings, epochs * n_tokens, machine.world_size),
@@ -2188,7 +2211,7 @@ def fit_settings(settings, n_tokens, vocab_size, flops_per_s, seconds, machine):
         "muon_lr": two_digits(0.03 * width**-0.5),
         "dropout": two_digits(min(0.25, 0.04 * repeats)),
         "weight_decay": two_digits(min(0.1, 0.04 * repeats)),
-        "train_temperature": two_digits(max(0.83, 1 - overconfidence)),
+        "train_temperature": two_digits(max(0.83, 1 - curb)),
     }
     fill_settings(settings, values)
     chosen = " ".join(f"{name}={getattr(settings, name):g}" for name in missing)
@@ -2213,15 +2236,16 @@ def fitted_batch_size(settings, tokens, world_size):
     accumulation = settings.gradient_accumulation_steps
     rows_per_step = 2048 * (tokens / 2e6) ** 0.5 / settings.block_size
     micro_batches = world_size * math.ceil(accumulation / world_size)
-    share = math.lcm(micro_batches, accumulation) // accumulation  # see Trainer
-    doublings = math.log2(rows_per_step / accumulation / share)
-    return share * 2 ** max(0, round(doublings))
+    # Trainer shares batch_size * accumulation evenly among this many micro-batches.
+    multiple = math.lcm(micro_batches, accumulation) // accumulation
+    doublings = math.log2(rows_per_step / accumulation / multiple)
+    return multiple * 2 ** max(0, round(doublings))
 
 
 def best_size(flops):
-    """Return how many weights each token should be multiplied by, in the best run of `flops`.
+    """Return the best model's size for a run of `flops`.
 
-    Attention counts too: it is FLOPs per token / 6.
+    The size is FLOPs per token / 6, so that attention counts too.
     """
     return 1.05e6 * (flops / 2e13) ** 0.47
 
@@ -2259,6 +2283,7 @@ def shape_of_width(settings, width):
     n_embd = settings.n_embd or unit * max(1, round(width / unit))
     most_heads = max(4, groups, n_embd // 64)
     heads = [n for n in range(groups, most_heads + 1, groups) if n_embd % (2 * n) == 0]
+    heads = [n for n in heads if n <= 4 or n % 4 == 0]
     n_head = settings.n_head or max(heads, default=groups)
     return {
         "n_embd": n_embd,
@@ -2359,7 +2384,9 @@ def naming_damage(what):
     """Turn any error in reading a damaged or foreign file into a ValueError that names the file."""
     try:
         yield
-    except (AttributeError, LookupError, RuntimeError, TypeError) as e:
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as e:
+        if out_of_memory(e):
+            raise
         raise ValueError(f"{what} is damaged or from another program ({shortened(e)!r})") from e
 
 
@@ -2457,6 +2484,8 @@ def load_optimizers(optimizers, saved_states):
         if len(saved["state"]) not in (0, len(params)):  # 0: before the first step
             raise TypeError(f"optimizer state does not belong to these {len(params)} parameters")
         for i, tensors in saved["state"].items():
+            if tensors.keys() != saved["state"][0].keys():
+                raise TypeError(f"parameter {i} has another optimizer state than the first")
             for name, tensor in tensors.items():
                 if tensor.shape != (() if name == "step" else params[i].shape):
                     raise TypeError(f"{name} of parameter {i} has another shape")
@@ -2704,13 +2733,8 @@ class Trainer:
 
 
 def dropout_seed(seed, row):
-    """Return a number of 32 bits, of which a CPU's generator takes no more."""
+    """Return a number of 32 bits, because a CPU's generator uses no more than these."""
     return int(np.random.SeedSequence((seed, row)).generate_state(1)[0])
-
-
-def out_of_memory(error):
-    """Return whether a RuntimeError means that a GPU or the computer has no memory left."""
-    return "out of memory" in str(error) or "can't allocate memory" in str(error)
 
 
 def memory_is_full(settings):
@@ -2735,14 +2759,16 @@ def what_to_compile(settings, model, data, machine):
     able = machine.device.type == "cpu" and shutil.which("g++") is not None
     if on_gpu:
         able = torch.cuda.get_device_capability(machine.device) >= (7, 0)
-    # How many minutes will the run take, roughly?
-    minutes_per_row = model.flops_per_token() * settings.block_size / (2.5e15 if on_gpu else 2.5e13)
+    flops_per_minute = 2.5e15 if on_gpu else 2.5e13  # of a small GPU, and of two cores: a guess
+    minutes_per_row = model.flops_per_token() * settings.block_size / flops_per_minute
     rows = settings.max_iters * settings.batch_size * settings.gradient_accumulation_steps
     minutes = settings.max_minutes or rows * minutes_per_row
     if settings.max_epochs:
         minutes = min(minutes, settings.max_epochs * data.n_rows("train") * minutes_per_row)
     enough = 5 if machine.dtype == torch.float32 and settings.max_minutes else 2
-    wanted = able and minutes >= enough if settings.compile is None else settings.compile
+    wanted = settings.compile
+    if wanted is None:
+        wanted = able and minutes >= enough
     if not wanted:
         return ""
     short = machine.device.type == "cpu" and machine.world_size == 1 and minutes < 5
@@ -3005,7 +3031,7 @@ def training_loop(settings, machine, folder, progress, started):  # noqa: C901
     write_log = None
     if writes:
         write_log = open_run(settings, out, machine, resumed, progress.step)
-    del state  # it holds a copy of all weights
+    del state  # it keeps the old checkpoint open or, on Windows, a copy of all weights
 
     def log(**values):
         step_and_time = {"step": progress.step, "elapsed_s": round(clock.spent_s(), 3)}
@@ -3194,8 +3220,8 @@ def run(settings, started):
             remedy = ""
         machine.say(f"{e}{remedy}")
         figures["stopped_by"] = (machine.stop_signals or [signal.SIGTERM])[0]
-    except (MemoryError, RuntimeError) as e:
-        if isinstance(e, RuntimeError) and not out_of_memory(e):
+    except (MemoryError, OSError, RuntimeError) as e:
+        if not out_of_memory(e):
             raise
         raise ValueError(memory_is_full(settings)) from e
     except ModuleNotFoundError as e:
