@@ -226,7 +226,9 @@ def report(error):
     if isinstance(error, OSError) and error.errno == errno.ENOSPC and not error.filename:
         message = "the disk is full: free some space, then run the command again"
     if lacks_memory(error):
-        message = "out of memory: close other programs, or give a smaller model or text"
+        message = (
+            f"out of memory ({message}): close other programs, or give a smaller model or text"
+        )
 
     rank = process_rank()
     distributed = sys.modules.get("torch.distributed")

@@ -7,6 +7,7 @@ where the tests that cover the file then run until one fails. An edit that no te
 it is printed, and a test is missing. The tests must pass without an edit, which is checked first.
 """
 
+import ast
 import queue
 import shutil
 import subprocess
@@ -32,7 +33,7 @@ EDITS = {
             ("progress.next_row += trainer.rows_per_step", "progress.next_row += 1"),
             ("float(w.sum()) / weight)", "1 / len(micro_batches))"),
             ("weight = self.machine.mean(batch[2].sum())", "weight = batch[2].sum()"),
-            ("following = first + self.rows_per_step", "following = first + self.micro_rows"),
+            ("{following: self.read_rows(following)}", "{following: self.read_rows(first)}"),
             # Evaluation
             ("        model.train(was_training)\n", "        pass\n"),
             ("    was_training = model.training\n    model.eval()", "    was_training = True"),
@@ -82,8 +83,6 @@ EDITS = {
                 "set_learning_rates(trainer.optimizers, scale)",
                 "set_learning_rates(trainer.optimizers[:1], scale)",
             ),
-            ("bad_steps = 0\n        else", "pass\n        else"),
-            ("failing = bad_steps > settings.max_bad_steps", "failing = bad_steps > 10**9"),
             ("            clock.exclude(time.monotonic() - pause_began)\n", ""),
             ("progress.trained_s = clock.trained_s()", "progress.trained_s = clock.spent_s()"),
             (
@@ -120,10 +119,7 @@ EDITS = {
                 "share = epochs / self.settings.max_epochs",
             ),
             ("max(1.0, trained + self.left_s())", "max(1e-9, trained + self.left_s())"),
-            (
-                '        raise ValueError(f"another run writes to',
-                '        return print(f"another run writes to',
-            ),
+            ("fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB"),
             (
                 "if not resumed:\n            keep_earlier_files(out)",
                 "if False:\n            keep_earlier_files(out)",
@@ -133,6 +129,10 @@ EDITS = {
             ("os.fsync(file.fileno())", "pass"),
             ("while not self.micro_batch_fits():", "while False:"),
             ("for _ in range(2)]\n        try", "for _ in range(0)]\n        try"),
+        ],
+        "faults": [
+            ("bad_steps = 0\n        else", "pass\n        else"),
+            ("failing = bad_steps > settings.max_bad_steps", "failing = bad_steps > 10**9"),
         ],
         "optimizer training": [
             ("min_lr / settings.learning_rate\n", "min_lr\n"),
@@ -245,10 +245,17 @@ EDITS = {
             ("yield text[: min(found)]", "yield text[: max(found)]"),
             ("beginnings = [s[:n] for s in stop for n in range(len(s))]", "beginnings = []"),
             ("turns = turns[2:]", "turns = turns[1:]"),
-            ("(text, False), (after, True)]", "(text, True), (after, True)]"),
             ("abs().amax(1).clamp(min=1e-12) / 127", "abs().amax(1).clamp(min=1e-12) / 128"),
-            ("sorted(tokenizer.special_tokens, reverse=True)", "sorted(tokenizer.special_tokens)"),
             ("return best if best in found else newest", "return newest"),
+        ],
+    },
+    "extras/chat.py": {
+        "chat sample": [
+            ("sorted(tokenizer.special_tokens, reverse=True)", "sorted(tokenizer.special_tokens)"),
+            ("parts += [(before, True), (text, False)", "parts += [(before, True), (text, True)"),
+            ("    return with_begin(tokenizer, encode_parts(", "    return (encode_parts("),
+            ("prompt, ids[: ids.index(tokenizer.end_id) + 1]", "prompt, ids"),
+            ("prompt, [*ids, tokenizer.end_id]", "prompt, ids"),
         ],
     },
     "evaluate.py": {
@@ -345,49 +352,63 @@ def all_edits(only):
             for before, after in edits:
                 if text.count(before) != 1:
                     raise ValueError(f"{before!r} occurs {text.count(before)} times in {file}")
+                ast.parse(text.replace(before, after))
                 if only in f"{file} {before} {after}":
                     found.append((file, tests, before, after))
     return found
 
 
-def main():
-    f = flags(only="", workers=2)
-    edits = all_edits(f["only"])
+def in_parallel(jobs, n_workers, work):
+    """Call work(copy, job) for all jobs, in several threads that have a Copy each."""
     waiting = queue.Queue()
-    for tests in sorted({tests for _, tests, _, _ in edits}):
-        waiting.put(("gpt.py", tests, "", ""))
-    for edit in edits:
-        waiting.put(edit)
-    survivors = []
+    for job in jobs:
+        waiting.put(job)
 
-    def work():
+    def work_off():
         with tempfile.TemporaryDirectory() as folder:
             copy = Copy(folder)
             while True:
                 try:
-                    file, tests, before, after = waiting.get_nowait()
+                    job = waiting.get_nowait()
                 except queue.Empty:
                     return
-                began = time.monotonic()
-                failed = (
-                    copy.try_edit(file, tests, before, after)
-                    if before
-                    else copy.failing_test(tests)
-                )
-                if before and not failed:
-                    survivors.append(f"{file}: {before!r} -> {after!r}")
-                verdict = failed or ("SURVIVED" if before else "passes without an edit")
-                if failed and not before:
-                    verdict = f"FAILS WITHOUT AN EDIT: {failed}"
-                what = f"{file}: {before!r} -> {after!r}" if before else tests
-                print(f"{time.monotonic() - began:4.0f} s  {what}\n        {verdict}", flush=True)
+                work(copy, job)
 
-    threads = [threading.Thread(target=work) for _ in range(f["workers"])]
+    threads = [threading.Thread(target=work_off) for _ in range(n_workers)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    record("mutations", edits=len(edits), killed=len(edits) - len(survivors), survivors=survivors)
+
+
+def main():
+    f = flags(only="", workers=2)
+    edits = all_edits(f["only"])
+    broken, survivors, endless = [], [], []
+
+    def try_without_edit(copy, tests):
+        failed = copy.failing_test(tests)
+        print(f"{tests}: {failed or 'passes without an edit'}", flush=True)
+        if failed:
+            broken.append(tests)
+
+    def try_edit(copy, edit):
+        began = time.monotonic()
+        failed = copy.try_edit(*edit)
+        what = f"{edit[0]}: {edit[2]!r} -> {edit[3]!r}"
+        if not failed:
+            survivors.append(what)
+        if failed.startswith("no end"):
+            endless.append(what)
+        seconds = time.monotonic() - began
+        print(f"{seconds:4.0f} s  {what}\n        {failed or 'SURVIVED'}", flush=True)
+
+    in_parallel(sorted({tests for _, tests, _, _ in edits}), f["workers"], try_without_edit)
+    if broken:
+        sys.exit(f"these fail without an edit: {', '.join(broken)}")
+    in_parallel(edits, f["workers"], try_edit)
+    killed = len(edits) - len(survivors)
+    record("mutations", edits=len(edits), killed=killed, endless=endless, survivors=survivors)
 
 
 if __name__ == "__main__":

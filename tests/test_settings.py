@@ -499,7 +499,9 @@ def test_run_script_words_memory_that_is_full(launch, capsys, kind):
     with pytest.raises(SystemExit) as e:
         launch(main)
     assert e.value.code == 2
-    assert capsys.readouterr() == ("", f"error: {kind} out of memory. Tried it\n")
+    remedy = "close other programs, or give a smaller model or text"
+    expected = f"error: out of memory ({kind} out of memory. Tried it): {remedy}\n"
+    assert capsys.readouterr() == ("", expected)
 
 
 def test_run_script_does_not_run_main_after_a_mistake_in_the_settings(launch, capsys):

@@ -1481,6 +1481,62 @@ def test_evaluation_computes_in_the_dtype_of_the_run(settings):
     assert abs(loss - expected[False]) > 1e-4
 
 
+def test_evaluation_keeps_no_gradients(settings, monkeypatch):
+    """Else it would take the memory of a training step."""
+    forward = gpt.GPT.forward
+    modes = []
+
+    def noting(self, *args, **kwargs):
+        modes.append((self.training, torch.is_grad_enabled()))
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(gpt.GPT, "forward", noting)
+    gpt.train(max_iters=2, eval_interval=1)
+    assert set(modes) == {(True, True), (False, False)}
+
+
+def test_an_evaluation_of_small_weights_is_their_mean(settings, tmp_path, write_examples):
+    """The weights of all targets may sum to less than 1, if the answers are rated low."""
+    example = [("a", 0), ("b", 1)]
+    write_examples(tmp_path / "data" / "low", "ab", train=[example] * 9, val=[example] * 2)
+    trainer = new_trainer(dataset="low", batch_size=2)
+    x, y, w = trainer.data.get_batch("val", 0, 2)
+    assert 0 < float(w.sum()) < 1
+    loss = gpt.evaluate(trainer.model, trainer.data, trainer.machine, 1, 2)
+    with torch.no_grad():
+        _, expected = trainer.model(x, y, weights=w)
+    assert loss == pytest.approx(float(expected), rel=1e-5)
+    assert loss > 0.5
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_the_rates_of_all_parameters_follow_the_schedule(settings, monkeypatch, optimizer):
+    """Of Muon's and of AdamW's."""
+    update = gpt.Trainer.update
+    seen = []
+
+    def noting(self):
+        groups = [group for o in self.optimizers for group in o.param_groups]
+        seen.append([group["lr"] / group["initial_lr"] for group in groups])
+        return update(self)
+
+    monkeypatch.setattr(gpt.Trainer, "update", noting)
+    gpt.train(max_iters=6, optimizer=optimizer, warmup_iters=1, lr_schedule="linear")
+    chosen = gpt.checked_settings(max_iters=6, warmup_iters=1, lr_schedule="linear")
+    for step, scales in enumerate(seen):
+        expected = gpt.lr_scale(step, step / 6, chosen)
+        assert scales == pytest.approx([expected] * len(scales))
+    assert len(seen) == 6 and seen[-1][0] < 0.5 * max(scales[0] for scales in seen)
+
+
+def test_time_spent_on_compiling_is_not_counted_as_trained(settings, tmp_path, clock):
+    """So that a resumed run goes on with the schedule where it was."""
+    gpt.train(max_minutes=1.0, eval_interval=10, eval_iters=1, warmup_iters=2, compile=True)
+    progress = gpt.read_checkpoint(tmp_path / "out" / "ckpt.pt")["progress"]
+    assert 20 <= progress["spent_s"] - progress["trained_s"] < 22
+    assert progress["trained_s"] >= 0.5 * progress["step"] > 10
+
+
 def test_few_batches_are_spread_over_the_validation_split(settings, monkeypatch):
     trainer = new_trainer()
     last = trainer.data.n_val_batches(2) - 1
