@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.9,<2.14", "numpy", "tiktoken"]
+# dependencies = ["torch>=2.9.1,<2.14", "numpy", "tiktoken"]
 # ///
 """gpt.py: a modern GPT and its whole training loop in one file.
 
@@ -389,8 +389,11 @@ class Tokenizer:
         return self.encoding.encode_ordinary(text)
 
     def decode_bytes(self, ids):
-        """Return the bytes of ids; with BPE the last token may end in the middle of a character."""
-        return self.encoding.decode_bytes(ids)
+        """Return the bytes of ids; with BPE the last token may end in the middle of a character.
+
+        A model may know more ids than its tokenizer, to fill up a matrix; these stand for nothing.
+        """
+        return self.encoding.decode_bytes([i for i in ids if i < self.vocab_size])
 
     def decode(self, ids):
         """Return the text of ids, with U+FFFD for bytes that are not UTF-8."""
@@ -441,6 +444,7 @@ class GPTConfig:
     norm_eps: float = 1e-5
     head_dim: int | None = None  # None: n_embd / n_head
     mlp_hidden: int | None = None  # None: from mlp_ratio; for SwiGLU, a multiple of 32
+    qk_norm_weights: bool = False  # with qk_norm: its norms have weights, as Qwen3's have
 
     def __post_init__(self):
         for name, declared in self.__dataclass_fields__.items():
@@ -623,6 +627,20 @@ class KVCache:
         return self.k[layer], self.v[layer]
 
 
+class WeightedQKNorm(nn.Module):
+    """RMSNorm of queries and keys, with one weight for all queries and one for all keys."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_heads = (config.n_head, config.n_kv_head)
+        self.q = RMSNorm(config.head_dim, config.norm_eps)
+        self.k = RMSNorm(config.head_dim, config.norm_eps)
+
+    def forward(self, qk):
+        q, k = qk.split(self.n_heads, dim=2)
+        return torch.cat((self.q(q), self.k(k)), dim=2)
+
+
 class CausalSelfAttention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
@@ -636,7 +654,9 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, sum(self.parts), bias=config.bias)
         self.c_proj = nn.Linear(config.n_head * config.head_dim, config.n_embd, bias=config.bias)
         self.qk_norm = nn.Identity()
-        if config.qk_norm:
+        if config.qk_norm and config.qk_norm_weights:
+            self.qk_norm = WeightedQKNorm(config)
+        elif config.qk_norm:
             self.qk_norm = RMSNorm(config.head_dim, config.norm_eps, elementwise_affine=False)
 
     def project(self, x, rotary):

@@ -14,6 +14,7 @@ GPT only in the names of their weights. From Python:
 It needs safetensors, and huggingface_hub for downloads: pip install safetensors huggingface_hub
 """
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -71,6 +72,8 @@ LLAMA_OUTSIDE = {"wte": "model.embed_tokens", "ln_f": "model.norm", "lm_head": "
 LLAMA_INSIDE = {  # within the blocks; one fused matrix of ours is several matrices there
     "ln_1": ["input_layernorm"],
     "attn.c_attn": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    "attn.qk_norm.q": ["self_attn.q_norm"],
+    "attn.qk_norm.k": ["self_attn.k_norm"],
     "attn.c_proj": ["self_attn.o_proj"],
     "ln_2": ["post_attention_layernorm"],
     "mlp.c_fc": ["mlp.gate_proj", "mlp.up_proj"],
@@ -372,7 +375,8 @@ def write_gpt2(config):
 
 def write_llama(config):
     """Return config.json's content for a Llama or, with qk_norm, a Qwen3. Raises ValueError."""
-    translated = LLAMA_KEYS.keys() | {"bias", "qk_norm", "rope_theta", "rope_scaling"}
+    translated = LLAMA_KEYS.keys() | {"bias", "qk_norm", "qk_norm_weights"}
+    translated |= {"rope_theta", "rope_scaling"}
     check_exportable(config, translated | NOT_EXPORTED, LLAMA_PARTS)
     if config.qk_norm and config.bias:
         raise ValueError("qk_norm and bias are True: transformers knows no model that has both")
@@ -588,27 +592,34 @@ def weight_files(folder):
     return [folder / name for name in names]
 
 
-def read_shard(path, targets, config):
-    """Copy the tensors of one safetensors file into `targets`, {name there: tensor}.
-
-    A tensor that has been filled is removed from targets. Raises ValueError for a tensor that has
-    no target.
-    """
+@contextlib.contextmanager
+def opened(path):
+    """Open a safetensors file to read. Raises ValueError if it is damaged."""
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError as e:
         raise missing_library("safetensors") from e
     try:
         with safe_open(path, "pt") as shard:
-            for key in shard.keys():  # noqa: SIM118  # it is not a dict
-                prefixed = f"transformer.{key}"  # older GPT-2 files leave out this prefix
-                name = prefixed if prefixed in targets else key
-                if name in targets:
-                    fill(targets.pop(name), shard.get_tensor(key), f"{path}'s tensor {key}")
-                elif not is_redundant(key, shard, config):
-                    raise ValueError(f"{path}'s tensor {key} has no place in gpt.py's GPT")
+            yield shard
     except (SafetensorError, OSError) as e:
         raise ValueError(f"{path} is damaged ({e}): fetch it again") from e
+
+
+def read_shard(path, targets, config):
+    """Copy the tensors of one safetensors file into `targets`, {name there: tensor}.
+
+    A tensor that has been filled is removed from targets. Raises ValueError for a tensor that has
+    no target.
+    """
+    with opened(path) as shard:
+        for key in shard.keys():  # noqa: SIM118  # it is not a dict
+            prefixed = f"transformer.{key}"  # older GPT-2 files leave out this prefix
+            name = prefixed if prefixed in targets else key
+            if name in targets:
+                fill(targets.pop(name), shard.get_tensor(key), f"{path}'s tensor {key}")
+            elif not is_redundant(key, shard, config):
+                raise ValueError(f"{path}'s tensor {key} has no place in gpt.py's GPT")
 
 
 def fill(target, tensor, described):
@@ -626,6 +637,16 @@ def is_redundant(key, shard, config):
         return bool((shard.get_tensor(key) == 1).all())
     is_tied_head = key == "lm_head.weight" and config.tie_weights
     return is_tied_head or CONSTANTS.fullmatch(key) is not None
+
+
+def has_qk_norm_weights(folder):
+    """Return whether the norms of queries and keys in a folder's files have weights other than 1."""
+    for path in weight_files(folder):
+        with opened(path) as shard:
+            names = [key for key in shard.keys() if QK_NORMS.fullmatch(key)]  # noqa: SIM118
+            if any((shard.get_tensor(key) != 1).any() for key in names):
+                return True
+    return False
 
 
 class UnsetWeights(TorchFunctionMode):
@@ -651,6 +672,8 @@ def load_model(name, dtype=torch.float32, **changes):
     """
     folder = find_folder(name)
     config, biased = read_config(folder)
+    if config.qk_norm and has_qk_norm_weights(folder):
+        config = replace(config, qk_norm_weights=True)
     with UnsetWeights():
         model = GPT(replace(config, **changes))
     model = model.to(dtype).eval()
@@ -677,7 +700,7 @@ def load_pretrained(name, dtype=torch.float32, **changes):
     folder = find_folder(name)
     tokenizer = read_tokenizer(folder)
     config, _ = read_config(folder)
-    if tokenizer.vocab_size != config.vocab_size:
+    if tokenizer.vocab_size > config.vocab_size:  # fewer tokens are usual: weights are padded
         raise ValueError(
             f"{folder}'s tokenizer has {tokenizer.vocab_size} tokens, but its weights have "
             f"{config.vocab_size}: they do not belong together"
@@ -776,7 +799,7 @@ def export_tensors(model, dtype):
     tensors = {}
     for tensor_name, tensor in hf_tensors(model).items():
         tensors[tensor_name] = tensor.to(dtype).contiguous()
-    if model.config.qk_norm:  # Qwen3's norms have weights, ours have none
+    if model.config.qk_norm and not model.config.qk_norm_weights:  # Qwen3's norms have weights
         for layer in range(model.config.n_layer):
             for part in ("q_norm", "k_norm"):
                 ones = torch.ones(model.config.head_dim, dtype=dtype)
@@ -791,6 +814,7 @@ def reference_logits(config, weights, ids):
     This is the plain form of GPT-2, Llama and Qwen3, independent of gpt.py's GPT. weights: the
     state_dict of a GPT. ids: (T,) int64.
     """
+    weights = {name: weight.float() for name, weight in weights.items()}
     T = len(ids)
     d = config.head_dim
     heads = (config.n_head, config.n_kv_head, config.n_kv_head)
@@ -800,17 +824,16 @@ def reference_logits(config, weights, ids):
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + config.norm_eps)
 
     def norm(x, name):
-        weight = weights[f"{name}.weight"].float()
+        weight = weights[f"{name}.weight"]
         if config.use_rms_norm:
             return scaled(x) * weight
         bias = weights.get(f"{name}.bias")
-        bias = None if bias is None else bias.float()
         return F.layer_norm(x, weight.shape, weight, bias, config.norm_eps)
 
     def linear(x, name):
-        y = x @ weights[f"{name}.weight"].float().mT
+        y = x @ weights[f"{name}.weight"].mT
         bias = weights.get(f"{name}.bias")
-        return y if bias is None else y + bias.float()
+        return y if bias is None else y + bias
 
     def turned(x):  # each pair of components (i, i + d / 2) as a complex number
         angles = torch.polar(torch.ones(T, d // 2), torch.outer(torch.arange(T), speeds))
@@ -820,15 +843,16 @@ def reference_logits(config, weights, ids):
     speeds = config.rope_theta ** (-torch.arange(0, d, 2) / d)
     if config.rope_scaling:
         speeds = slow_down(speeds, **config.rope_scaling)
-    x = weights["wte.weight"][ids].float()
+    x = weights["wte.weight"][ids]
     if not config.use_rope:
-        x = x + weights["wpe.weight"][:T].float()
+        x = x + weights["wpe.weight"][:T]
     for layer in range(config.n_layer):
         name = f"h.{layer}"
         qkv = linear(norm(x, f"{name}.ln_1"), f"{name}.attn.c_attn")
         q, k, v = qkv.view(T, sum(heads), d).transpose(0, 1).split(heads)  # (heads, T, d)
         if config.qk_norm:
-            q, k = scaled(q), scaled(k)
+            q = scaled(q) * weights.get(f"{name}.attn.qk_norm.q.weight", 1.0)
+            k = scaled(k) * weights.get(f"{name}.attn.qk_norm.k.weight", 1.0)
         if config.use_rope:
             q, k = turned(q), turned(k)
         k, v = (t.repeat_interleave(config.n_head // config.n_kv_head, dim=0) for t in (k, v))
@@ -909,6 +933,8 @@ GGUF_OUTSIDE |= {"lm_head": "output"}
 GGUF_INSIDE = {  # within the blocks, as in LLAMA_INSIDE
     "ln_1": ["attn_norm"],
     "attn.c_attn": ["attn_q", "attn_k", "attn_v"],
+    "attn.qk_norm.q": ["attn_q_norm"],
+    "attn.qk_norm.k": ["attn_k_norm"],
     "attn.c_proj": ["attn_output"],
     "ln_2": ["ffn_norm"],
     "mlp.c_fc": ["ffn_gate", "ffn_up"],
@@ -964,7 +990,7 @@ def gguf_tensors(model):
                 n_heads = config.n_head if there == "attn_q" else config.n_kv_head
                 tensor = in_turns(tensor, n_heads)
             tensors[f"blk.{layer}.{there}.{kind}"] = tensor
-    if config.qk_norm:  # llama.cpp's norms have weights, ours have none
+    if config.qk_norm and not config.qk_norm_weights:  # llama.cpp's norms have weights
         for layer in range(config.n_layer):
             for there in ("attn_q_norm", "attn_k_norm"):
                 tensors[f"blk.{layer}.{there}.weight"] = torch.ones(config.head_dim)

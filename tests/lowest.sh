@@ -19,4 +19,4 @@ if [ ! -e "$folder/ready" ]; then
     touch "$folder/ready"
 fi
 "$folder/bin/python" -m pytest -q tests/test_model.py tests/test_optimizer.py \
-    tests/test_training.py tests/test_generation.py tests/test_distributed.py
+    tests/test_training.py tests/test_generation.py tests/test_distributed.py tests/test_sample.py

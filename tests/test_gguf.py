@@ -32,8 +32,9 @@ FAMILIES = {
         "n_kv_head": 4,
     },
 }
-# Further shapes of a Llama
+# Further shapes of a Llama and a Qwen3
 SHAPES = {
+    "weights of the norms of q and k": {"qk_norm": True, "qk_norm_weights": True},
     "biases": {"qk_norm": False, "bias": True},
     "wide heads, tied": {"qk_norm": False, "head_dim": 32, "tie_weights": True},
     "Llama 3's positions": {
