@@ -308,7 +308,8 @@ def read_text(path):
 
 
 # ---- Tokenizer ----------------------------------------------------------------------------------
-# The templates for a system text, a question and an answer, separated by ||.
+# The templates for a system text, a question and an answer, separated by ||. A fourth part, if
+# there is one, stands before a question that follows no system text.
 CHAT = "%s||<|user|>%s<|assistant|>||%s"
 
 

@@ -1,7 +1,8 @@
 """The one way from a conversation to ids, for training data, for sampling and for exports.
 
-A tokenizer's chat_parts are the templates of a system text, a question and an answer. Names of
-special tokens mean these tokens in a template, and are plain text in what people write.
+A tokenizer's chat_parts are the templates of a system text, a question and an answer and, for
+some, what stands before a conversation without system text. Names of special tokens mean these
+tokens in a template, and are plain text in what people write.
 """
 
 import re
@@ -62,6 +63,8 @@ def encode_conversation(tokenizer, turns):
     turns: (role, text) pairs, whose roles are those of ROLES.
     """
     parts = []
+    if len(tokenizer.chat_parts) > len(ROLES) and turns[0][0] != "system":
+        parts.append((tokenizer.chat_parts[-1], True))
     for role, text in turns:
         before, after = template_of(tokenizer, role)
         parts += [(before, True), (text, False), (after, True)]

@@ -357,6 +357,27 @@ CHATS = {
 }
 
 
+def default_system(template, chat):
+    """Return what a model's template puts before a question if there is no system text, or "".
+
+    template: the one that comes with the model, for Jinja. chat: the same in the form of gpt.CHAT.
+    Without the library jinja2, there is nothing.
+    """
+    try:
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ImportError:
+        return ""
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    question = chat.split("||")[1].partition("%s")[0] + "Q"
+    asked = {"messages": [{"role": "user", "content": "Q"}], "add_generation_prompt": True}
+    try:
+        text = environment.from_string(template).render(**asked, bos_token="", eos_token="")
+    except Exception:  # a template may need what only transformers has
+        return ""
+    before, is_there, _ = text.partition(question)
+    return before if is_there and "||" not in before else ""
+
+
 def first_special(data):
     """Return the name of the special token that post_processor puts before a text, or ""."""
     post_processor = data.get("post_processor") or {}
@@ -398,7 +419,8 @@ def read_roles(data, settings, chat):
     template = str(settings.get("chat_template"))
     for mark, (answer_end, known_chat) in CHATS.items():
         if mark in template:
-            chat = known_chat
+            default = default_system(template, known_chat)
+            chat = f"{known_chat}||{default}" if default else known_chat
             if answer_end in special_tokens(data):
                 end = answer_end
     return {"begin": begin, "end": end, "chat": chat}
@@ -422,7 +444,10 @@ def chat_template(chat, begin, end):
     if end not in chat:
         ending = "{% if loop.last %}{{ " + quote(end) + " }}{% endif %}"
 
-    start = "{{ " + quote(begin) + " }}{% for message in messages %}{% "
+    start = "{{ " + quote(begin) + " }}"
+    for default in chat.split("||")[3:]:
+        start += "{% if messages[0]['role'] != 'system' %}{{ " + quote(default) + " }}{% endif %}"
+    start += "{% for message in messages %}{% "
     return start + "{% el".join(cases) + ending + "{% endif %}{% endfor %}"
 
 

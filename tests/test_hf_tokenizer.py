@@ -30,6 +30,7 @@ from transformers import AutoTokenizer
 
 import gpt
 from extras.bpe import count_words, train_bpe
+from extras.chat import encode_conversation
 from extras.hf_tokenizer import GPT2_PATTERN, LibraryEncoding
 from hub import read_tokenizer, write_tokenizer
 
@@ -555,6 +556,36 @@ def test_apply_chat_template_renders_our_text(tmp_path, chat, special, end, begi
     ids = theirs.apply_chat_template(MESSAGES, add_generation_prompt=True, return_dict=False)
     known = {i for name, i in tokenizer.special_tokens.items() if name in chat}
     assert known <= set(ids)
+
+
+DEFAULTED = (
+    "{% if messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nbe \"kind\"<|im_end|>\n' }}{% endif %}"
+    "{% for m in messages %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def test_the_system_text_that_a_template_has_by_default(tmp_path):
+    """Without a system text of one's own, what is asked begins with it, also after an export."""
+    tokenizer = own_bpe(own_tokens(), special=" ".join(SMOLLM2_SPECIAL), end="<|im_end|>")
+    write_tokenizer(tokenizer, tmp_path / "theirs", 64)
+    path = tmp_path / "theirs" / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(settings | {"chat_template": DEFAULTED}), encoding="utf-8")
+    ours = read_tokenizer(tmp_path / "theirs")
+    write_tokenizer(ours, tmp_path / "again", 64)
+    for messages in (MESSAGES, MESSAGES[1:2], MESSAGES[1:4]):
+        turns = [(message["role"], message["content"]) for message in messages]
+        ids = encode_conversation(ours, turns)
+        for name in ("theirs", "again"):
+            theirs = AutoTokenizer.from_pretrained(tmp_path / name)
+            generate = messages[-1]["role"] == "user"
+            options = {"add_generation_prompt": generate, "return_dict": False}
+            assert theirs.apply_chat_template(messages, **options) == ids
+    assert read_tokenizer(tmp_path / "again").state == ours.state
 
 
 def test_no_chat_template_of_tokens_that_are_not_there(tmp_path):
