@@ -3,15 +3,19 @@
     python evaluate.py --text=FILE --out_dir=out/shakespeare         the run's best.pt on any text
     python evaluate.py --text=FILE --init_from=gpt2 --stride=512     in overlapping windows
     python evaluate.py --dataset=NAME --checkpoint=FILE              the whole validation split
+    python evaluate.py --choices=FILE.jsonl --init_from=gpt2         multiple choice, as in HellaSwag
 
 A text is read in windows of block_size tokens. Each token counts once. The first tokens of a window
 are predicted from little context, so windows that overlap give lower, and fairer, figures.
 """
 
+import json
+import re
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from gpt import (
     Data,
@@ -30,6 +34,7 @@ from gpt import (
 # ---- Settings: each comment is the help text (python evaluate.py --help) ----
 text = ""  # text file to evaluate on
 dataset = ""  # instead: a data set, whose validation split is used
+choices = ""  # instead: a .jsonl of multiple-choice questions: ctx, endings and label
 data_dir = ""  # folder of all data sets; empty: data/ beside evaluate.py
 out_dir = ""  # folder of the run whose best.pt is evaluated; empty: out/<dataset>
 checkpoint = ""  # instead: a checkpoint file
@@ -136,6 +141,96 @@ def evaluate_dataset(
     return loss_figures(mean_loss(model, example_batches(data, batch_size), dtype), n_tokens)
 
 
+# ---- Multiple choice ----
+def read_choices(path):
+    """Yield (context, endings, number of the right ending) for each line of a .jsonl file.
+
+    The keys are ctx, endings and label. Where HellaSwag's keys activity_label, ctx_a and ctx_b
+    exist, the text is put together as in lm-evaluation-harness. Raises ValueError.
+    """
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            context, endings, label = row.get("ctx", ""), row["endings"], int(row["label"])
+            if {"activity_label", "ctx_a", "ctx_b"} <= row.keys():
+                context = f"{row['ctx_a']} {row['ctx_b'].capitalize()}"
+                context = without_marks(f"{row['activity_label']}: {context}")
+                endings = [without_marks(ending) for ending in endings]
+            if not context.strip() or not all(endings) or not 0 <= label < len(endings):
+                raise ValueError("a part is empty, or label is no number of an ending")
+        except (AttributeError, KeyError, TypeError, ValueError) as e:
+            raise ValueError(
+                f"{path}, line {number} is no question ({type(e).__name__}: {e}): it needs a text "
+                "ctx, a list endings, and label, the number of the right one"
+            ) from e
+        yield context, endings, label
+
+
+def without_marks(text):
+    """Return one of HellaSwag's texts without what is left of WikiHow's markup."""
+    text = text.strip().replace(" [title]", ". ")
+    return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
+
+
+def encode_choice(tokenizer, context, ending, block_size):
+    """Return (the ids of a context and its ending, how many of them belong to the ending).
+
+    A space joins the two. Where they are longer than the model's context, the beginning goes.
+    """
+    before = tokenizer.encode(context.rstrip())
+    ids = tokenizer.encode(f"{context.rstrip()} {ending}")
+    n_ending = len(ids) - len(before)
+    begin = [] if tokenizer.begin_id is None else [tokenizer.begin_id]
+    return [*begin, *ids][-(block_size + 1) :], n_ending
+
+
+@torch.no_grad()
+def ending_log_probs(model, encoded, batch_size, dtype=torch.float32):
+    """Return the log-probability of each ending in nats. encoded: what encode_choice returns."""
+    device = model.ln_f.weight.device
+    model.eval()
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i][0]))  # little padding
+    found = [0.0] * len(encoded)
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        ids = [torch.tensor(encoded[i][0]) for i in rows]
+        padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True).to(device)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            logits, _ = model(padded[:, :-1])
+        losses = F.cross_entropy(logits.float().mT, padded[:, 1:], reduction="none")
+        for i, row in zip(rows, losses):
+            end = len(encoded[i][0]) - 1
+            found[i] = -float(row[max(0, end - encoded[i][1]) : end].sum())
+    return found
+
+
+def evaluate_choices(model, tokenizer, path, batch_size=8, dtype=torch.float32):
+    """Return the figures of a model on multiple-choice questions: acc, acc_norm, questions.
+
+    acc: the share of questions whose right ending has the highest log-probability. acc_norm: the
+    same, with each log-probability divided by the ending's number of characters. Raises ValueError
+    for a file that holds no such questions.
+    """
+    questions = list(read_choices(path))
+    if not questions:
+        raise ValueError(f"{path} is empty: give a file of questions")
+    block_size = model.config.block_size
+    encoded = []
+    for context, endings, _ in questions:
+        for ending in endings:
+            encoded.append(encode_choice(tokenizer, context, ending, block_size))
+    log_probs = iter(ending_log_probs(model, encoded, batch_size, dtype))
+    n_right = {"acc": 0, "acc_norm": 0}
+    for _, endings, label in questions:
+        scores = np.array([next(log_probs) for _ in endings])
+        n_right["acc"] += int(scores.argmax() == label)
+        n_right["acc_norm"] += int((scores / [len(text) for text in endings]).argmax() == label)
+    n = len(questions)
+    return {name: count / n for name, count in n_right.items()} | {"questions": n}
+
+
 # ---- Main ----
 def read_model(source):
     """Return (model, tokenizer, checkpoint) of a checkpoint or of a Hugging Face folder or id."""
@@ -156,9 +251,11 @@ def pick_dtype(name, device):
 
 def check_settings():
     """Raise ValueError for the first setting that has no meaning."""
-    if bool(text) == bool(dataset):
-        raise ValueError("name what to evaluate on, with either --text=FILE or --dataset=NAME")
-    if text and not (checkpoint or init_from or out_dir):
+    if (text != "") + (dataset != "") + (choices != "") != 1:
+        raise ValueError(
+            "name what to evaluate on, with one of --text=FILE, --dataset=NAME and --choices=FILE"
+        )
+    if not dataset and not (checkpoint or init_from or out_dir):
         raise ValueError("name a model, with --out_dir=RUN, --checkpoint=FILE or --init_from=ID")
     if dtype not in ("auto", "float32", "bfloat16"):
         raise ValueError(f"dtype is {dtype!r}: it must be auto, float32 or bfloat16")
@@ -177,6 +274,11 @@ def main():
     model.to(chosen)
     length = min(block_size, model.config.block_size)
     windows = (length, stride, batch_size, pick_dtype(dtype, chosen))
+    if choices:
+        figures = evaluate_choices(model, tokenizer, as_path(choices), batch_size, windows[-1])
+        shares = f"acc {figures['acc']:.4f}, acc_norm {figures['acc_norm']:.4f}"
+        print(f"{source}, {choices}, {figures['questions']:,} questions: {shares}")
+        return
     if text:
         figures = evaluate_text(model, tokenizer, read_text(text), *windows)
     else:

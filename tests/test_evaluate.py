@@ -2,7 +2,9 @@
 
 import base64
 import itertools
+import json
 import math
+import random
 import sys
 from types import SimpleNamespace
 
@@ -313,8 +315,8 @@ def test_texts_that_cannot_be_evaluated(measure, tmp_path, content, message):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({}, "either --text=FILE or --dataset=NAME"),
-        ({"text": "a", "dataset": "b"}, "either --text=FILE or --dataset=NAME"),
+        ({}, "one of --text=FILE, --dataset=NAME and --choices=FILE"),
+        ({"text": "a", "dataset": "b"}, "one of --text=FILE, --dataset=NAME and --choices=FILE"),
         ({"text": "a"}, "name a model, with --out_dir=RUN"),
         ({"dataset": "b", "stride": -1}, "stride is -1: it must be at least 0"),
         ({"dataset": "b", "block_size": 0}, "block_size is 0: it must be at least 1"),
@@ -342,5 +344,77 @@ def test_evaluate_as_a_command(run_script, tmp_path):
     assert (done.returncode, done.stdout) == (2, "")
     assert (
         done.stderr
-        == "error: name what to evaluate on, with either --text=FILE or --dataset=NAME\n"
+        == "error: name what to evaluate on, with one of --text=FILE, --dataset=NAME and --choices=FILE\n"
     )
+
+
+# ---- Multiple choice ----
+def write_questions(path, n=40):
+    draw = random.Random(1)
+    sentences = TEXT.split("\n")
+    rows = []
+    for _ in range(n):
+        *endings, whole = draw.choices(sentences, k=4)
+        cut = whole.index(" is ")
+        endings.append(whole[cut + 1 :])
+        row = {"ctx": whole[:cut], "endings": endings, "label": draw.choice([3, "3", 0])}
+        rows.append(row)
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return rows
+
+
+@pytest.mark.parametrize("batch_size", [1, 7])
+def test_choices_are_scored_as_by_hand(tmp_path, batch_size):
+    """The log-probability of each ending after its context, one by one, in windows of 16 tokens."""
+    model, tokenizer = random_model(), gpt.Tokenizer("char", CHARS)
+    rows = write_questions(tmp_path / "q.jsonl")
+    right, normed = 0, 0
+    for row in rows:
+        scores = []
+        for ending in row["endings"]:
+            ids = tokenizer.encode(f"{row['ctx']} {ending}")
+            n = min(len(ending) + 1, 16)
+            window = torch.tensor([ids[-17:]])
+            with torch.no_grad():
+                log_probs = model(window[:, :-1])[0][0].log_softmax(-1)
+            scores.append(sum(float(log_probs[-k, ids[-k]]) for k in range(1, n + 1)))
+        lengths = [len(ending) for ending in row["endings"]]
+        right += scores.index(max(scores)) == int(row["label"])
+        per_character = [score / n for score, n in zip(scores, lengths, strict=True)]
+        normed += per_character.index(max(per_character)) == int(row["label"])
+    figures = evaluate.evaluate_choices(model, tokenizer, tmp_path / "q.jsonl", batch_size)
+    assert figures == {"acc": right / 40, "acc_norm": normed / 40, "questions": 40}
+    assert 0 < right < 40 and right != normed
+
+
+def test_hellaswags_own_keys_are_put_together(tmp_path):
+    row = {
+        "activity_label": "Cutting",
+        "ctx_a": "A man [header] cuts.",
+        "ctx_b": "he",
+        "label": "1",
+    }
+    row |= {"ctx": "unused", "endings": ["runs [title] off", " sits [step] down."]}
+    (tmp_path / "q.jsonl").write_text(json.dumps(row), encoding="utf-8")
+    ((context, endings, label),) = evaluate.read_choices(tmp_path / "q.jsonl")
+    assert (context, label) == ("Cutting: A man cuts. He", 1)
+    assert endings == ["runs. off", "sits down."]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "no json",
+        "[]",
+        '{"ctx": "a", "endings": ["b"]}',
+        '{"ctx": "a", "endings": ["b"], "label": 1}',
+        '{"ctx": "", "endings": ["b", "c"], "label": 0}',
+        '{"ctx": "a", "endings": [], "label": ""}',
+        '{"ctx": 3, "endings": ["b"], "label": 0}',
+    ],
+)
+def test_what_is_no_question_is_named(tmp_path, line):
+    path = tmp_path / "q.jsonl"
+    path.write_text(f'{{"ctx": "a", "endings": ["b"], "label": 0}}\n{line}\n', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"q.jsonl, line 2 is no question"):
+        list(evaluate.read_choices(path))

@@ -123,6 +123,8 @@ def project(tmp_path_factory):
     for name in ("my_novel.txt", "book.txt", "texts/a.txt", "texts/b.txt", "kaggle.txt"):
         (folder / name).write_text(TEXT, encoding="utf-8")
     (folder / "start.txt").write_text("KING:", encoding="utf-8")
+    question = {"ctx": "1 times 1", "endings": ["is 1", "is 2"], "label": 0}
+    (folder / "questions.jsonl").write_text(json.dumps(question), encoding="utf-8")
     rows = [
         "prompt,response,rating",
         '"a\nb","c",5',
