@@ -3,7 +3,7 @@
     python evaluate.py --text=FILE --out_dir=out/shakespeare         the run's best.pt on any text
     python evaluate.py --text=FILE --init_from=gpt2 --stride=512     in overlapping windows
     python evaluate.py --dataset=NAME --checkpoint=FILE              the whole validation split
-    python evaluate.py --choices=FILE.jsonl --init_from=gpt2         multiple choice, as in HellaSwag
+    python evaluate.py --choices=FILE.jsonl --init_from=gpt2         questions, as in HellaSwag
 
 A text is read in windows of block_size tokens. Each token counts once. The first tokens of a window
 are predicted from little context, so windows that overlap give lower, and fairer, figures.
