@@ -219,7 +219,7 @@ def test_a_conversation_is_asked_as_it_was_trained(name):
     tokenizer = vocabularies()[name]
     encoder = prepare.Encoder(tokenizer.state, "uint32")
     draw = random.Random(3)
-    for _ in range(int(os.environ.get("FUZZ", "1")) * 200):
+    for _ in range(int(os.environ.get("FUZZ", "1")) * 60):
         texts = ["".join(draw.choices(SAID, k=draw.randint(0, 6))) for _ in range(6)]
         system, *said = texts
         n = draw.choice([2, 4])
