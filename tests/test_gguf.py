@@ -133,7 +133,7 @@ def greedy(model, ids, n):
 @pytest.mark.parametrize("kind", ["char", "bpe"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_llama_cpp_gives_the_same_ids_and_greedy_tokens(write_model, tmp_path, family, kind):
-    """In float32 and float16; a sample does not end before its time."""
+    """At least the first ones: 50 in float32, 20 of a GPT-2, 10 in float16. No sample ends early."""
     tokenizer = tokenizer_of(kind)
     model = write_model(tokenizer, **FAMILIES[family])
     draw = random.Random(1)
@@ -145,9 +145,9 @@ def test_llama_cpp_gives_the_same_ids_and_greedy_tokens(write_model, tmp_path, f
             assert engine.encode(text) == tokenizer.encode(text), repr(text)
         n = 50
         if family == "gpt2":
-            n = 20  # the engine reads GELU from a table of float16
+            n = 20  # one of random weights differed after 35; the engine may compute GELU less exactly
         if dtype == "f16":
-            n = 10  # the engine rounds activations to float16, too
+            n = 10  # those of random weights differed after 21 and 27; rounding may be the cause
             as_float16(model)
         for _ in range(3):
             ids = tokenizer.encode(random_text(draw))[:20]
