@@ -357,11 +357,14 @@ CHATS = {
 }
 
 
-def default_system(template, chat):
+def default_system(template, chat, begin):
     """Return what a model's template puts before a question if there is no system text, or "".
 
-    template: the one that comes with the model, for Jinja. chat: the same in the form of gpt.CHAT.
-    Without the library jinja2, there is nothing.
+    The library jinja2 is needed to know it; without the library this returns "".
+
+    template: the one that comes with the model, for Jinja.
+    chat: the same in the form of gpt.CHAT.
+    begin: the name of the token that begins every text, which is left out here.
     """
     try:
         from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -374,7 +377,7 @@ def default_system(template, chat):
         text = environment.from_string(template).render(**asked, bos_token="", eos_token="")
     except Exception:  # a template may need what only transformers has
         return ""
-    before, is_there, _ = text.partition(question)
+    before, is_there, _ = text.removeprefix(begin).partition(question)
     return before if is_there and "||" not in before else ""
 
 
@@ -419,7 +422,7 @@ def read_roles(data, settings, chat):
     template = str(settings.get("chat_template"))
     for mark, (answer_end, known_chat) in CHATS.items():
         if mark in template:
-            default = default_system(template, known_chat)
+            default = default_system(template, known_chat, begin)
             chat = f"{known_chat}||{default}" if default else known_chat
             if answer_end in special_tokens(data):
                 end = answer_end

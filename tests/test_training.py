@@ -970,7 +970,7 @@ def test_a_gpu_that_does_not_work_gives_way_to_the_cpu(monkeypatch, capsys):
     monkeypatch.setattr(torch, "ones", no_kernel)
     for _ in range(2):
         assert gpt.pick_device("auto") == torch.device("cpu")
-    told = capsys.readouterr().out
+    told = capsys.readouterr().err
     assert told == (
         "cuda does not work here (CUDA error: no kernel image is available for execution): "
         "taking the CPU\n"
@@ -987,7 +987,7 @@ def test_a_torch_without_cuda_beside_a_gpu_is_named(monkeypatch, capsys, build):
     monkeypatch.setattr(torch.version, "cuda", build)
     monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}")
     assert gpt.pick_device("auto") == torch.device("cpu")
-    assert ("cannot use the NVIDIA GPU" in capsys.readouterr().out) == (build is None)
+    assert ("cannot use the NVIDIA GPU" in capsys.readouterr().err) == (build is None)
 
 
 @pytest.mark.parametrize(
