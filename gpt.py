@@ -485,6 +485,18 @@ class GPTConfig:
         if not 0 < self.train_temperature < math.inf:
             raise ValueError(f"train_temperature is {self.train_temperature}: it must be above 0")
 
+    def flops_per_token(self):
+        """Return the FLOPs of a training step per token (arXiv:2204.02311, appendix B).
+
+        Each weight of a matrix product takes 6, and attention takes 12 per layer, channel and
+        position. Norms, biases and the lookup of embeddings are not counted.
+        """
+        channels = self.n_head * self.head_dim
+        attention = self.n_embd * 2 * (channels + self.n_kv_head * self.head_dim)
+        mlp = self.n_embd * self.mlp_hidden * (3 if self.use_swiglu else 2)
+        weights = self.n_layer * (attention + mlp) + self.vocab_size * self.n_embd
+        return 6 * weights + 12 * self.n_layer * channels * self.block_size
+
 
 TRAINING_ONLY = tuple(f.name for f in fields(GPTConfig) if "training_only" in f.metadata)
 
@@ -843,18 +855,6 @@ class GPT(nn.Module):
     def n_params(self):
         """Return the number of parameters, counting a tied matrix once."""
         return sum(p.numel() for p in self.parameters())
-
-    def flops_per_token(self):
-        """Return the FLOPs of a training step per token (arXiv:2204.02311, appendix B).
-
-        Each weight of a matrix product takes 6; attention takes 12 per layer, channel and position.
-        """
-        c = self.config
-        lookups = 0 if c.tie_weights else c.vocab_size * c.n_embd
-        if self.wpe is not None:
-            lookups += c.block_size * c.n_embd
-        attention = 12 * c.n_layer * c.n_head * c.head_dim * c.block_size
-        return 6 * (self.n_params() - lookups) + attention
 
     @torch.inference_mode()
     def generate(
@@ -2196,7 +2196,7 @@ def flops_per_second(machine):
             break
     if machine.device.type == "cuda":  # this memory is not the run's
         torch.cuda.reset_peak_memory_stats(machine.device)
-    return model.flops_per_token() * idx.numel() / step_s
+    return model.config.flops_per_token() * idx.numel() / step_s
 
 
 def timed_step(model, idx, machine):
@@ -2317,8 +2317,7 @@ def shape_of_width(settings, width):
 
 def flops_of_token(settings, vocab_size):
     """Return the FLOPs per token of the model that the settings describe."""
-    with torch.device("meta"):  # it takes no memory
-        return GPT(model_config(settings, vocab_size)).flops_per_token()
+    return model_config(settings, vocab_size).flops_per_token()
 
 
 def block_size_of_base(settings):
@@ -2781,7 +2780,7 @@ def what_to_compile(settings, model, data, machine):
     if on_gpu:
         able = torch.cuda.get_device_capability(machine.device) >= (7, 0)
     flops_per_minute = 2.5e15 if on_gpu else 2.5e13  # of a small GPU, and of two cores: a guess
-    minutes_per_row = model.flops_per_token() * settings.block_size / flops_per_minute
+    minutes_per_row = model.config.flops_per_token() * settings.block_size / flops_per_minute
     rows = settings.max_iters * settings.batch_size * settings.gradient_accumulation_steps
     minutes = settings.max_minutes or rows * minutes_per_row
     if settings.max_epochs:
@@ -2992,7 +2991,7 @@ def plan(settings, trainer):
         steps = min(steps, math.ceil(rows / trainer.rows_per_step))
     tokens = trainer.tokens_per_step
     epochs = steps * trainer.rows_per_step / trainer.data.n_rows("train")
-    flops = steps * tokens * trainer.model.flops_per_token()
+    flops = steps * tokens * trainer.model.config.flops_per_token()
     machine.say(
         f"step     {step_s:.3g} s, {tokens / step_s:,.0f} tokens/s, {peak_memory(machine.device)}\n"
         f"in all   {steps:,} steps in {steps * step_s / 60:,.1f} minutes, {epochs:,.1f} epochs, "
@@ -3156,7 +3155,7 @@ def training_loop(settings, machine, folder, progress, started):  # noqa: C901
             step_s = max(1e-9, sum(seconds) / len(seconds))
             seconds = []
             speed = trainer.tokens_per_step / step_s
-            mfu = machine.mfu(speed * model.flops_per_token())
+            mfu = machine.mfu(speed * model.config.flops_per_token())
             log(
                 loss=loss,
                 lr=lr,

@@ -195,7 +195,7 @@ def report(f, found, record=record):
         batch_size=f["batch_size"],
         accumulate=f["accumulate"],
         data=Path(f["data"]).name,
-        mfu=machine.mfu(medians["ours"] * model.flops_per_token()),
+        mfu=machine.mfu(medians["ours"] * model.config.flops_per_token()),
         tokens_per_s={name: round(speed) for name, speed in medians.items()},
         ratios={name: ratios(found["ours"], found[name]) for name in found if name != "ours"},
     )

@@ -11,6 +11,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import torch
+from forks import run_jobs
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,13 +58,17 @@ def edited(source, **values):
     return source
 
 
-def run_alone(folder, *command, **values):
-    """Write gpt.py with these settings into a folder and run it there; return the process."""
+def run_alone(folder, command=(), **values):
+    """Write gpt.py with these settings into a folder and run it there; return the process.
+
+    command: what starts the script, such as torchrun, or nothing.
+    """
     (folder / "gpt.py").write_text(edited(SOURCE, **(TINY | values)), encoding="utf-8")
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)}
-    command = [sys.executable, *command, "gpt.py"]
+    if not command:
+        return run_jobs({"argv": [folder / "gpt.py"], "cwd": folder})[0]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
     options = {"capture_output": True, "text": True, "timeout": 120}
-    return subprocess.run(command, check=False, cwd=folder, env=env, **options)
+    return subprocess.run([*command, "gpt.py"], check=False, cwd=folder, env=env, **options)
 
 
 def saved(folder, name="ckpt.pt", dataset="pydoc"):
@@ -128,8 +133,7 @@ def test_a_named_encoding_of_tiktoken(tmp_path):
     (tmp_path / "tiktoken_ext" / "tiny.py").write_text(PLUGIN)
     (tmp_path / "gpt.py").write_text(SOURCE, encoding="utf-8")
     code = "import gpt; gpt.write_dataset('data/t', 'the other the\\n' * 300, gpt.Tokenizer('tiny'), 't')"
-    env = os.environ | {"PYTHONPATH": str(tmp_path)}
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, check=True)
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
     done = run_alone(tmp_path, dataset="t", max_iters=2)
     assert done.returncode == 0, done.stderr
     assert "tiny vocabulary of 260" in done.stdout
@@ -141,8 +145,8 @@ def test_two_processes_of_torchrun_give_one_processes_losses(tmp_path):
     two.mkdir()
     accumulation = {"gradient_accumulation_steps": 2, "dropout": 0.0, "sample_tokens": 0}
     assert run_alone(one, **accumulation).returncode == 0
-    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    done = run_alone(two, *launch, **accumulation)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = run_alone(two, torchrun, **accumulation)
     assert done.returncode == 0, done.stderr
     assert "DDP" in done.stdout
     for name, weight in saved(one)["model"].items():
@@ -171,13 +175,7 @@ def test_what_needs_more_says_so_in_one_sentence(tmp_path, values, words):
 
 def test_flags_need_the_configurator(tmp_path):
     (tmp_path / "gpt.py").write_text(SOURCE, encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, "gpt.py", "--max_iters=3"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    (done,) = run_jobs({"argv": [tmp_path / "gpt.py", "--max_iters=3"], "cwd": tmp_path})
     assert done.returncode == 2 and "configurator.py" in done.stderr
 
 

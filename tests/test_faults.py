@@ -584,8 +584,8 @@ def flops_per_token_of(dataset):
     c = gpt.model_config(gpt.checked_settings(), vocab_size)
     kv = c.n_kv_head * c.head_dim
     attention = c.n_embd * (c.n_embd + 2 * kv) + c.n_embd**2
-    block = attention + 3 * c.n_embd * c.mlp_hidden + 2 * c.n_embd
-    weights = c.n_layer * block + c.n_embd + vocab_size * c.n_embd
+    block = attention + 3 * c.n_embd * c.mlp_hidden
+    weights = c.n_layer * block + vocab_size * c.n_embd
     return 6 * weights + 12 * c.n_layer * c.n_embd * c.block_size
 
 

@@ -295,5 +295,5 @@ def test_the_machines_speed_is_that_of_its_steps(monkeypatch):
     monkeypatch.setattr(gpt.GPT, "forward", slow)
     machine = gpt.set_up_machine(gpt.checked_settings(device="cpu", dtype="float32"))
     model = gpt.GPT(gpt.GPTConfig(vocab_size=256))
-    expected = model.flops_per_token() * 8 * 256 / 2.0
+    expected = model.config.flops_per_token() * 8 * 256 / 2.0
     assert gpt.flops_per_second(machine) == pytest.approx(expected)
