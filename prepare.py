@@ -37,7 +37,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -51,6 +51,7 @@ from extras.documents import (
     FULL_WEIGHT,
     SPECIALS,
     TABLES,
+    Continuation,
     Conversation,
     Special,
     file_documents,
@@ -58,7 +59,7 @@ from extras.documents import (
     hub_documents,
     suffix_of,
 )
-from extras.hf_tokenizer import GPT2_PATTERN
+from extras.hf_tokenizer import GPT2_PATTERN, PATTERNS
 from gpt import (
     HERE,
     SHAKESPEARE_SHA256,
@@ -71,6 +72,9 @@ from gpt import (
     read_settings,
     read_text,
 )
+
+# The encodings of tiktoken's own, whose patterns allow to encode a text in pieces
+TIKTOKENS_OWN = ("gpt2", "r50k_base", "p50k_base", "p50k_edit", "cl100k_base", "o200k_base")
 
 # ---- Settings: each comment is its help text (python prepare.py --help) ------------------------
 dataset = ""  # a data set known by name, as above; the first word on the command line
@@ -344,6 +348,30 @@ def split_of(i, val_fraction):
     return "val" if n_val > n_val_before else "train"
 
 
+def encodes_piecewise(tokenizer):
+    """Return whether the ids of a text are those of its pieces, as read_pieces cuts it."""
+    kind = tokenizer.state["kind"]
+    return (
+        kind == "char"
+        or kind in TIKTOKENS_OWN
+        or (kind == "bpe" and tokenizer.state["pattern"] in PATTERNS)
+    )
+
+
+def joined(segments):
+    """Yield segments in which the pieces of each text are one."""
+    segments = (segment for segment in segments if segment[1])
+    for (split, weight, kind), group in groupby(segments, lambda s: (s[0], s[2], type(s[1]))):
+        texts = [text for _, text, _ in group]
+        for text in ["".join(texts)] if kind is str else texts:
+            yield split, text, weight
+
+
+def batches_for(tokenizer, segments):
+    """Return batches of segments that this tokenizer may encode one by one."""
+    return batched(segments if encodes_piecewise(tokenizer) else joined(segments))
+
+
 def batched(segments, size=2**18):
     """Yield lists of segments, each with about `size` characters in total."""
     batch = []
@@ -479,8 +507,18 @@ class Encoder:
             return [(np.uint32([self.tokenizer.end_id]), weight)]
         if self.tokenizer.state["kind"] == "char":
             return [(np.uint32(self.tokenizer.encode(text)), weight)]
+        if isinstance(text, Continuation) and self.tokenizer.state["kind"] == "tokenizers":
+            return [(self.encode_continuation(text), weight)]
         encode = self.tokenizer.encoding.encode_to_numpy  # the fastest
         return [(encode(text, disallowed_special=()), weight)]
+
+    def encode_continuation(self, text):
+        """Return the ids of a text without the space that sentencepiece puts before every text."""
+        before = self.tokenizer.encode("\n")
+        ids = self.tokenizer.encode("\n" + text)
+        if ids[: len(before)] == before:
+            return np.uint32(ids[len(before) :])
+        return np.uint32(self.tokenizer.encode(text))
 
     def encode_batch(self, batch):
         """Return {split: (ids, weights, number of text bytes)}. Weights are None if all are 255."""
@@ -740,14 +778,13 @@ def make_dataset(source, kind, folder, part, settings):
     asked = {name: value for name, value in vars(settings).items() if name not in WITHOUT_EFFECT}
 
     files = None
-    batches = batched(segments())
     if (part / "progress.json").exists():
         take_back(folder, part)
-        files = resumed_files(part, asked, facts.weighted, settings, batches)
+        files, batches = resumed_files(part, asked, facts.weighted, settings, segments())
     if files is None:
         tokenizer = make_tokenizer(kind, facts, segments(), settings)
         files = new_files(part, asked, facts.weighted, settings, tokenizer)
-        batches = batched(segments())
+        batches = batches_for(tokenizer, segments())
     write_tokens(files, batches, facts.n_bytes, settings)
 
     for split in ("train", "val"):
@@ -760,19 +797,20 @@ def make_dataset(source, kind, folder, part, settings):
     return publish(files, folder, source.label)
 
 
-def resumed_files(part, asked, weighted, settings, batches):
-    """Return the TokenFiles of an interrupted run, or None if this run cannot use them.
+def resumed_files(part, asked, weighted, settings, segments):
+    """Return (the TokenFiles of an interrupted run, the batches that they do not hold yet).
 
-    The batches that are in the files are removed from `batches`.
+    Both are None if this run cannot use the files.
     """
     state = json.loads((part / "progress.json").read_text(encoding="utf-8"))
     if state["asked"] == asked:
         files = TokenFiles(part, state, weighted, settings)
         print(f"{part}: resuming after {files.written()[1]:,} tokens")
+        batches = batches_for(files.tokenizer, segments)
         if files.resume(batches):
-            return files
+            return files, batches
     print(f"{part}: starting over, because the settings or the text have changed")
-    return None
+    return None, None
 
 
 def new_files(part, asked, weighted, settings, tokenizer):

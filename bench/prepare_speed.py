@@ -1,6 +1,7 @@
 """Measure prepare.py: training a BPE vocabulary, and tokenizing 1 GB versus tiktoken in one thread.
 
     python bench/prepare_speed.py [bpe] [tokenize] [--small=FILE] [--mb=110] [--gb=1] [--runs=3]
+    python bench/prepare_speed.py versus --before=CHECKOUT [--gb=1] [--runs=3]
 
 The text is made of the sources in Python's standard library and in the installed packages, such as
 torch. They are repeated if they are not enough, and the files have 10 MB each. GPT-2's encoding
@@ -15,6 +16,7 @@ sets, in which a shared page counts once.
 import argparse
 import codecs
 import json
+import random
 import statistics
 import subprocess
 import sys
@@ -68,10 +70,10 @@ def memory_of(pid):
     return resident / 1024, proportional / 1024
 
 
-def run_prepare(*arguments):
-    """Run prepare.py; return (seconds, output, peak resident and proportional MiB, the meta)."""
+def run_prepare(*arguments, project=ROOT):
+    """Run a project's prepare.py; return (seconds, output, peak resident and proportional MiB, the meta)."""
     with tempfile.TemporaryDirectory() as data, tempfile.TemporaryFile("w+") as out:
-        command = [sys.executable, ROOT / "prepare.py", *arguments]
+        command = [sys.executable, Path(project) / "prepare.py", *arguments]
         command += [f"--data_dir={data}", "--name=x"]
         peaks = (0.0, 0.0)
         began = time.monotonic()
@@ -151,6 +153,47 @@ def bench_tokenize(folder, runs):
     )
 
 
+def chinese(n_bytes, seed=1):
+    """Return a text of random Chinese words and sentences, in indented paragraphs."""
+    draw = random.Random(seed)
+    letters = [chr(draw.randrange(0x4E00, 0x9FA0)) for _ in range(3000)]
+    words = ["".join(draw.choices(letters[:500], k=draw.randint(1, 4))) for _ in range(5000)]
+    parts = []
+    while 3 * len(parts) < n_bytes / 2:  # a word has about two letters of three bytes
+        parts += draw.choices(words, k=draw.randint(3, 15))
+        parts.append(draw.choice(("，", "，", "。", "？", "。\n\u3000\u3000")))
+    return "".join(parts)
+
+
+def bench_versus(before, folder, n_bytes, runs):
+    """Measure prepare.py of another checkout and of this one, in turn, in two languages."""
+    folder.mkdir()
+    write_sources(folder / "english", n_bytes, n_bytes)
+    (folder / "chinese").mkdir()
+    (folder / "chinese" / "0.txt").write_text(chinese(n_bytes), encoding="utf-8")
+    per_megabyte = {}
+    for language in ("english", "chinese"):
+        (path,) = (folder / language).iterdir()
+        seconds = {"before": [], "now": []}
+        for _ in range(runs):
+            for version, project in (("before", before), ("now", ROOT)):
+                took, *_ = run_prepare(f"--input={path}", "--tokenizer=gpt2", project=project)
+                seconds[version].append(took)
+        ratios = [a / b for a, b in zip(seconds["before"], seconds["now"])]
+        megabytes = path.stat().st_size / 1e6
+        per_megabyte[language] = statistics.median(seconds["now"]) / megabytes
+        record(
+            "prepare_versus_before",
+            language=language,
+            megabytes=round(megabytes, 1),
+            before_s=round(statistics.median(seconds["before"]), 1),
+            now_s=round(statistics.median(seconds["now"]), 1),
+            speedups=[round(ratio, 2) for ratio in ratios],
+        )
+    slower = per_megabyte["chinese"] / per_megabyte["english"]
+    print(f"a byte of Chinese takes {slower:.2f} times as long as one of English")
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("parts", nargs="*", default=["bpe", "tokenize"])
@@ -158,6 +201,7 @@ def main():
     parser.add_argument("--mb", type=float, default=110)  # of bpe's text; a tenth is for validation
     parser.add_argument("--gb", type=float, default=1.0)
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--before")  # for the part versus: a checkout of an earlier version
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         if "bpe" in options.parts:
@@ -169,6 +213,9 @@ def main():
         if "tokenize" in options.parts:
             write_sources(Path(temporary) / "gb", options.gb * 1e9)
             bench_tokenize(Path(temporary) / "gb", options.runs)
+        if "versus" in options.parts:
+            n_bytes = int(options.gb * 1e9)
+            bench_versus(options.before, Path(temporary) / "versus", n_bytes, options.runs)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,10 @@ SPECIALS = f"{EOT} <|user|> <|assistant|> <|pad|>"  # for the tokenizers that pr
 FULL_WEIGHT = 255  # each weight is stored in one byte
 
 
+class Continuation(str):
+    """A text that goes on where the one before it ends, such as the response to a prompt."""
+
+
 class Conversation(str):
     """All texts of a conversation, whose last one is an answer to learn.
 
@@ -147,21 +151,24 @@ def read_lines(blocks):
         yield rest
 
 
-LAST_CUT = re.compile(r"(?s).*(?:\S(?= )|\S\n(?=[^\s/]))")
+# Where every pattern of PATTERNS ends a word: before the space that follows a word, after the line
+# end between two words, and before the punctuation that follows a Chinese, Japanese or Korean letter.
+LETTER = r"[\u3041-\u3096\u30a1-\u30fa\u3400-\u4db5\u4e00-\u9fef\uac00-\ud7a3]"
+LAST_CUT = re.compile(rf"(?s).*(?:\S(?= )|\S\n(?=[^\s/])|{LETTER}(?=[、。，！？；：]))")
 LONGEST_PIECE = 2**24
 
 
 def read_pieces(blocks):
-    """Yield the pieces of a text that comes in blocks. Each can be tokenized on its own.
+    """Yield the pieces of a text that comes in blocks, each of which can be tokenized on its own.
 
-    A piece ends where every tokenizer ends a word anyway: before the space that follows a word,
-    or after the line end between two words. Only a text of 16 million characters without such a
-    place is cut elsewhere.
+    This holds for the patterns of hf_tokenizer.PATTERNS. Only a text of 16 million characters
+    without a place to cut it is cut elsewhere.
     """
     rest = ""
     for block in blocks:
+        searched = max(0, len(rest) - 2)  # what precedes holds no cut
         rest += block
-        cut = LAST_CUT.match(rest)
+        cut = LAST_CUT.match(rest, searched)
         if cut:
             end = cut.end()
         elif len(rest) > LONGEST_PIECE:
@@ -312,7 +319,7 @@ def row_document(where, row, text_column="", clean=""):
             prompt = checked_text(where, row, "prompt")
             response = checked_text(where, row, answer)
             weight = rating_weight(where, row)
-            return [(prompt, 0), (response, weight), (EOT, weight)]
+            return [(prompt, 0), (Continuation(response), weight), (EOT, weight)]
     text = checked_text(where, row, text_column or "text")
     if clean:
         text = "\n".join(map(clean_line, text.split("\n")))

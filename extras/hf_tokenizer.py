@@ -58,6 +58,8 @@ LLAMA3_PATTERN = (
 )
 QWEN2_PATTERN = LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
 
+PATTERNS = (GPT2_PATTERN, TIKTOKENS_GPT2, SMOLLM2_PATTERN, LLAMA3_PATTERN, QWEN2_PATTERN)
+
 BYTE_LEVEL = {
     "type": "ByteLevel",
     "add_prefix_space": False,

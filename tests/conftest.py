@@ -117,9 +117,10 @@ def write_examples():
 def run_script():
     """Return a function that runs a script as a user does: run_script("gpt.py", "--max_iters=3")."""
 
-    def run(*arguments, cwd=ROOT, timeout=120, stdin=None, **env):
+    def run(*arguments, cwd=ROOT, timeout=120, stdin=None, pictures=False, **env):
         script, *rest = arguments
         job = {"argv": [ROOT / script, *rest], "cwd": cwd, "stdin": stdin, "env": env}
+        job["pictures"] = pictures
         return run_jobs(job, timeout=timeout)[0]
 
     return run

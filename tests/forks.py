@@ -12,6 +12,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+# For scripts that are started anew: they draw no loss.png, which saves time.
+NO_PICTURES = {"PYTHONPATH": str(Path(__file__).parent / "no_pictures")}
+
 RUNNER = """
 import atexit, gc, json, os, runpy, signal, sys, traceback
 import torch._dynamo, torch.distributed.fsdp, torch.distributed.tensor
@@ -23,6 +26,8 @@ def work(job):
     signal.alarm(job["timeout"])
     os.chdir(job["cwd"])
     os.environ.update(job["env"])
+    if not job["pictures"]:
+        sys.modules["matplotlib"] = None  # as if it were not installed
     sys.stdin, sys.argv, sys.path[0] = open(0), job["argv"], os.path.dirname(job["argv"][0])
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     try:
@@ -56,7 +61,7 @@ def run_jobs(*jobs, timeout=120):
     """Run jobs at once; return a subprocess.CompletedProcess for each.
 
     A job is a dict with argv (a script's path and its words) and, if need be, code (to run before, or alone, if argv
-    begins with no .py), cwd, env (added to the current one) and stdin, a text.
+    begins with no .py), cwd, env (added to the current one), stdin, a text, and pictures, whether it may draw.
     """
     global runner
     if runner is None:
@@ -76,6 +81,7 @@ def run_jobs(*jobs, timeout=120):
                 )
             plain = {
                 "code": "",
+                "pictures": False,
                 "cwd": os.getcwd(),
                 "timeout": timeout,
                 "files": list(map(str, files)),

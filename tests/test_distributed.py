@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from forks import run_jobs
+from forks import NO_PICTURES, run_jobs
 from test_training import losses, toy_flags
 
 import gpt
@@ -112,8 +112,8 @@ def compare(settings, tmp_path, world_size, cases):
     settings(
         batch_size=4,
         gradient_accumulation_steps=2,
-        max_iters=50,
-        eval_interval=25,
+        max_iters=20,
+        eval_interval=10,
         eval_iters=7,  # batches, which do not share out evenly
         sample_tokens=2,
         sample_at_eval=True,
@@ -136,7 +136,7 @@ def compare(settings, tmp_path, world_size, cases):
 
 
 def test_two_processes_train_as_one(settings, tmp_path):
-    """50 steps by DDP and FSDP2, by Muon and AdamW, give one process's losses and weights."""
+    """20 steps by DDP and FSDP2, by Muon and AdamW, give one process's losses and weights."""
     cases = [("muon", False), ("muon", True), ("adamw", False), ("adamw", True)]
     compare(settings, tmp_path, 2, cases)
 
@@ -150,7 +150,7 @@ def test_four_processes_train_as_one(settings, tmp_path):
 
 def test_shares_of_bfloat16_stay_float32(settings, tmp_path):
     """FSDP multiplies in bfloat16, but keeps, and saves, float32."""
-    settings(dtype="bfloat16", max_iters=20, gradient_accumulation_steps=2)
+    settings(dtype="bfloat16", max_iters=10, gradient_accumulation_steps=2)
     gpt.train(out_dir=str(tmp_path / "one"))
     run_processes(2, {"fsdp": True, "out_dir": str(tmp_path / "two")})
     assert largest_difference(tmp_path / "one", tmp_path / "two") < 0.05
@@ -258,12 +258,12 @@ def test_torchrun_starts_a_killed_run_again(settings, tmp_path):
     """It resumes the last checkpoint, also by --standalone, whose store outlives the processes."""
     settings()
     flags = [*toy_flags(tmp_path), f"--out_dir={tmp_path / 'out'}", "--init_from=auto"]
-    flags += ["--gradient_accumulation_steps=2", "--max_iters=60", "--eval_interval=10"]
+    flags += ["--gradient_accumulation_steps=2", "--max_iters=40", "--eval_interval=10"]
     flags += ["--device=cpu", "--sample_tokens=0"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     process = subprocess.Popen(
         [*torchrun, "--max-restarts=1", "--monitor-interval=0.1", str(ROOT / "gpt.py"), *flags],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | NO_PICTURES | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
@@ -280,7 +280,7 @@ def test_torchrun_starts_a_killed_run_again(settings, tmp_path):
     rest = process.communicate()[0]
     watch.cancel()
     assert process.returncode == 0
-    assert ", resumed after step " in rest and "60 steps, " in rest
+    assert ", resumed after step " in rest and "40 steps, " in rest
 
 
 def test_each_block_is_a_unit_whose_gradients_are_averaged_in_float32(monkeypatch):

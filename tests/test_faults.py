@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TEXT, new_trainer
+from forks import NO_PICTURES
 from terminal import Terminal
 from test_training import assert_same, assert_same_state, losses, read_log, toy_flags
 
@@ -658,7 +659,7 @@ def start(tmp_path, *flags):
     process = subprocess.Popen(
         [sys.executable, "gpt.py", *endless(tmp_path), *flags],
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | NO_PICTURES | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

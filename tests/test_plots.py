@@ -220,10 +220,10 @@ def test_without_matplotlib_there_is_no_picture(settings, pictures, monkeypatch,
 
 def test_plots_draws_a_finished_run(run_script, tmp_path):
     write_log(tmp_path, LOG)
-    done = run_script("extras/plots.py", tmp_path)
+    done = run_script("extras/plots.py", tmp_path, pictures=True)
     assert (done.returncode, done.stdout.strip()) == (0, f"wrote {tmp_path / 'loss.png'}")
     assert (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"
-    done = run_script("extras/plots.py", "nowhere")
+    done = run_script("extras/plots.py", "nowhere", pictures=True)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr
     assert "log.jsonl does not exist: name a run's folder" in done.stderr
@@ -571,9 +571,8 @@ def test_sample_shows_the_next_token(checkpoint, run_script):
 
 def test_sample_shows_attention(checkpoint, run_script, tmp_path):
     _, path = checkpoint
-    done = run_script(
-        "sample.py", f"--checkpoint={path}", "abc" * 9, "--show=attention", cwd=tmp_path
-    )
+    words = [f"--checkpoint={path}", "abc" * 9, "--show=attention"]
+    done = run_script("sample.py", *words, cwd=tmp_path, pictures=True)
     assert (done.returncode, done.stdout.strip()) == (0, "wrote attention.png"), done.stderr
     assert (tmp_path / "attention.png").read_bytes()[:4] == b"\x89PNG"
 

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import new_trainer
-from forks import run_jobs
+from forks import NO_PICTURES, run_jobs
 
 import gpt
 
@@ -303,7 +303,7 @@ def test_resume_after_sigterm_is_bit_exact(settings, tmp_path, run_script):
     process = subprocess.Popen(
         [sys.executable, "gpt.py", *common, f"--out_dir={tmp_path / 'cut'}"],
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | NO_PICTURES | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         text=True,
     )
