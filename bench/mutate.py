@@ -133,6 +133,7 @@ EDITS = {
         "faults": [
             ("bad_steps = 0\n        else", "pass\n        else"),
             ("failing = bad_steps > settings.max_bad_steps", "failing = bad_steps > 10**9"),
+            ("progress.best_val_loss = math.inf\n\n", "pass\n\n"),
         ],
         "optimizer training": [
             ("min_lr / settings.learning_rate\n", "min_lr\n"),

@@ -1601,3 +1601,27 @@ def test_the_speed_is_that_of_the_steps_since_the_last_line(settings, tmp_path, 
 def test_min_lr_above_the_learning_rate_is_refused(settings):
     with pytest.raises(ValueError, match="min_lr is 1.0: it must be at most learning_rate"):
         gpt.train(min_lr=1)
+
+
+@pytest.mark.parametrize("kind", ["DDP", "FSDP"])
+def test_processes_exchange_gradients_in_the_last_micro_batch_alone(settings, monkeypatch, kind):
+    """Each exchange costs time, so three micro-batches need one, not three."""
+    settings(gradient_accumulation_steps=3)
+    trainer = new_trainer()
+    exchanged = []
+    if kind == "DDP":
+        trainer.ddp_model = SimpleNamespace()
+    else:
+        trainer.machine.fsdp = True
+        trainer.model.set_requires_gradient_sync = exchanged.append
+    backward = trainer.backward
+
+    def backward_pass(*args, **options):
+        if kind == "DDP":
+            exchanged.append(trainer.ddp_model.require_backward_grad_sync)
+        return backward(*args, **options)
+
+    monkeypatch.setattr(trainer, "backward", backward_pass)
+    trainer.first_backward = backward_pass
+    trainer.gradients(0)
+    assert exchanged == [False, False, True]
