@@ -211,7 +211,7 @@ EDITS = {
                 "nn.init.normal_(embedding.weight, std=0.01 if tied else 0.3)",
                 "nn.init.normal_(embedding.weight)",
             ),
-            ("attention = 12 * c.n_layer", "attention = 6 * c.n_layer"),
+            ("+ 12 * self.n_layer * channels", "+ 6 * self.n_layer * channels"),
             ("lookups = 0 if c.tie_weights else c.vocab_size * c.n_embd", "lookups = 0"),
             ("hidden = F.silu(gate) * up", "hidden = F.silu(up) * gate"),
             ('approximate="tanh"', 'approximate="none"'),
