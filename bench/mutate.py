@@ -212,7 +212,7 @@ EDITS = {
                 "nn.init.normal_(embedding.weight)",
             ),
             ("+ 12 * self.n_layer * channels", "+ 6 * self.n_layer * channels"),
-            ("lookups = 0 if c.tie_weights else c.vocab_size * c.n_embd", "lookups = 0"),
+            ("+ self.vocab_size * self.n_embd\n        return 6", "\n        return 6"),
             ("hidden = F.silu(gate) * up", "hidden = F.silu(up) * gate"),
             ('approximate="tanh"', 'approximate="none"'),
         ],
