@@ -1,6 +1,7 @@
 """hub.py: turn models in Hugging Face's format into checkpoints of gpt.py, and back.
 
     python hub.py get gpt2                  download or read a model, into models/gpt2/best.pt
+    python hub.py get nanoGPT/out/ckpt.pt   read a run of nanoGPT, or a model.bin of llama2.c
     python hub.py export out/mine FOLDER    write a run for transformers, vLLM and others
     python hub.py gguf out/mine FILE.gguf   write a run for llama.cpp and what builds on it
     python hub.py merge CHECKPOINT          convert a LoRA checkpoint from before 2.0.0
@@ -28,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from extras import gguf, hf_tokenizer
+from extras import foreign, gguf, hf_tokenizer
 from gpt import (
     CHAT,
     GPT,
@@ -49,11 +50,11 @@ from gpt import (
 
 # ---- Settings: each comment is the help text (python hub.py --help) ----
 verb = ""  # the first word: get | export | gguf | merge
-source = ""  # the second word: an id or folder to get, a run to export, a checkpoint to merge
+source = ""  # the second word: an id, folder or file to get, a run to export, a checkpoint to merge
 target = ""  # the third word: the new folder that export writes, or the file that gguf writes
 name = ""  # get: the model's folder in models/; empty: the model's own name
 out = ""  # get and merge: the folder for best.pt; empty: in models/, or beside the run
-dtype = "float32"  # of the weights that are written: float32 | bfloat16; gguf: f32 | f16 | q8_0
+dtype = "float32"  # of the weights: float32 | bfloat16 | float16; gguf: f32 | f16 | q8_0
 base = ""  # merge: new place of the model that LoRA began from; empty: it has not moved
 
 SETTINGS = read_settings(Path(__file__).read_text(encoding="utf-8-sig"))
@@ -63,7 +64,7 @@ USAGE = {
     "gguf": "gguf RUN FILE",
     "merge": "merge CHECKPOINT",
 }
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 GGUF_DTYPES = {"float32": "f32", "float16": "f16", "f32": "f32", "f16": "f16", "q8_0": "q8_0"}
 
 
@@ -640,7 +641,7 @@ def is_redundant(key, shard, config):
 
 
 def has_qk_norm_weights(folder):
-    """Return whether the norms of queries and keys in a folder's files have weights other than 1."""
+    """Return whether the norms of queries and keys in a folder's files do more than divide."""
     for path in weight_files(folder):
         with opened(path) as shard:
             names = [key for key in shard.keys() if QK_NORMS.fullmatch(key)]  # noqa: SIM118
@@ -663,13 +664,43 @@ class UnsetWeights(TorchFunctionMode):
 
 
 @torch.no_grad()
-def load_model(name, dtype=torch.float32, **changes):
-    """Return the GPT of a Hugging Face folder or hub id, on the CPU, in evaluation mode.
+def load_file(path, dtype=torch.float32, **changes):
+    """Return (model, tokenizer) of a checkpoint of nanoGPT (.pt) or of llama2.c (.bin).
 
-    dtype: that of the weights. changes: fields of GPTConfig that affect no weight's shape. The
-    files are read one by one, so that memory holds at most one of them besides the model. Raises
-    FileNotFoundError, and ValueError for a model that gpt.py's GPT cannot represent.
+    dtype, changes: as for load_model. Raises ValueError for any other file.
     """
+    if path.suffix == ".pt":
+        sizes, tensors, state = foreign.read_nanogpt(path)
+    elif path.suffix == ".bin":
+        sizes, tensors, state = foreign.read_llama2c(path)
+    else:
+        raise ValueError(f"{path} is a file: name the folder that holds it and config.json")
+    try:
+        config = GPTConfig(**sizes)
+        with UnsetWeights():
+            model = GPT(replace(config, **changes)).to(dtype).eval()
+        if config.tie_weights:
+            tensors["lm_head.weight"] = tensors["wte.weight"]
+        model.load_state_dict(tensors)
+    except (KeyError, RuntimeError, TypeError, ValueError) as e:
+        reason = " ".join(str(e).split())
+        raise ValueError(f"{path} has no place in gpt.py's GPT ({reason[:200]})") from e
+    if path.suffix == ".pt":
+        print("nanoGPT's GELU is read as GPT-2's approximation of it: losses differ by about 1e-4")
+    return model, Tokenizer(**state)
+
+
+@torch.no_grad()
+def load_model(name, dtype=torch.float32, **changes):
+    """Return the GPT of a Hugging Face folder or hub id, or of a file that load_file reads.
+
+    It is on the CPU, in evaluation mode. dtype: that of the weights. changes: fields of GPTConfig
+    that affect no weight's shape. The files are read one by one, so that memory holds at most one
+    of them besides the model. Raises FileNotFoundError, and ValueError for a model that gpt.py's
+    GPT cannot represent.
+    """
+    if as_path(name).is_file():
+        return load_file(as_path(name), dtype, **changes)[0]
     folder = find_folder(name)
     config, biased = read_config(folder)
     if config.qk_norm and has_qk_norm_weights(folder):
@@ -693,19 +724,22 @@ def load_model(name, dtype=torch.float32, **changes):
 
 
 def load_pretrained(name, dtype=torch.float32, **changes):
-    """Return (model, tokenizer, state) of a Hugging Face folder or hub id.
+    """Return (model, tokenizer, state) of what load_model reads.
 
-    state: what a checkpoint of the model would hold besides the weights. See also load_model.
+    state: what a checkpoint of the model would hold besides the weights.
     """
-    folder = find_folder(name)
-    tokenizer = read_tokenizer(folder)
-    config, _ = read_config(folder)
-    if tokenizer.vocab_size > config.vocab_size:  # fewer tokens are usual: weights are padded
-        raise ValueError(
-            f"{folder}'s tokenizer has {tokenizer.vocab_size} tokens, but its weights have "
-            f"{config.vocab_size}: they do not belong together"
-        )
-    model = load_model(folder, dtype, **changes)
+    if as_path(name).is_file():
+        model, tokenizer = load_file(as_path(name), dtype, **changes)
+    else:
+        folder = find_folder(name)
+        tokenizer = read_tokenizer(folder)
+        config, _ = read_config(folder)
+        if tokenizer.vocab_size > config.vocab_size:  # fewer tokens are usual: weights are padded
+            raise ValueError(
+                f"{folder}'s tokenizer has {tokenizer.vocab_size} tokens, but its weights have "
+                f"{config.vocab_size}: they do not belong together"
+            )
+        model = load_model(folder, dtype, **changes)
     state = {
         "version": __version__,
         "model_args": asdict(model.config),
@@ -717,14 +751,22 @@ def load_pretrained(name, dtype=torch.float32, **changes):
 
 
 # ---- get ----
-def get(name, out=None, dtype=torch.float32):
-    """Return the path of the checkpoint that holds a Hugging Face model, and make it if need be.
+def short_name(name):
+    """Return the name of a model's folder in models/: the model's, or that of a run of nanoGPT."""
+    path = as_path(name).resolve()
+    if path.suffix == ".pt" and path.is_file():
+        return path.parent.name
+    return path.stem if path.is_file() else path.name
 
-    name: a folder or hub id. out: the folder for best.pt; None: models/<name>. dtype: of the stored
+
+def get(name, out=None, dtype=torch.float32):
+    """Return the path of the checkpoint that holds a model of others, and make it if need be.
+
+    name: what load_model reads. out: the folder for best.pt; None: one in models/. dtype: that of the
     weights. A checkpoint appears whole or not at all, so several processes may ask for one at once.
     Raises FileNotFoundError, and ValueError for a model that gpt.py's GPT cannot represent.
     """
-    folder = as_path(out) if out else HERE / "models" / as_path(name).resolve().name
+    folder = as_path(out) if out else HERE / "models" / short_name(name)
     path = folder / "best.pt"
     if path.exists():
         check_same_model(path, name)
@@ -785,7 +827,8 @@ A language model made with gpt.py.
 
     from transformers import pipeline
     generate = pipeline("text-generation", "{title}")
-    print(generate("Once upon a time", max_new_tokens={new_tokens(model.config)})[0]["generated_text"])
+    written = generate("Once upon a time", max_new_tokens={new_tokens(model.config)})
+    print(written[0]["generated_text"])
 """
 
 

@@ -478,13 +478,17 @@ def open_streams(path, config, split):
         ) from e
     try:
         datasets.disable_progress_bars()
-        has_validation = "validation" in datasets.get_dataset_split_names(path, config or None)
+        saved = saved_splits(datasets, Path(path), split)
+        names = saved or datasets.get_dataset_split_names(path, config or None)
         splits = {None: split}
-        if split == "train" and has_validation:
+        if split == "train" and "validation" in names:
             splits = {"val": "validation", "train": "train"}
         streams = []
         for ours, theirs in splits.items():
-            rows = datasets.load_dataset(path, config or None, split=theirs, streaming=True)
+            if saved:
+                rows = saved[theirs]
+            else:
+                rows = datasets.load_dataset(path, config or None, split=theirs, streaming=True)
             streams.append((ours, theirs, rows))
     except Exception as e:  # the library and the network raise errors of many kinds
         raise ValueError(
@@ -492,3 +496,12 @@ def open_streams(path, config, split):
             "--hf_split and the network"
         ) from e
     return streams
+
+
+def saved_splits(datasets, folder, split):
+    """Return {split's name: rows} of a folder that save_to_disk wrote, and {} for any other."""
+    if (folder / "dataset_dict.json").exists():
+        return dict(datasets.load_from_disk(folder))
+    if (folder / "state.json").exists() and (folder / "dataset_info.json").exists():
+        return {split: datasets.load_from_disk(folder)}
+    return {}

@@ -20,6 +20,7 @@ import threading
 import time
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import transformers
@@ -1667,3 +1668,22 @@ def test_progress_towards_max_tokens(clock, capsys):
 def test_the_examples_of_the_docstrings():
     """They give what they say."""
     assert doctest.testmod(documents) == (0, 1)
+
+
+@pytest.mark.parametrize("splits", [None, ["train"], ["train", "validation", "test"]], ids=str)
+def test_a_folder_of_save_to_disk_is_read(prepared, tmp_path, splits):
+    rows = [{"text": f"row {i} of the set"} for i in range(20)]
+    made = datasets.Dataset.from_list(rows)
+    if splits:
+        made = datasets.DatasetDict(dict.fromkeys(splits, made))
+    made.save_to_disk(tmp_path / "saved")
+    prepared(hf=str(tmp_path / "saved"), tokenizer="char")
+    texts = [row["text"] + "<|endoftext|>" for row in rows]
+    is_val = [i % 10 == 0 for i in range(20)]
+    if splits and "validation" in splits:
+        expected = {"train": texts, "val": texts}
+    else:
+        expected = {"train": [t for t, v in zip(texts, is_val) if not v]}
+        expected["val"] = [t for t, v in zip(texts, is_val) if v]
+    for split, parts in expected.items():
+        assert text_of(tmp_path / "data" / "saved", split) == "".join(parts)

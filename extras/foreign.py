@@ -1,0 +1,239 @@
+"""Read the checkpoints of nanoGPT (ckpt.pt) and of llama2.c (model.bin), for hub.py.
+
+    sizes, tensors, tokenizer = read_nanogpt(Path("nanoGPT/out-shakespeare-char/ckpt.pt"))
+    sizes, tensors, tokenizer = read_llama2c(Path("stories15M.bin"))
+
+sizes: fields of gpt.py's GPTConfig. tensors: {name in gpt.py's GPT: tensor}. tokenizer: the state
+of gpt.py's Tokenizer. github.com/karpathy/nanoGPT (model.py, train.py) and
+github.com/karpathy/llama2.c (export.py, run.c) define the formats.
+"""
+
+import json
+import math
+import pickle
+import re
+import struct
+
+import numpy as np
+import torch
+
+# What both formats leave out or call otherwise
+GPT2_PARTS = {"use_rope": False, "use_rms_norm": False, "use_swiglu": False, "qk_norm": False}
+
+
+# ---- nanoGPT ----
+class PlainUnpickler(pickle.Unpickler):
+    """Reads numbers, texts, lists and dicts; a pickle that asks for more could run any code."""
+
+    def find_class(self, module, name):
+        raise ValueError(f"it asks for {module}.{name}")
+
+
+def read_nanogpt(path):
+    """Return (sizes, tensors, tokenizer) of a ckpt.pt. Raises ValueError for another file."""
+    try:
+        state = dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as e:  # torch raises half a dozen types of error
+        raise ValueError(f"{path} is damaged or no checkpoint ({type(e).__name__})") from e
+    if "tokenizer" in state:
+        raise ValueError(f"{path} is a checkpoint of gpt.py already: use it as it is")
+    try:
+        sizes = dict(state["model_args"])
+        weights = dict(state["model"])
+        dataset = state["config"]["dataset"]
+    except (KeyError, TypeError) as e:
+        raise ValueError(f"{path} is no checkpoint of nanoGPT ({e} is missing)") from e
+    tensors = {}
+    for name, tensor in weights.items():
+        name = name.removeprefix("_orig_mod.").removeprefix("transformer.")
+        if not re.fullmatch(r"h\.\d+\.attn\.bias", name):  # the mask, in early versions
+            tensors[name] = tensor
+    sizes = {"bias": True} | sizes | GPT2_PARTS
+    sizes |= {"n_kv_head": sizes["n_head"], "tie_weights": True, "dropout": 0.0}
+    return sizes, tensors, nanogpt_tokenizer(path, dataset, sizes["vocab_size"])
+
+
+def nanogpt_tokenizer(path, dataset, vocab_size):
+    """Return the state of the tokenizer: characters from meta.pkl, or GPT-2's, as in sample.py."""
+    places = [path.parent / "meta.pkl"]
+    places += [folder / "data" / dataset / "meta.pkl" for folder in path.resolve().parents[1:3]]
+    found = [place for place in places if place.exists()]
+    if not found and vocab_size < 50257:
+        raise ValueError(
+            f"{path} has a vocabulary of {vocab_size}, and no meta.pkl says which: copy nanoGPT's "
+            f"data/{dataset}/meta.pkl beside it"
+        )
+    if not found:
+        return {"kind": "gpt2"}
+    try:
+        with open(found[0], "rb") as file:
+            names = PlainUnpickler(file).load()["itos"]
+        chars = "".join(names[i] for i in range(len(names)))
+        assert len(chars) == len(names) <= vocab_size
+    except Exception as e:  # a pickle that is damaged raises errors of many kinds
+        raise ValueError(f"{found[0]} does not hold characters as nanoGPT's do ({e})") from e
+    return {"kind": "char", "chars": chars}
+
+
+# ---- llama2.c ----
+MAGIC = 0x616B3432  # "ak42", with which a file of version 1 begins
+SIZES = ("n_embd", "mlp_hidden", "n_layer", "n_head", "n_kv_head", "vocab_size", "block_size")
+
+
+def read_llama2c(path):
+    """Return (sizes, tensors, tokenizer) of a model.bin. Raises ValueError for another file."""
+    with open(path, "rb") as file:
+        head = file.read(256)
+    if len(head) < 256:
+        raise ValueError(f"{path} is no model of llama2.c: it has only {len(head)} bytes")
+    if head.startswith((b"PK", b"\x80")):
+        raise ValueError(f"{path} is a pickle, which can run any code: save it as safetensors")
+    magic, version = struct.unpack_from("<Ii", head)
+    numbers = struct.unpack_from("<7i", head, 8 if magic == MAGIC else 0)
+    if magic == MAGIC and version != 1:
+        raise ValueError(
+            f"{path} is of llama2.c's version {version}, whose weights are rounded to integers: "
+            "export the model with --version 1"
+        )
+    sizes = dict(zip(SIZES, numbers))
+    tied = bool(head[36]) if magic == MAGIC else sizes["vocab_size"] > 0
+    sizes["vocab_size"] = abs(sizes["vocab_size"])
+    if min(sizes.values()) < 1 or sizes["n_embd"] % sizes["n_head"]:
+        raise ValueError(f"{path} is no model of llama2.c: it begins with {list(numbers)}")
+    shapes = layout(sizes, tied, is_first_version=magic != MAGIC)
+    offset = 256 if magic == MAGIC else 28
+    n_bytes = offset + 4 * sum(math.prod(shape) for _, shape in shapes)
+    if path.stat().st_size != n_bytes:
+        raise ValueError(
+            f"{path} is no model of llama2.c, or not whole: it has {path.stat().st_size:,} bytes "
+            f"instead of {n_bytes:,}"
+        )
+    parts = {}
+    for name, shape in shapes:
+        parts[name] = torch.from_numpy(np.fromfile(path, "<f4", math.prod(shape), offset=offset))
+        parts[name] = parts[name].view(shape)
+        offset += 4 * math.prod(shape)
+    sizes |= {"tie_weights": tied, "bias": False, "qk_norm": False, "dropout": 0.0}
+    sizes |= {"use_rope": True, "use_rms_norm": True, "use_swiglu": True}
+    return sizes, llama2c_tensors(parts, sizes), llama2c_tokenizer(path, sizes["vocab_size"])
+
+
+def layout(sizes, tied, is_first_version):
+    """Return [(name, shape), ...] of the tensors in a file, in their order."""
+    dim, hidden, n_layer, n_head, n_kv_head, vocab_size, block_size = (sizes[n] for n in SIZES)
+    head_dim = dim // n_head
+    embeddings, last_norm = ("embeddings", (vocab_size, dim)), ("norm", (dim,))
+    norms = [("attention_norm", (n_layer, dim)), ("ffn_norm", (n_layer, dim))]
+    attention = [
+        ("wq", (n_layer, n_head * head_dim, dim)),
+        ("wk", (n_layer, n_kv_head * head_dim, dim)),
+        ("wv", (n_layer, n_kv_head * head_dim, dim)),
+        ("wo", (n_layer, dim, n_head * head_dim)),
+    ]
+    mlp = [
+        ("w1", (n_layer, hidden, dim)),
+        ("w2", (n_layer, dim, hidden)),
+        ("w3", (n_layer, hidden, dim)),
+    ]
+    head = [] if tied else [("head", (vocab_size, dim))]
+    if not is_first_version:
+        return [*norms, last_norm, embeddings, *attention, *mlp, *head]
+    angles = ("angles", (2, block_size, head_dim // 2))
+    return [embeddings, norms[0], *attention, norms[1], *mlp, last_norm, angles, *head]
+
+
+def in_halves(rows, n_heads):
+    """Return rows of q or k for rotating components i and i + d / 2, where 2i and 2i + 1 were."""
+    pairs = rows.view(n_heads, -1, 2, rows.shape[-1])
+    return pairs.transpose(1, 2).reshape(rows.shape)
+
+
+def llama2c_tensors(parts, sizes):
+    """Return {name in gpt.py's GPT: tensor}."""
+    tensors = {"wte.weight": parts["embeddings"], "ln_f.weight": parts["norm"]}
+    if "head" in parts:
+        tensors["lm_head.weight"] = parts["head"]
+    for i in range(sizes["n_layer"]):
+        q = in_halves(parts["wq"][i], sizes["n_head"])
+        k = in_halves(parts["wk"][i], sizes["n_kv_head"])
+        tensors |= {
+            f"h.{i}.ln_1.weight": parts["attention_norm"][i],
+            f"h.{i}.attn.c_attn.weight": torch.cat((q, k, parts["wv"][i])),
+            f"h.{i}.attn.c_proj.weight": parts["wo"][i],
+            f"h.{i}.ln_2.weight": parts["ffn_norm"][i],
+            f"h.{i}.mlp.c_fc.weight": torch.cat((parts["w1"][i], parts["w3"][i])),
+            f"h.{i}.mlp.c_proj.weight": parts["w2"][i],
+        }
+    return tensors
+
+
+def llama2c_tokenizer(path, vocab_size):
+    """Return the state of the tokenizer in the tok*.bin beside a model, such as tokenizer.bin."""
+    named = sorted(path.parent.glob("tok*.bin"), key=lambda p: p.name != "tokenizer.bin")
+    if not named:
+        raise ValueError(f"{path} needs its tokenizer: copy llama2.c's tokenizer.bin beside it")
+    content = named[0].read_bytes()
+    tokens = []
+    place = 4  # after the length of the longest token
+    try:
+        while place < len(content):
+            score, length = struct.unpack_from("<fi", content, place)
+            text = content[place + 8 : place + 8 + length].decode()
+            tokens.append((text.strip() if len(tokens) < 3 else text.replace(" ", "▁"), score))
+            place += 8 + length
+        assert len(tokens) == vocab_size and place == len(content)
+    except (AssertionError, UnicodeDecodeError, struct.error) as e:
+        raise ValueError(
+            f"{named[0]} does not hold {vocab_size} tokens as llama2.c writes them: copy the file "
+            "that belongs to the model beside it"
+        ) from e
+    data = sentencepiece(tokens)
+    return {
+        "kind": "tokenizers",
+        "json": json.dumps(data, ensure_ascii=False),
+        "begin": "<s>",
+        "end": "</s>",
+    }
+
+
+def sentencepiece(tokens):
+    """Return the tokenizer.json of sentencepiece's byte pairs, given as [(token, score), ...].
+
+    Of two neighbouring tokens, those whose union scores best are merged first.
+    """
+    vocab = {token: i for i, (token, _) in enumerate(tokens)}
+    merges = []
+    for token, score in tokens[259:]:  # after three special tokens and 256 bytes
+        for i in range(1, len(token)):
+            if token[:i] in vocab and token[i:] in vocab:
+                merges.append((-score, token[:i], token[i:]))
+    merges.sort(key=lambda merge: merge[0])
+    special = [
+        {"id": i, "content": token, "special": True, "normalized": False}
+        | dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+        for i, (token, _) in enumerate(tokens[:3])
+    ]
+    normalizers = [
+        {"type": "Prepend", "prepend": "▁"},
+        {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+    ]
+    decoders = [
+        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+        {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+    ]
+    return {
+        "version": "1.0",
+        "added_tokens": special,
+        "normalizer": {"type": "Sequence", "normalizers": normalizers},
+        "decoder": {"type": "Sequence", "decoders": decoders},
+        "model": {
+            "type": "BPE",
+            "vocab": vocab,
+            "merges": [[left, right] for _, left, right in merges],
+            "unk_token": tokens[0][0],
+            "byte_fallback": True,
+            "fuse_unk": True,
+        },
+    }
