@@ -686,7 +686,7 @@ def load_file(path, dtype=torch.float32, **changes):
         reason = " ".join(str(e).split())
         raise ValueError(f"{path} has no place in gpt.py's GPT ({reason[:200]})") from e
     if path.suffix == ".pt":
-        print("nanoGPT's GELU is read as GPT-2's approximation of it: losses differ by about 1e-4")
+        print("nanoGPT's GELU is read as GPT-2's approximation of it: losses differ by less than 1e-4")
     return model, Tokenizer(**state)
 
 

@@ -133,27 +133,44 @@ def greedy(model, ids, n):
 @pytest.mark.parametrize("kind", ["char", "bpe"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_llama_cpp_gives_the_same_ids_and_greedy_tokens(write_model, tmp_path, family, kind):
-    """At least the first ones: 50 in float32, 20 of a GPT-2, 10 in float16. No sample ends early."""
+    """50 tokens, unless two are so close that rounding decides. No sample ends early.
+
+    The engine multiplies float16 weights by activations that it rounds to float16, too, and looks
+    GELU up in a table in float16.
+    """
     tokenizer = tokenizer_of(kind)
     model = write_model(tokenizer, **FAMILIES[family])
     draw = random.Random(1)
     for dtype in ("f32", "f16"):
+        closest = 2e-2 if dtype == "f16" or family == "gpt2" else 5e-4
         hub.write_gguf(tmp_path, tmp_path / f"{dtype}.gguf", dtype)
         engine = Engine(tmp_path / f"{dtype}.gguf")
         for _ in range(100):
             text = random_text(draw)
             assert engine.encode(text) == tokenizer.encode(text), repr(text)
-        n = 50
-        if family == "gpt2":
-            n = 20  # one of random weights differed after 35; the engine may compute GELU less exactly
         if dtype == "f16":
-            n = 10  # those of random weights differed after 21 and 27; rounding may be the cause
             as_float16(model)
         for _ in range(3):
             ids = tokenizer.encode(random_text(draw))[:20]
             theirs = engine.continue_greedily(ids, 50)
             assert len(theirs) == 50
-            assert theirs[:n] == greedy(model, ids, n), dtype
+            assert_same_but_for_ties(model, ids, theirs, closest)
+
+
+def assert_same_but_for_ties(model, ids, theirs, closest):
+    """Assert that `theirs` are the greedy tokens after ids, up to a tie of our two best logits.
+
+    closest: how far apart two logits must be for their order to be the same in both programs.
+    """
+    ours = greedy(model, ids, len(theirs))
+    n = next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), len(ours))
+    if n < len(ours):
+        with torch.no_grad():
+            logits, _ = model(torch.tensor([ids + ours[:n]]))
+        best = logits[0, -1].topk(2)
+        assert set(best.indices.tolist()) == {ours[n], theirs[n]}
+        assert best.values.diff().abs() < closest, (n, best)
+    assert n >= 10
 
 
 @pytest.mark.parametrize("shape", SHAPES)
