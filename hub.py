@@ -547,8 +547,6 @@ def find_folder(name):
     Raises FileNotFoundError, and ValueError if huggingface_hub is needed and not installed.
     """
     path = as_path(name)
-    if path.is_file():
-        raise FileNotFoundError(f"{path} is a file: name the folder that holds config.json")
     if (path / "best.pt").exists() and not (path / "config.json").exists():
         raise FileNotFoundError(f"{path} is a run of gpt.py already: use it as it is")
     if str(name) and path.is_dir():
@@ -667,14 +665,15 @@ class UnsetWeights(TorchFunctionMode):
 def load_file(path, dtype=torch.float32, **changes):
     """Return (model, tokenizer) of a checkpoint of nanoGPT (.pt) or of llama2.c (.bin).
 
-    dtype, changes: as for load_model. Raises ValueError for any other file.
+    dtype, changes: as for load_model. Raises FileNotFoundError for a file of another kind, and
+    ValueError for a damaged one.
     """
     if path.suffix == ".pt":
         sizes, tensors, state = foreign.read_nanogpt(path)
     elif path.suffix == ".bin":
         sizes, tensors, state = foreign.read_llama2c(path)
     else:
-        raise ValueError(f"{path} is a file: name the folder that holds it and config.json")
+        raise FileNotFoundError(f"{path} is a file: name the folder that holds config.json")
     try:
         config = GPTConfig(**sizes)
         with UnsetWeights():
@@ -686,7 +685,9 @@ def load_file(path, dtype=torch.float32, **changes):
         reason = " ".join(str(e).split())
         raise ValueError(f"{path} has no place in gpt.py's GPT ({reason[:200]})") from e
     if path.suffix == ".pt":
-        print("nanoGPT's GELU is read as GPT-2's approximation of it: losses differ by less than 1e-4")
+        print(
+            "nanoGPT's GELU is read as GPT-2's approximation of it: losses differ by less than 1e-4"
+        )
     return model, Tokenizer(**state)
 
 
@@ -762,8 +763,8 @@ def short_name(name):
 def get(name, out=None, dtype=torch.float32):
     """Return the path of the checkpoint that holds a model of others, and make it if need be.
 
-    name: what load_model reads. out: the folder for best.pt; None: one in models/. dtype: that of the
-    weights. A checkpoint appears whole or not at all, so several processes may ask for one at once.
+    name: what load_model reads. out: the folder for best.pt; None: one in models/. dtype: that of
+    the weights. A checkpoint appears whole or not at all, so several processes may ask for one at once.
     Raises FileNotFoundError, and ValueError for a model that gpt.py's GPT cannot represent.
     """
     folder = as_path(out) if out else HERE / "models" / short_name(name)
@@ -1014,8 +1015,6 @@ def in_turns(tensor, n_heads):
 
 def gguf_tensors(model):
     """Return {name in a GGUF file: tensor} of a model."""
-    config = model.config
-    family = gguf_family(config)
     tensors = {}
     for name, parameter in model.named_parameters():
         module, _, kind = name.rpartition(".")
@@ -1023,16 +1022,32 @@ def gguf_tensors(model):
             tensors[f"{GGUF_OUTSIDE[module]}.{kind}"] = parameter.data
             continue
         _, layer, part = module.split(".", 2)  # "h.0.attn.c_attn"
-        names, rows = GGUF_INSIDE[part], [len(parameter)]
-        if family == "gpt2":
-            names = {"attn.c_attn": ["attn_qkv"], "mlp.c_fc": ["ffn_up"]}.get(part, names)
-        elif len(names) > 1:
-            rows = model.get_submodule(module.rpartition(".")[0]).parts
-        for there, tensor in zip(names, parameter.data.split(rows), strict=True):
-            if family == "llama" and there in ("attn_q", "attn_k"):
-                n_heads = config.n_head if there == "attn_q" else config.n_kv_head
-                tensor = in_turns(tensor, n_heads)
+        for there, tensor in gguf_parts(model, layer, part, parameter.data).items():
             tensors[f"blk.{layer}.{there}.{kind}"] = tensor
+    return tensors | gguf_constants(model.config)
+
+
+def gguf_parts(model, layer, part, tensor):
+    """Return {name within a block of a GGUF file: tensor} of one parameter, which may be fused."""
+    config = model.config
+    family = gguf_family(config)
+    if family == "gpt2":
+        names = {"attn.c_attn": ["attn_qkv"], "mlp.c_fc": ["ffn_up"]}.get(part, GGUF_INSIDE[part])
+        return {names[0]: tensor}
+    names = GGUF_INSIDE[part]
+    if len(names) == 1:
+        return {names[0]: tensor}
+    fused = model.h[int(layer)].get_submodule(part.partition(".")[0])
+    tensors = dict(zip(names, tensor.split(fused.parts), strict=True))
+    if family == "llama" and "attn_q" in tensors:
+        tensors["attn_q"] = in_turns(tensors["attn_q"], config.n_head)
+        tensors["attn_k"] = in_turns(tensors["attn_k"], config.n_kv_head)
+    return tensors
+
+
+def gguf_constants(config):
+    """Return {name in a GGUF file: tensor} of what llama.cpp stores and a GPT computes."""
+    tensors = {}
     if config.qk_norm and not config.qk_norm_weights:  # llama.cpp's norms have weights
         for layer in range(config.n_layer):
             for there in ("attn_q_norm", "attn_k_norm"):
@@ -1041,6 +1056,26 @@ def gguf_tensors(model):
         speeds = config.rope_theta ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)
         tensors["rope_freqs.weight"] = speeds / slow_down(speeds, **config.rope_scaling)
     return tensors
+
+
+def merges_of_characters(characters):
+    """Return the pairs that make each character of its bytes, one byte after the other."""
+    spelled = [hf_tokenizer.spell(c.encode()) for c in characters]
+    pairs = [(c[:n], c[n]) for n in range(1, 4) for c in spelled if n < len(c)]
+    return list(dict.fromkeys(pairs))
+
+
+def known_pattern(data):
+    """Return the pattern by which a tokenizer.json cuts words. Raises ValueError if unknown."""
+    pattern = hf_tokenizer.read_pattern(data.get("pre_tokenizer"))
+    all_special = all(token["special"] for token in data["added_tokens"])
+    if pattern not in PATTERN_NAMES or data.get("normalizer") or not all_special:
+        known = ", ".join(PATTERN_NAMES.values())
+        raise ValueError(
+            "llama.cpp does not cut words as this tokenizer does: it knows the patterns of "
+            f"{known} by name"
+        )
+    return pattern
 
 
 def gguf_vocabulary(tokenizer, vocab_size):
@@ -1053,23 +1088,16 @@ def gguf_vocabulary(tokenizer, vocab_size):
     vocab, special = data["model"]["vocab"], tokenizer.special_tokens
     if tokenizer.state["kind"] == "char":
         pattern = hf_tokenizer.GPT2_PATTERN
-        vocab = {hf_tokenizer.spell(c.encode()): i for c, i in vocab.items() if c not in special}
-        # The bytes of a character are merged one after the other.
-        merges = [(c[:n], c[n]) for n in range(1, 4) for c in vocab if n < len(c)]
-        merges = list(dict.fromkeys(merges))
+        characters = vocab.keys() - special.keys()
+        merges = merges_of_characters(sorted(characters, key=vocab.get))
+        vocab = {hf_tokenizer.spell(c.encode()): vocab[c] for c in characters}
     else:
-        pattern = hf_tokenizer.read_pattern(data.get("pre_tokenizer"))
+        pattern = known_pattern(data)
         merges = data["model"].get("merges")
-        all_plain = all(token["special"] for token in data["added_tokens"])
-        if pattern not in PATTERN_NAMES or data.get("normalizer") or not all_plain:
-            known = ", ".join(PATTERN_NAMES.values())
-            raise ValueError(
-                "llama.cpp does not cut words as this tokenizer does: it knows the patterns of "
-                f"{known} by name"
-            )
     names = {i: name for name, i in (vocab | special).items()}
     tokens = [names.get(i, f"<unused {i}>") for i in range(vocab_size)]
-    types = [5 if i not in names else 3 if names[i] in special else 1 for i in range(vocab_size)]
+    plain_or_special = {name: 3 if name in special else 1 for name in names.values()}
+    types = [plain_or_special.get(token, 5) for token in tokens]
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in merges]
     return tokens, types, merges, PATTERN_NAMES[pattern]
 

@@ -152,7 +152,7 @@ def read_lines(blocks):
 
 
 # Where every pattern of PATTERNS ends a word: before the space that follows a word, after the line
-# end between two words, and before the punctuation that follows a Chinese, Japanese or Korean letter.
+# end between two words, and before punctuation that follows a Chinese, Japanese or Korean letter.
 LETTER = r"[\u3041-\u3096\u30a1-\u30fa\u3400-\u4db5\u4e00-\u9fef\uac00-\ud7a3]"
 LAST_CUT = re.compile(rf"(?s).*(?:\S(?= )|\S\n(?=[^\s/])|{LETTER}(?=[、。，！？；：]))")
 LONGEST_PIECE = 2**24

@@ -157,7 +157,7 @@ def test_what_is_no_run_of_nanogpt_is_refused(nanogpt, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="'model_args' is missing"):
         hub.load_model(path)
     (tmp_path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(ValueError, match="name the folder that holds it and config.json"):
+    with pytest.raises(FileNotFoundError, match="name the folder that holds config.json"):
         hub.load_model(tmp_path / "model.safetensors")
 
 
