@@ -322,7 +322,7 @@ class Copy:
         """
         files = [f"tests/test_{name}.py" for name in tests.split()]
         names = (order or {}).get(tests, files)
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider"]
+        command = [sys.executable, "-m", "pytest", "-x", "-n", "0", "-p", "no:cacheprovider"]
         try:
             result = subprocess.run(
                 [*command, "--durations=0", "-vv", *names],
