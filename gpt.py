@@ -352,6 +352,8 @@ class Tokenizer:
         self.begin_id = self.special_tokens.get(self.begin)  # None: there is no such token
         self.end_id = self.special_tokens.get(self.end)
         self.chat_parts = self.chat.split("||")
+        # ChatML, for one, ends every turn of a conversation by the token that ends an answer.
+        self.ends_turns = any(self.end in part for part in self.chat_parts[:2])
 
     def make_encoding(self):
         """Return the encoding that the fields describe: a tiktoken.Encoding or LibraryEncoding."""
@@ -1498,7 +1500,7 @@ class Data:
         sums = np.concatenate(([0], np.cumsum(weights, dtype=np.int64)))
         starts = []
         begin = 0
-        for end in np.flatnonzero(self.tokens[split][:] == self.tokenizer.end_id) + 1:
+        for end in np.flatnonzero(self.ends_example(self.tokens[split][:], weights)) + 1:
             for start in range(begin, end - 1, self.block_size):
                 last = min(start + self.block_size, end - 1)  # position of the row's last target
                 if sums[last + 1] > sums[start + 1]:
@@ -1507,6 +1509,11 @@ class Data:
                     self.n_empty += 1
             begin = end
         return starts
+
+    def ends_example(self, ids, weights):
+        """Return whether each id ends an example; a turn's end within a prompt has weight 0."""
+        ends = ids == self.tokenizer.end_id
+        return ends & (weights > 0) if self.tokenizer.ends_turns else ends
 
     def row_start(self, split, row):
         """Return where a row begins.
@@ -1549,8 +1556,9 @@ class Data:
         y = ids[:, 1:].copy()
         w = inside[:, 1:].astype(np.float32)
         if self.weighted:
-            example_ended = (x == self.tokenizer.end_id).cumsum(1) > 0
-            w *= ~example_ended * self.weights[split][positions[:, 1:]] / np.float32(255)
+            weights = self.weights[split][positions]
+            example_ended = self.ends_example(x, weights[:, :-1]).cumsum(1) > 0
+            w *= ~example_ended * weights[:, 1:] / np.float32(255)
         return torch.from_numpy(x), torch.from_numpy(y), torch.from_numpy(w)
 
     def n_rows(self, split):

@@ -367,8 +367,22 @@ def joined(segments):
             yield split, text, weight
 
 
-def batches_for(tokenizer, segments):
+def worth_learning(segments):
+    """Yield the segments of all examples but those of weight 0, whose answers teach nothing."""
+    example = []
+    for segment in segments:
+        example.append(segment)
+        _, text, weight = segment
+        if isinstance(text, (Special, Conversation)):  # the example's last part
+            if weight > 0:
+                yield from example
+            example = []
+
+
+def batches_for(tokenizer, segments, weighted):
     """Return batches of segments that this tokenizer may encode one by one."""
+    if weighted and tokenizer.ends_turns:  # only an answer's weight tells its end from a turn's
+        segments = worth_learning(segments)
     return batched(segments if encodes_piecewise(tokenizer) else joined(segments))
 
 
@@ -784,7 +798,7 @@ def make_dataset(source, kind, folder, part, settings):
     if files is None:
         tokenizer = make_tokenizer(kind, facts, segments(), settings)
         files = new_files(part, asked, facts.weighted, settings, tokenizer)
-        batches = batches_for(tokenizer, segments())
+        batches = batches_for(tokenizer, segments(), facts.weighted)
     write_tokens(files, batches, facts.n_bytes, settings)
 
     for split in ("train", "val"):
@@ -806,7 +820,7 @@ def resumed_files(part, asked, weighted, settings, segments):
     if state["asked"] == asked:
         files = TokenFiles(part, state, weighted, settings)
         print(f"{part}: resuming after {files.written()[1]:,} tokens")
-        batches = batches_for(files.tokenizer, segments)
+        batches = batches_for(files.tokenizer, segments, weighted)
         if files.resume(batches):
             return files, batches
     print(f"{part}: starting over, because the settings or the text have changed")
@@ -884,7 +898,11 @@ def read_ids(tokens, size=2**23):
 def document_lengths(data):
     """Return the lengths of all documents in tokens, without the mark that ends each."""
     lengths = []
-    for tokens in data.tokens.values():
+    for split, tokens in data.tokens.items():
+        if data.weighted:
+            ends = np.flatnonzero(data.ends_example(tokens[:], data.weights[split][:]))
+            lengths += (np.diff(ends, prepend=-1) - 1).tolist()
+            continue
         ends = [-1]
         n_before = 0
         for ids in read_ids(tokens):

@@ -414,3 +414,50 @@ def test_a_tokenizer_without_the_templates_tokens_is_refused():
     ):
         chat_of(gpt.Tokenizer("char", LETTERS))
     chat_of(gpt.Tokenizer("char", LETTERS, chat="%s\n||you? %s\nme? ||%s\n"))  # needs none
+
+
+# ---- Templates whose end token ends each turn ----
+
+
+@pytest.mark.parametrize("default", ["", "||<|im_start|>system\nbe kind<|im_end|>\n"])
+def test_a_row_holds_the_whole_conversation_before_an_answer(tmp_path, default):
+    """ChatML ends a question as it ends an answer. Rows must not begin after the question.
+
+    Answers that are rated 1 teach nothing, and must not become a part of other examples.
+    """
+    tokens = train_bpe(count_words([TOPICS[:20_000]], GPT2_PATTERN), 300)
+    special = "<|im_start|> <|im_end|>"
+    tokenizer = own_bpe(tokens, special=special, end="<|im_end|>", chat=CHATML + default)
+    (tmp_path / "data" / "own").mkdir(parents=True)
+    gpt.write_dataset(tmp_path / "data" / "own", "a text " * 30, tokenizer, "tests")
+    rows, expected = [], []
+    for i in range(40):
+        said = [("system", f"rule {i}")] * (i % 3 == 0) + [("user", f"question {i}?")]
+        said.append(("assistant", f"answer {i}"))
+        if i % 4 == 1:
+            said += [("user", "and then?"), ("assistant", f"then {i}")]
+        messages = [{"role": role, "content": text} for role, text in said]
+        rating = 1 if i % 5 == 2 else 5
+        rows.append(json.dumps({"messages": messages, "rating": rating}))
+        for n in range(2, len(said) + 1):
+            if i % 10 and rating == 5 and said[n - 1][0] == "assistant":  # 0, 10, ... are for val
+                prompt, answer = encode_example(tokenizer, said[:n])
+                expected.append((tuple(prompt + answer), len(answer)))
+    (tmp_path / "chats.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    settings = {"data_dir": str(tmp_path / "data"), "name": "chats"}
+    tokenizer_path = str(tmp_path / "data" / "own")
+    prepare.prepare(input=str(tmp_path / "chats.jsonl"), tokenizer=tokenizer_path, **settings)
+
+    longest = max(len(ids) for ids, _ in expected)
+    data = gpt.Data(tmp_path / "data" / "chats", block_size=longest)
+    n_rows = data.n_rows("train")
+    x, y, w = data.get_batch("train", 0, n_rows)
+    found = []
+    for inputs, targets, weights in zip(x.tolist(), y.tolist(), w.tolist()):
+        learned = [i for i, weight in enumerate(weights) if weight]
+        assert set(weights) == {0.0, 1.0}
+        last = learned[-1]
+        found.append((tuple(inputs[: last + 1] + targets[last : last + 1]), len(learned)))
+    assert sorted(found) == sorted(expected)
+    assert data.n_empty == 0
+    assert prepare.document_lengths(data).max() >= longest - 1
