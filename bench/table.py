@@ -1,4 +1,6 @@
-"""Write README's tables of speed from the last line of each measurement in bench/results.jsonl.
+"""Write the tables of speed in README.md and docs/speed.md from bench/results.jsonl.
+
+The last line of each measurement counts.
 
 python bench/table.py
 """
@@ -56,7 +58,7 @@ def rows():
         r = latest("train_speed", isa, shape="shakespeare", batch_size=64) or NO_RESULT
         for name, ratio in r["ratios"].items():
             if "ours" not in name:
-                what = f"training, compiled, tokens/s, 10.7M parameters, {isa}, beside {name}"
+                what = f"training, compiled, tokens/s, 10.7M parameters, {isa}, versus {name}"
                 yield speed_row(what, r, "ours", name, ratio)
     yield from generating("cores", "shakespeare", "10.7M")
     for compiled in (False, True):
@@ -77,7 +79,7 @@ def gpu_rows():
         r = latest("train_speed", "NVIDIA", shape=shape) or NO_RESULT
         if "nanoGPT" in r["ratios"]:
             what = f"training, compiled, tokens/s, {size} parameters, {r['batch_size']} rows "
-            what += f"(mfu {r['mfu']:.0%}), beside nanoGPT"
+            what += f"(mfu {r['mfu']:.0%}), versus nanoGPT"
             yield speed_row(what, r, "ours", "nanoGPT", r["ratios"]["nanoGPT"])
     r = latest("memory", "NVIDIA", shape="gpt2") or NO_RESULT
     if "nanoGPT" in r["ratios"]:
@@ -93,7 +95,7 @@ def speed_row(what, r, mine, other, ratio):
 
 def memory_row(r, way):
     what = f"memory of a step, {way}, 124M parameters, {r['batch_size']} x 1,024 tokens, "
-    what += "beside nanoGPT (less is better)"
+    what += "versus nanoGPT (less is better)"
     ours, theirs = r["mib"]["ours"], r["mib"]["nanoGPT"]
     return Row(what, f"{ours:,} MiB", f"{theirs:,} MiB", spread(r["ratios"]["nanoGPT"]), r)
 
@@ -105,7 +107,7 @@ def generating(hardware, shape, size):
         mine, name = pair.split(" / ")
         if not name.startswith("old"):
             way = mine.removeprefix("ours ")
-            what = f"generating, {way}, tokens/s, {size} parameters, beside {name}"
+            what = f"generating, {way}, tokens/s, {size} parameters, versus {name}"
             yield speed_row(what, r, mine, name, ratio)
 
 
@@ -124,7 +126,7 @@ def whole_command_on_gpu():
     """Yield the rows of nanoGPT's recipe for a GPU: whole, and from evaluation to evaluation."""
     r = latest("time_to_loss", "NVIDIA", command="config/train_shakespeare.py --max_iters=350")
     if r and "time_ratio" in r:
-        what = "whole command beside nanoGPT's with its recipe for a GPU (10.7M parameters, "
+        what = "whole command versus nanoGPT's with its recipe for a GPU (10.7M parameters, "
         what += "compiled, one run, ended once it had printed a validation loss of 1.475 or less), "
         what += f"and the loss by its estimator; ours has {r['params'] / 1e6:.1f}M and is not "
         what += "compiled"
@@ -144,14 +146,11 @@ def measured(found):
     return f"Measured on {days} on {machines}, with torch {versions}."
 
 
-def table(found, short=False):
-    """Return the lines of a table of rows. If it is short, it has the median ratios alone."""
+def table(found):
+    """Return the lines of a table of rows."""
     found = list(found)
-    last = "ratio" if short else "ratio, median (lowest to highest)"
-    lines = [f"| | gpt.py | the other | {last} |", "|---|---|---|---|"]
-    for row in found:
-        ratio = row.ratio.split()[0] if short else row.ratio
-        lines.append(f"| {row.what} | {row.ours} | {row.theirs} | {ratio} |")
+    lines = ["| | gpt.py | the other | ratio, median (lowest to highest) |", "|---|---|---|---|"]
+    lines += [f"| {row.what} | {row.ours} | {row.theirs} | {row.ratio} |" for row in found]
     return [*lines, "", measured([row.result for row in found])]
 
 
@@ -213,18 +212,51 @@ def tables():
     return "\n\n".join("\n".join(lines) for lines in parts if lines) + "\n"
 
 
-def is_in_front(row):
-    """Tell whether a row is of a whole command, or of a part versus the other's default or best."""
-    if "generating, bfloat16" in row.what:
-        return "compiled, tokens/s" in row.what
-    ends = ("beside nanoGPT", "beside nanoGPT, autocast")
-    return row.what.startswith(("whole", "memory")) or row.what.endswith(ends)
+# The rows of README's table: words for the reader, and the beginning and end of the full row's
+FRONT = (
+    (
+        "train to the loss at which nanoGPT's recipe for a CPU ends, on 2 cores",
+        "nanoGPT, whole command",
+        ("whole command to the loss", ""),
+    ),
+    (
+        "train 10.7M parameters, on 2 cores, tokens/s",
+        "nanoGPT, compiled, with autocast",
+        (
+            "training, compiled, tokens/s, 10.7M",
+            "AVX512-BF16, versus nanoGPT, autocast and compile",
+        ),
+    ),
+    (
+        "generate with 10.7M parameters, on 2 cores, tokens/s",
+        "transformers, compiled",
+        ("generating, bfloat16, compiled", "versus transformers bfloat16, compiled"),
+    ),
+    (
+        "train to a loss of 1.475 on Shakespeare, on one H200",
+        "nanoGPT, compiled, whole command",
+        ("whole command versus nanoGPT's", ""),
+    ),
+    (
+        "train 124M parameters, on one H200, tokens/s",
+        "nanoGPT, compiled",
+        ("training, compiled, tokens/s, 124M", "versus nanoGPT"),
+    ),
+)
 
 
 def front():
-    """Return the short table as Markdown."""
-    chosen = [row for row in rows() if is_in_front(row)]
-    return "\n".join([*table(chosen, short=True), "", *table(gpu_rows(), short=True)]) + "\n"
+    """Return README's short table as Markdown."""
+    found = [*rows(), *gpu_rows()]
+    lines = ["| | gpt.py | baseline | gpt.py is |", "|---|---|---|---|"]
+    chosen = []
+    for what, baseline, (begin, end) in FRONT:
+        (row,) = [row for row in found if row.what.startswith(begin) and row.what.endswith(end)]
+        ours, theirs = row.ours.partition(" (")[0], row.theirs.partition(" (")[0]
+        ratio = float(row.ratio.split()[0])
+        lines.append(f"| {what} | {ours} | {theirs} ({baseline}) | {ratio:.1f} times as fast |")
+        chosen.append(row.result)
+    return "\n".join([*lines, "", measured(chosen)]) + "\n"
 
 
 def fill(text, begin, content):
@@ -234,9 +266,10 @@ def fill(text, begin, content):
 
 
 def main():
-    readme = ROOT / "README.md"
-    text = fill(readme.read_text(encoding="utf-8"), BEGIN_FRONT, front())
-    readme.write_text(fill(text, BEGIN, tables()), encoding="utf-8")
+    pages = {ROOT / "README.md": (BEGIN_FRONT, front()), ROOT / "docs/speed.md": (BEGIN, tables())}
+    for page, (begin, content) in pages.items():
+        text = fill(page.read_text(encoding="utf-8"), begin, content)
+        page.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -64,11 +64,11 @@ VOCABULARY = {  # tokens, special ones included; the others' have 50,257
 
 
 def stated_sizes(name):
-    """Return the sizes that README's table gives a config on a CPU and on a GPU, as texts.
+    """Return the sizes that config/README.md gives a config on a CPU and on a GPU, as texts.
 
     "fitted" means that gpt.py fits the model to the minutes.
     """
-    table = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## Config files\n")[1]
+    table = (ROOT / "config" / "README.md").read_text(encoding="utf-8")
     row = next(line for line in table.splitlines() if f"`{name}.py`" in line)
     files = re.findall(r"`(\w+)\.py`", row)
     sizes = re.findall(r"([\d.,]+)M|(fitted) on CPU", row.split("|")[2])
@@ -81,7 +81,7 @@ def stated_sizes(name):
 @pytest.mark.parametrize(
     "name", sorted(path.stem for path in (ROOT / "config").glob("*train_*.py")) + ["debug"]
 )
-def test_readme_tells_the_configs_sizes(name):
+def test_the_table_tells_the_configs_sizes(name):
     for device, stated in zip(("cpu", "cuda"), stated_sizes(name), strict=True):
         values = settings_by(str(ROOT / "config" / f"{name}.py"), device=device)
         if stated == "fitted":
@@ -124,13 +124,14 @@ def test_finetuning_fetches_its_model_unless_another_is_named(monkeypatch, name,
     assert fetched == [model]
 
 
-def test_readmes_tables_are_those_of_the_results():
-    """What README quotes of speed is what bench/table.py makes of bench/results.jsonl."""
+def test_the_tables_of_speed_are_those_of_the_results():
+    """What the pages quote of speed is what bench/table.py makes of bench/results.jsonl."""
     spec = importlib.util.spec_from_file_location("table", ROOT / "bench" / "table.py")
     table = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(table)
+    speed = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
+    assert table.BEGIN + "\n" + table.tables() + "\n" + table.END in speed
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert table.BEGIN + "\n" + table.tables() + "\n" + table.END in readme
     assert table.BEGIN_FRONT + "\n" + table.front() + "\n" + table.END in readme
 
 

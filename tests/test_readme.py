@@ -18,9 +18,13 @@ import hub
 import sample
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ["README.md", "CHANGELOG.md", "data/README.md", "out/README.md"]
-PAGES += ["models/shakespeare/README.md", "docs/fitting.md"]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+PAGES += ["CHANGELOG.md", "CONTRIBUTING.md", "config/README.md", "data/README.md", "out/README.md"]
+PAGES += ["models/shakespeare/README.md"]
+TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in PAGES}
+README = TEXTS["README.md"]
+# The pages whose commands run here. Those of CHANGELOG.md and models/ take minutes, or are gone.
+GUIDES = [name for name in PAGES if name == "README.md" or name.startswith("docs/")]
 TEXT = "".join(
     f"ROMEO: {i} times JULIET is O, KING {i * i}! A quick brown fox jumps over lazy dogs.\n"
     for i in range(80)
@@ -64,10 +68,10 @@ gpt.SHAKESPEARE_URLS, gpt.SHAKESPEARE_SHA256 = {address}
 """
 
 
-def readme_commands():
-    """Return the commands of README, in its order: lines of code blocks and inline ones."""
+def page_commands(name):
+    """Return the commands of a page, in its order: lines of code blocks and inline ones."""
     found = []
-    for line in README.splitlines():
+    for line in TEXTS[name].splitlines():
         if re.match(r"    (python|torchrun|pip|uv|vllm|pytest)\b", line):
             found.append(re.sub(r"\s+#.*", "", line.strip()))
         elif not line.startswith("    "):
@@ -96,14 +100,15 @@ def config_commands():
 
 
 def python_blocks():
-    """Return README's blocks of Python code, fenced or indented."""
-    indented = re.findall(r"\n\n((?:    .*\n)+)", README)
+    """Return the pages' blocks of Python code, fenced or indented."""
+    text = "\n".join(TEXTS[name] for name in GUIDES)
+    indented = re.findall(r"\n\n((?:    .*\n)+)", text)
     blocks = [
         re.sub("^    ", "", block, flags=re.MULTILINE)
         for block in indented
         if "    import gpt" in block
     ]
-    return blocks + re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    return blocks + re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +218,9 @@ def check(run, commands):
     """Run commands in turn; the assertion tells of all that failed."""
     failed = []
     for command in commands:
-        if command.startswith(NOT_RUN) or "=root" in command:  # root: see test_readmes_changes_work
+        if (
+            command.startswith(NOT_RUN) or "=root" in command
+        ):  # root: see test_the_pages_changes_work
             continue
         words = small(command)
         if "--init_from=resume" in words:  # there must be a run of that shape
@@ -227,13 +234,14 @@ def check(run, commands):
     assert not failed, "\n\n".join(failed)
 
 
-def test_readmes_commands_run(run, project):
-    commands = readme_commands()
-    assert len(commands) > 60 and commands[:3] == [
+def test_the_pages_commands_run(run, project):
+    assert page_commands("README.md")[:3] == [
         "pip install -r requirements.txt",
         'python sample.py --prompt "ROMEO:"',
         "python gpt.py config/train_shakespeare.py",
     ]
+    commands = [command for name in GUIDES for command in page_commands(name)]
+    assert len(set(commands)) > 60
     check(run, dict.fromkeys(commands))
     for made in (
         "FOLDER/config.json",
@@ -256,7 +264,7 @@ def test_configs_commands_run(run):
     check(run, dict.fromkeys(commands))
 
 
-def test_readmes_python_runs(run, project):
+def test_the_pages_python_runs(run, project):
     blocks = python_blocks()
     assert len(blocks) == 3
     tiny = "".join(f"gpt.{name} = {value}\n" for name, value in re.findall(r"--(\w+)=(\d+)", SHAPE))
@@ -267,11 +275,12 @@ def test_readmes_python_runs(run, project):
     assert meta["source"] == "made by me"
 
 
-def test_readmes_changes_work(run, project):
+def test_the_pages_changes_work(run, project):
     """Each diff fits gpt.py and what it makes trains; the schedule by its new name."""
     original = (ROOT / "gpt.py").read_text(encoding="utf-8")
-    changes = re.findall(r"```diff\n(.*?)```", README, flags=re.DOTALL)
+    changes = re.findall(r"```diff\n(.*?)```", TEXTS["docs/hacking.md"], flags=re.DOTALL)
     assert len(changes) == 4
+    assert set(re.findall(r"```diff\n(.*?)```", README, flags=re.DOTALL)) <= set(changes)
     changed = original
     for change in changes:
         old, new = (
@@ -322,8 +331,8 @@ def test_links_lead_somewhere(name):
         assert not anchor or anchor in anchors(path.read_text(encoding="utf-8")), link
 
 
-def test_settings_that_readme_names_exist():
-    """Each --name, and each function in the section on changes, is one of a script's."""
+def test_settings_that_the_pages_name_exist():
+    """Each --name, and each function on the page about changes, is one of a script's."""
     known = {
         "help",
         "standalone",
@@ -333,12 +342,25 @@ def test_settings_that_readme_names_exist():
         "rdzv_backend",
         "rdzv_endpoint",
     }
-    known |= {"kills", "processes", "small", "outfile", "logdir", "key"}
+    known |= {
+        "kills",
+        "processes",
+        "small",
+        "outfile",
+        "logdir",
+        "key",
+        "index-url",
+        "draw",
+        "grid",
+    }
+    known |= {"model", "model_args", "tasks", "include_path"}  # of lm_eval
     known |= {"check"}  # of ruff format
     for path in ROOT.glob("*.py"):
         known |= set(gpt.read_settings(path.read_text(encoding="utf-8")))
-    assert set(re.findall(r"--([a-zA-Z][\w-]*)", README)) <= known
-    changes = README[README.index("## Reading and changing") : README.index("## Speed")]
+    for name in GUIDES:
+        if name != "docs/from_nanogpt.md":
+            assert set(re.findall(r"--([a-zA-Z][\w-]*)", TEXTS[name])) <= known, name
+    changes = TEXTS["docs/hacking.md"]
     source = (ROOT / "gpt.py").read_text(encoding="utf-8")
     dotted = re.findall(r"`([A-Z]\w+)\.(\w+)`", changes)
     assert len(dotted) > 5
@@ -350,9 +372,9 @@ def test_settings_that_readme_names_exist():
         ), name
 
 
-def test_what_is_done_for_speed_stands_where_readme_says():
+def test_what_is_done_for_speed_stands_where_the_page_says():
     """The names at the ends of the list's lines are classes, methods and functions."""
-    listed = README.partition("What gpt.py does for speed")[2].partition("## ")[0]
+    listed = TEXTS["docs/speed.md"].partition("## What gpt.py does for speed")[2]
     names = set(re.findall(r"`((?:[A-Z]\w+\.)?[A-Za-z]\w+)`", listed)) - set(gpt.SETTINGS)
     assert len(names) > 15
     for name in names:
@@ -361,13 +383,17 @@ def test_what_is_done_for_speed_stands_where_readme_says():
         assert any(hasattr(place, last) for place in places), name
 
 
-def test_files_that_readme_names_exist():
+@pytest.mark.parametrize("page", [name for name in GUIDES if name != "docs/from_nanogpt.md"])
+def test_files_that_the_pages_name_exist(page):
     """Names in backticks that look like the project's files are files."""
-    for name in re.findall(r"`([\w/]+\.(?:py|ipynb|md))`", README):
+    for name in re.findall(r"`([\w/]+\.(?:py|ipynb|md))`", TEXTS[page]):
         places = [ROOT / name, *(ROOT / folder / name for folder in ("config", "notebooks"))]
-        assert (
-            any(place.exists() for place in places) or name == "model.py" or name == "train.py"
-        ), name
+        assert any(place.exists() for place in places), name
+
+
+def test_readme_is_short_and_names_no_place_that_is_missing():
+    assert len(README.split()) <= 1200
+    assert not any("OWNER" in text for text in TEXTS.values())
 
 
 # ---- The model that comes along ----
