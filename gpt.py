@@ -325,7 +325,9 @@ class Tokenizer:
         tiktoken encoding.
     special: names of special tokens; encode never returns their ids, which follow those of the
         other tokens or are given as `special_ids`.
-    begin, end: names of the special tokens that begin a text and end a document or an answer.
+    begin: the name of the special token that begins a text.
+    end: the names of the special tokens at which a generated text ends. The first one ends documents
+        and answers in training.
     chat: the templates of a conversation; see CHAT.
     """
 
@@ -350,10 +352,12 @@ class Tokenizer:
         self.special_tokens = {name: self.encoding.encode_single_token(name) for name in names}
         self.vocab_size = self.encoding.n_vocab
         self.begin_id = self.special_tokens.get(self.begin)  # None: there is no such token
-        self.end_id = self.special_tokens.get(self.end)
+        ends = [self.end] if self.end in names else self.end.split()
+        self.end_id = self.special_tokens.get(ends[0]) if ends else None
+        self.end_ids = [self.special_tokens[name] for name in ends if name in names]
         self.chat_parts = self.chat.split("||")
         # ChatML, for one, ends every turn of a conversation by the token that ends an answer.
-        self.ends_turns = any(self.end in part for part in self.chat_parts[:2])
+        self.ends_turns = any(name in part for name in ends[:1] for part in self.chat_parts[:2])
 
     def make_encoding(self):
         """Return the encoding that the fields describe: a tiktoken.Encoding or LibraryEncoding."""

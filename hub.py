@@ -45,6 +45,7 @@ from gpt import (
     read_settings,
     read_text,
     save_checkpoint,
+    say_once,
     slow_down,
 )
 
@@ -397,6 +398,11 @@ def write_llama(config):
     }
 
 
+def end_ids(tokenizer):
+    """Return the id of the token that ends a text, a list of several ids, or None."""
+    return tokenizer.end_ids if len(tokenizer.end_ids) > 1 else tokenizer.end_id
+
+
 def write_config(config, tokenizer, dtype):
     """Return a model's config.json as a dict. Raises ValueError for a config that no family has."""
     family = write_llama(config) if config.use_rope else write_gpt2(config)
@@ -404,7 +410,7 @@ def write_config(config, tokenizer, dtype):
         "initializer_range": 0.02,
         "torch_dtype": str(dtype).removeprefix("torch."),
         "bos_token_id": tokenizer.begin_id,
-        "eos_token_id": tokenizer.end_id,
+        "eos_token_id": end_ids(tokenizer),
         "use_cache": True,
     }
 
@@ -474,6 +480,9 @@ def read_tokenizer(folder):
         raise ValueError(
             f"{path} holds no tokenizer ({type(e).__name__}: {e}): fetch it again"
         ) from e
+    note = hf_tokenizer.template_note(settings, roles["begin"], roles["chat"])
+    if note:
+        say_once(f"note: {note}")
     library_state = hf_tokenizer.library_state(data)
     if state["kind"] == "bpe" and not gives_same_ids(state, library_state):
         state = library_state
@@ -584,6 +593,8 @@ def weight_files(folder):
             pickles = [
                 path for suffix in ("bin", "pt", "pth") for path in folder.glob(f"*.{suffix}")
             ]
+            if index.exists():
+                raise FileNotFoundError(f"{folder} has no {name}, a part of the model: fetch it")
             why = ""
             if pickles:
                 why = f": {min(pickles).name} is a pickle and is not read, as it can run any code"
@@ -648,6 +659,26 @@ def has_qk_norm_weights(folder):
     return False
 
 
+def tensor_of(files, key):
+    """Return the tensor of this name from safetensors files, or None."""
+    for path in files:
+        with opened(path) as shard:
+            if key in shard.keys():  # noqa: SIM118
+                return shard.get_tensor(key)
+    return None
+
+
+def has_own_head(folder):
+    """Return whether a folder's files hold a head that differs from the embedding."""
+    files = weight_files(folder)
+    head = tensor_of(files, "lm_head.weight")
+    if head is None:
+        return False
+    names = ("model.embed_tokens.weight", "transformer.wte.weight", "wte.weight")
+    found = [tensor for name in names if (tensor := tensor_of(files, name)) is not None]
+    return bool(found) and not torch.equal(head, found[0])
+
+
 class UnsetWeights(TorchFunctionMode):
     """A context in which torch.nn.init draws no weights, for modules whose weights are then read.
 
@@ -706,6 +737,8 @@ def load_model(name, dtype=torch.float32, **changes):
     config, biased = read_config(folder)
     if config.qk_norm and has_qk_norm_weights(folder):
         config = replace(config, qk_norm_weights=True)
+    if config.tie_weights and has_own_head(folder):  # the file counts, as for transformers
+        config = replace(config, tie_weights=False)
     with UnsetWeights():
         model = GPT(replace(config, **changes))
     model = model.to(dtype).eval()
@@ -717,9 +750,16 @@ def load_model(name, dtype=torch.float32, **changes):
             targets.pop(tensor_name).zero_()
     for file in weight_files(folder):
         read_shard(file, targets, config)
+    if config.tie_weights and targets.keys() & {"model.embed_tokens.weight"}:
+        head = tensor_of(weight_files(folder), "lm_head.weight")  # the same matrix
+        if head is not None:
+            fill(targets.pop("model.embed_tokens.weight"), head, f"{folder}'s lm_head.weight")
     if targets:
+        remedy = ""
+        if min(targets) == "lm_head.weight":
+            remedy = "; if the head is the embedding, set tie_word_embeddings to true there"
         raise ValueError(
-            f"{folder} lacks the tensor {min(targets)}, which its config.json asks for"
+            f"{folder} lacks the tensor {min(targets)}, which its config.json asks for{remedy}"
         )
     return model
 
@@ -738,7 +778,7 @@ def load_pretrained(name, dtype=torch.float32, **changes):
         if tokenizer.vocab_size > config.vocab_size:  # fewer tokens are usual: weights are padded
             raise ValueError(
                 f"{folder}'s tokenizer has {tokenizer.vocab_size} tokens, but its weights have "
-                f"{config.vocab_size}: they do not belong together"
+                f"{config.vocab_size}: remove the tokens that were added, or resize the weights"
             )
         model = load_model(folder, dtype, **changes)
     state = {
@@ -950,7 +990,7 @@ def export(checkpoint, folder, dtype=torch.float32):
     model, tokenizer, state = load_checkpoint(checkpoint)
     sampling = {
         "bos_token_id": tokenizer.begin_id,
-        "eos_token_id": tokenizer.end_id,
+        "eos_token_id": end_ids(tokenizer),
         "do_sample": True,
         "temperature": 0.8,
         "max_length": model.config.block_size,  # the pipelines of transformers 4 heed no other key
@@ -1068,21 +1108,26 @@ def merges_of_characters(characters):
 def known_pattern(data):
     """Return the pattern by which a tokenizer.json cuts words. Raises ValueError if unknown."""
     pattern = hf_tokenizer.read_pattern(data.get("pre_tokenizer"))
-    all_special = all(token["special"] for token in data["added_tokens"])
-    if pattern not in PATTERN_NAMES or data.get("normalizer") or not all_special:
+    normalizer = data.get("normalizer")
+    if pattern not in PATTERN_NAMES:
         known = ", ".join(PATTERN_NAMES.values())
         raise ValueError(
             "llama.cpp does not cut words as this tokenizer does: it knows the patterns of "
             f"{known} by name"
         )
+    if normalizer == {"type": "NFC"}:  # as Qwen2 has it
+        say_once("note: llama.cpp does not normalize texts (NFC), as this tokenizer does")
+    elif normalizer:
+        raise ValueError("this tokenizer normalizes texts, which llama.cpp does not")
     return pattern
 
 
 def gguf_vocabulary(tokenizer, vocab_size):
     """Return (tokens, types, merges, name of the pattern) for a GGUF file. Raises ValueError.
 
-    tokens: the names of vocab_size tokens. types: 1 for plain tokens, 3 for special ones, and 5 for
-    those that the model has and its tokenizer has not. merges: pairs of tokens, as "a b".
+    tokens: the names of vocab_size tokens. types: 1 for plain tokens, 3 for special ones, 4 for those
+    that are found in any text, and 5 for those that the model has and its tokenizer has not. merges:
+    pairs of tokens, as "a b".
     """
     data = json.loads(tokenizer_files(tokenizer, 0)["tokenizer.json"])
     vocab, special = data["model"]["vocab"], tokenizer.special_tokens
@@ -1094,10 +1139,12 @@ def gguf_vocabulary(tokenizer, vocab_size):
     else:
         pattern = known_pattern(data)
         merges = data["model"].get("merges")
-    names = {i: name for name, i in (vocab | special).items()}
+    added = {token["content"]: token["id"] for token in data["added_tokens"]}
+    names = {i: name for name, i in (vocab | added | special).items()}
     tokens = [names.get(i, f"<unused {i}>") for i in range(vocab_size)]
-    plain_or_special = {name: 3 if name in special else 1 for name in names.values()}
-    types = [plain_or_special.get(token, 5) for token in tokens]
+    kinds = dict.fromkeys(names.values(), 1)
+    kinds |= {token["content"]: 4 for token in data["added_tokens"]} | dict.fromkeys(special, 3)
+    types = [kinds.get(token, 5) for token in tokens]
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in merges]
     return tokens, types, merges, PATTERN_NAMES[pattern]
 

@@ -193,14 +193,14 @@ def penalizing(ids, penalty):
     return pick
 
 
-def text_of_tokens(tokenizer, tokens, end):
-    """Yield the text of each token before `end`, then what is left of an incomplete character.
+def text_of_tokens(tokenizer, tokens, ends):
+    """Yield the text of each token before one of `ends`, then the rest of an incomplete character.
 
     A character may span several tokens. Its text comes with the last of them.
     """
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for token in tokens:
-        if token == end:
+        if token in ends:
             break
         yield decoder.decode(tokenizer.decode_bytes([token]))
     yield decoder.decode(b"", final=True)
@@ -227,7 +227,7 @@ def generate_text(
     prompt: a text, or a list of ids.
     max_tokens: the largest number of tokens to draw.
     stop: strings before which the text ends. Among these, "<|endoftext|>" also means
-        tokenizer.end_id, whatever that token's name is.
+        tokenizer.end_ids, whatever these tokens' names are.
     repetition_penalty: above 1, tokens already used become less likely.
     after_token: a function to call after each token.
     sampling: further keyword arguments of GPT.generate.
@@ -242,9 +242,9 @@ def generate_text(
             if after_token is not None:
                 after_token()
 
-    end = tokenizer.end_id if "<|endoftext|>" in stop else None
+    ends = tokenizer.end_ids if "<|endoftext|>" in stop else ()
     text = ""  # what has not been yielded yet
-    for piece in text_of_tokens(tokenizer, drawn_tokens(), end):
+    for piece in text_of_tokens(tokenizer, drawn_tokens(), ends):
         text += piece
         found = [text.find(s) for s in stop if s in text]
         if found:

@@ -33,6 +33,10 @@ class Continuation(str):
     """A text that goes on where the one before it ends, such as the response to a prompt."""
 
 
+class Unlearned(str):
+    """An answer that a conversation holds, but that is not to be learned."""
+
+
 class Conversation(str):
     """All texts of a conversation, whose last one is an answer to learn.
 
@@ -335,29 +339,53 @@ def conversation_turns(where, row):
     """Return the (role, text) pairs of a row that holds a conversation, and else [].
 
     It knows the columns of OpenAI (messages), ShareGPT (conversations), Alpaca (instruction, input,
-    output), TRL (prompt and completion, as messages), and those of questions and answers.
+    output), TRL (prompt and completion, as messages), and those of questions and answers. A column
+    system holds a text that comes first.
     """
-    for column in ("messages", "conversations", "conversation"):
-        if column in row:
-            return message_turns(where, row[column])
+    turns = [("system", checked_text(where, row, "system"))] if row.get("system") else []
+    used = {"system", "rating"}
     if isinstance(row.get("prompt"), list) and "completion" in row:
-        return message_turns(where, row["prompt"]) + message_turns(where, row["completion"])
-    for asked, answered in (("instruction", "output"), ("question", "answer")):
-        if not {asked, answered} <= row.keys():
-            continue
-        say_once(f"rows with {asked} and {answered} are read as conversations")
-        turns = [("system", checked_text(where, row, "system"))] if row.get("system") else []
-        for earlier in row.get("history") or []:
-            turns += zip(("user", "assistant"), map(str, earlier), strict=False)
-        question = checked_text(where, row, asked)
-        if asked == "instruction" and row.get("input"):
-            question += "\n" + checked_text(where, row, "input")
-        return [*turns, ("user", question), ("assistant", checked_text(where, row, answered))]
-    return []
+        used |= {"prompt", "completion"}
+        turns += message_turns(where, row["prompt"]) + message_turns(where, row["completion"])
+    elif {"messages", "conversations", "conversation"} & row.keys():
+        column = min({"messages", "conversations", "conversation"} & row.keys())
+        used.add(column)
+        turns += message_turns(where, row[column])
+    elif {"instruction", "output"} <= row.keys():
+        used |= {"instruction", "input", "output", "history"}
+        turns += instruction_turns(where, row)
+    elif {"question", "answer"} <= row.keys():
+        used |= {"question", "answer"}
+        say_once("rows with question and answer are read as conversations")
+        turns.append(("user", checked_text(where, row, "question")))
+        turns.append(("assistant", checked_text(where, row, "answer")))
+    else:
+        return []
+    if row.get("tools"):
+        raise ValueError(f"{where} has tools, which gpt.py does not know: remove the row")
+    unused = sorted(str(column) for column in row.keys() - used - {"tools"})
+    if unused:
+        say_once(f"conversations are read without the columns {', '.join(unused)}")
+    return alternating(where, turns)
+
+
+def instruction_turns(where, row):
+    """Return the (role, text) pairs of a row in Alpaca's form, with the turns of its history."""
+    say_once("rows with instruction and output are read as conversations")
+    turns = []
+    for earlier in row.get("history") or []:
+        turns += zip(("user", "assistant"), map(str, earlier), strict=False)
+    question = checked_text(where, row, "instruction")
+    if row.get("input"):
+        question += "\n" + checked_text(where, row, "input")
+    return [*turns, ("user", question), ("assistant", checked_text(where, row, "output"))]
 
 
 def message_turns(where, messages):
-    """Return the (role, text) pairs of messages. Raises ValueError for one that is none."""
+    """Return the (role, text) pairs of messages. Raises ValueError for one that is none.
+
+    An answer with "weight": 0 or "train": false becomes an Unlearned text.
+    """
     turns = []
     for message in messages if isinstance(messages, list) else [messages]:
         fields = message if isinstance(message, dict) else {}
@@ -367,10 +395,42 @@ def message_turns(where, messages):
                 f"{where}: {str(message)[:60]!r} is not a message: it needs a role, one of "
                 "system, user, assistant, and a content"
             )
-        turns.append(
-            (role, checked_text(where, message, "value" if "value" in fields else "content"))
-        )
+        for key in ("tool_calls", "function_call"):
+            if fields.get(key):
+                raise ValueError(f"{where} has {key}, which gpt.py does not know: remove the row")
+        text = checked_text(where, message, "value" if "value" in fields else "content")
+        weight = fields.get("weight")
+        if weight not in (None, 0, 1):
+            raise ValueError(f"{where}: a message's weight is {weight!r}: it must be 0 or 1")
+        if weight == 0 or fields.get("train") is False:
+            text = Unlearned(text)
+        turns.append((role, text))
     return turns
+
+
+def alternating(where, turns):
+    """Return turns in which no two of one role follow each other: their texts become one.
+
+    Templates write a question and an answer in turn. Raises ValueError if an answer comes first.
+    """
+    merged = []
+    for role, text in turns:
+        if merged and merged[-1][0] == role:
+            say_once("messages of one role that follow each other are joined by an empty line")
+            before = merged[-1][1]
+            kind = (
+                Unlearned if isinstance(before, Unlearned) or isinstance(text, Unlearned) else str
+            )
+            merged[-1] = (role, kind(f"{before}\n\n{text}"))
+        else:
+            merged.append((role, text))
+    first = [role for role, _ in merged if role != "system"][:1]
+    if first == ["assistant"]:
+        raise ValueError(
+            f"{where} begins with an assistant message: put the user message before it that it "
+            "answers, or remove it"
+        )
+    return merged
 
 
 def chat_document(where, turns, weight):
@@ -391,7 +451,11 @@ def chat_document(where, turns, weight):
             f"{where} has no assistant message for a model to learn from: "
             "add one, or remove the chat"
         )
-    ends = [i + 1 for i, role in enumerate(roles) if role == "assistant"]
+    ends = [
+        i + 1
+        for i, (role, text) in enumerate(turns)
+        if role == "assistant" and not isinstance(text, Unlearned)
+    ]
     return [(Conversation(turns[:end]), weight) for end in ends]
 
 

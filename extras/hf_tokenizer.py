@@ -13,6 +13,7 @@ import base64
 import json
 import math
 import re
+from datetime import datetime
 from itertools import pairwise
 
 import numpy as np
@@ -359,28 +360,62 @@ CHATS = {
 }
 
 
+def render(template, messages, begin):
+    """Return what a model's template makes of messages and the start of an answer, without begin.
+
+    Returns None without the library jinja2, and for a template that needs more than transformers
+    gives to all: raise_exception, strftime_now and the tags around what a model writes.
+    """
+    try:
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ImportError:
+        return None
+
+    def raise_exception(message):
+        raise ValueError(message)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = datetime.now().strftime
+    plain = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", template)
+    asked = {"messages": messages, "add_generation_prompt": True, "bos_token": "", "eos_token": ""}
+    try:
+        return environment.from_string(plain).render(**asked).removeprefix(begin)
+    except Exception:  # a template may raise any error
+        return None
+
+
 def default_system(template, chat, begin):
     """Return what a model's template puts before a question if there is no system text, or "".
-
-    The library jinja2 is needed to know it; without the library this returns "".
 
     template: the one that comes with the model, for Jinja.
     chat: the same in the form of gpt.CHAT.
     begin: the name of the token that begins every text, which is left out here.
     """
-    try:
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-    except ImportError:
-        return ""
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     question = chat.split("||")[1].partition("%s")[0] + "Q"
-    asked = {"messages": [{"role": "user", "content": "Q"}], "add_generation_prompt": True}
-    try:
-        text = environment.from_string(template).render(**asked, bos_token="", eos_token="")
-    except Exception:  # a template may need what only transformers has
-        return ""
-    before, is_there, _ = text.removeprefix(begin).partition(question)
+    text = render(template, [{"role": "user", "content": "Q"}], begin) or ""
+    before, is_there, _ = text.partition(question)
     return before if is_there and "||" not in before else ""
+
+
+def template_note(settings, begin, chat):
+    """Return a sentence if conversations in the form of chat differ from the model's template."""
+    template = template_text(settings)
+    if not template:
+        return ""
+    said = [("system", "S"), ("user", "Q"), ("assistant", "A"), ("user", "R")]
+    messages = [{"role": role, "content": text} for role, text in said]
+    theirs = render(template, messages, begin)
+    parts = dict(zip(("system", "user", "assistant"), chat.split("||")))
+    ours = "".join(parts[role].replace("%s", text) for role, text in said)
+    if theirs is None:
+        return "the model's chat template cannot be read here: conversations may differ from it"
+    if theirs != ours:
+        return (
+            f"the model's chat template writes conversations otherwise than gpt.py does: {theirs!r} "
+            f"there, {ours!r} here"
+        )
+    return ""
 
 
 def first_special(data):
@@ -398,15 +433,23 @@ def token_name(value):
     return value["content"] if isinstance(value, dict) else value
 
 
-def end_token(data, settings):
-    """Return the name of the token that ends a text. Settings give its name, or else its id."""
+def end_tokens(data, settings):
+    """Return the names of the tokens that end a text. Settings give one's name, or their ids."""
     name = token_name(settings.get("eos_token", ""))
-    if name:
-        return name
     ids = settings.get("eos_token_id")
     ids = ids if isinstance(ids, list) else [ids]
     named = [name for name, i in special_tokens(data).items() if i in ids]
-    return named[0] if named else "<|endoftext|>"
+    names = list(dict.fromkeys([name, *named] if name else named))
+    return names or ["<|endoftext|>"]
+
+
+def template_text(settings):
+    """Return the chat template that the settings hold; of several, the one named default."""
+    template = settings.get("chat_template") or ""
+    if isinstance(template, list):
+        named = {entry["name"]: entry["template"] for entry in template}
+        template = named.get("default", "")
+    return template
 
 
 def read_roles(data, settings, chat):
@@ -419,16 +462,18 @@ def read_roles(data, settings, chat):
     begin = first_special(data)
     if not begin and settings.get("add_bos_token"):  # a bos_token alone is only a name
         begin = token_name(settings.get("bos_token", ""))
-    end = end_token(data, settings)
+    ends = end_tokens(data, settings)
 
-    template = str(settings.get("chat_template"))
+    template = template_text(settings)
     for mark, (answer_end, known_chat) in CHATS.items():
         if mark in template:
             default = default_system(template, known_chat, begin)
             chat = f"{known_chat}||{default}" if default else known_chat
-            if answer_end in special_tokens(data):
-                end = answer_end
-    return {"begin": begin, "end": end, "chat": chat}
+            special = special_tokens(data)
+            if answer_end in special:
+                others = [name for name in ends if name in special and name != answer_end]
+                ends = [answer_end, *others]
+    return {"begin": begin, "end": " ".join(ends), "chat": chat}
 
 
 # ---- Writing ----
@@ -526,7 +571,8 @@ def write_settings(state, special, data, block_size):
         # transformers 4 would otherwise return token_type_ids, which GPT-2 adds to its embeddings.
         "model_input_names": ["input_ids", "attention_mask"],
     }
-    roles = {"bos_token": state["begin"], "eos_token": state["end"], "pad_token": "<|pad|>"}
+    end = state["end"] if state["end"] in special else state["end"].partition(" ")[0]
+    roles = {"bos_token": state["begin"], "eos_token": end, "pad_token": "<|pad|>"}
     settings |= {role: name for role, name in roles.items() if name in special}
     if state["begin"] and not first_special(data):
         settings["add_bos_token"] = True

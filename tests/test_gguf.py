@@ -2,6 +2,7 @@
 
 import json
 import random
+import unicodedata
 import urllib.request
 from dataclasses import asdict
 from functools import cache
@@ -13,7 +14,7 @@ from test_hf_tokenizer import LLAMA3_PATTERN, SPECIALS, TOPICS, own_bpe
 
 import gpt
 import hub
-from extras import gguf
+from extras import gguf, hf_tokenizer
 from extras.bpe import count_words, train_bpe
 from extras.hf_tokenizer import GPT2_PATTERN, SMOLLM2_PATTERN
 
@@ -253,3 +254,23 @@ def test_what_llama_cpp_cannot_be_given_is_refused(write_model, tmp_path):
     path.write_text("", encoding="utf-8")
     with pytest.raises(ValueError, match="exists"):
         hub.write_gguf(tmp_path, path)
+
+
+def test_a_qwen2_vocabulary_normalizes_and_has_tokens_in_any_text(write_model, tmp_path):
+    """llama.cpp finds tokens such as <tool_call> in a text, too; it does not normalize."""
+    state = tokenizer_of("llama3").state
+    data = json.loads(hub.tokenizer_files(tokenizer_of("llama3"), 0)["tokenizer.json"])
+    pattern = hf_tokenizer.write_pattern(hf_tokenizer.QWEN2_PATTERN)
+    n = len(data["model"]["vocab"])
+    call = {"id": n, "content": "<tool_call>", "special": False, "normalized": False}
+    call |= dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+    data |= {"pre_tokenizer": pattern, "normalizer": {"type": "NFC"}}
+    data["added_tokens"].append(call)
+    tokenizer = gpt.Tokenizer("tokenizers", json=json.dumps(data), end=state["end"])
+    write_model(tokenizer, qk_norm=False)
+    hub.write_gguf(tmp_path, tmp_path / "model.gguf")
+    engine = Engine(tmp_path / "model.gguf")
+    draw = random.Random(3)
+    for _ in range(200):
+        text = unicodedata.normalize("NFC", random_text(draw)) + draw.choice(["", "<tool_call>x"])
+        assert engine.encode(text) == tokenizer.encode(text), repr(text)

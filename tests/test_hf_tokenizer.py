@@ -2,6 +2,7 @@
 
 import base64
 import copy
+import datetime
 import itertools
 import json
 import random
@@ -29,6 +30,7 @@ from tokenizers import (
 from transformers import AutoTokenizer
 
 import gpt
+import hub
 from extras.bpe import count_words, train_bpe
 from extras.chat import encode_conversation
 from extras.hf_tokenizer import GPT2_PATTERN, LibraryEncoding
@@ -490,13 +492,14 @@ def test_end_comes_from_the_first_file_that_names_it(library_tokenizers, folder)
             config={"eos_token_id": 1200},
             generation_config={"eos_token_id": [1201, 1204]},
         )[1]
-        == end
+        == f"{end} <|eot_id|>"  # the model stops at both
     )
     assert (
         roles(folder, data, special_tokens_map={"eos_token": {"content": "<|eot_id|>"}})[1]
-        == "<|eot_id|>"
+        == f"<|eot_id|> {end}"
     )
-    assert roles(folder, data, tokenizer_config={"eos_token": end})[1] == end
+    named = roles(folder, data, tokenizer_config={"eos_token": end})
+    assert named[1] == f"{end} <|eot_id|>"
     assert read_tokenizer(folder(data)).end_id == 1201
     first = {"eos_token_id": 0}  # the token that is 0 is one as any other
     files = {"config": first, "tokenizer_config": {}, "special_tokens_map": {}}
@@ -509,7 +512,11 @@ def test_known_chat_templates_are_recognized(library_tokenizers, folder):
     data, config = library_tokenizers["smollm2"], {"eos_token": "<|endoftext|>"}
     known = {"chat_template": "{{ '<|im_start|>' + message['role'] }}"}
     assert roles(folder, data, tokenizer_config=config) == ("", "<|endoftext|>", gpt.CHAT)
-    assert roles(folder, data, tokenizer_config=config | known) == ("", "<|im_end|>", CHATML)
+    assert roles(folder, data, tokenizer_config=config | known) == (
+        "",
+        "<|im_end|> <|endoftext|>",
+        CHATML,
+    )
     llama = {"chat_template": [{"name": "default", "template": "<|start_header_id|>"}]}
     assert roles(folder, library_tokenizers["llama3"], tokenizer_config=llama)[1:] == (
         "<|eot_id|>",
@@ -605,7 +612,9 @@ def assert_comes_back(tokenizer, path):
     """Assert that reading what was written gives an equal state, and writing it the same bytes."""
     write_tokenizer(tokenizer, path, 256)
     again = read_tokenizer(path)
-    assert again.state == tokenizer.state
+    # Further tokens that end a text stand in the model's config.json.
+    first_end = tokenizer.state["end"].partition(" ")[0]
+    assert again.state == tokenizer.state | {"end": first_end}
     assert again.special_tokens == tokenizer.special_tokens
     write_tokenizer(again, path / "again", 256)
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -940,3 +949,72 @@ def test_what_the_library_cannot_read_or_spell(library_tokenizers):
         ValueError, match=r"model is WordPiece, .*: choose one with BPE or Unigram$"
     ):
         LibraryEncoding(words.to_str())
+
+
+# ---- Chat templates as models have them ----
+CHATML_JINJA = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + "
+    "message['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+DEFAULT = (
+    "{% if messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\\nYou are Smol.<|im_end|>\\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    "template, default",
+    [
+        (
+            [{"name": "tool_use", "template": "?"}, {"name": "default", "template": CHATML_JINJA}],
+            "",
+        ),
+        (DEFAULT + CHATML_JINJA, "<|im_start|>system\nYou are Smol.<|im_end|>\n"),
+        (
+            DEFAULT + "{% generation %}{% endgeneration %}" + CHATML_JINJA,
+            "<|im_start|>system\nYou are Smol.<|im_end|>\n",
+        ),
+        (
+            DEFAULT.replace("You are Smol.", "' + strftime_now('%Y') + '") + CHATML_JINJA,
+            f"<|im_start|>system\n{datetime.date.today().year}<|im_end|>\n",
+        ),
+    ],
+    ids=["named", "default", "generation", "strftime_now"],
+)
+def test_a_template_is_rendered_as_transformers_does(
+    template, default, capsys, folder, library_tokenizers
+):
+    data = library_tokenizers["smollm2"]
+    hub.say_once.cache_clear()
+    settings = {"chat_template": template, "eos_token": "<|im_end|>"}
+    tokenizer = read_tokenizer(folder(data, tokenizer_config=settings))
+    assert capsys.readouterr().err == ""
+    loaded = AutoTokenizer.from_pretrained(folder(data, tokenizer_config=settings))
+    for said in ([("user", "Hello")], [("system", "Be kind."), ("user", "Hello")]):
+        messages = [{"role": role, "content": text} for role, text in said]
+        theirs = loaded.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+        assert encode_conversation(tokenizer, said) == list(theirs)
+    assert tokenizer.chat_parts[3:] == ([default] if default else [])
+
+
+@pytest.mark.parametrize(
+    "template, words",
+    [
+        (CHATML_JINJA.replace("'\\n' + m", "'<|im_sep|>' + m"), "writes conversations otherwise"),
+        ("{{ '<|im_start|>' + nothing.at.all }}", "cannot be read here"),
+        ("{% for m in messages %}[INST]{{ m['content'] }}{% endfor %}", "otherwise"),
+    ],
+    ids=["another mark", "an error", "another family"],
+)
+def test_a_template_that_is_not_followed_is_named(
+    template, words, capsys, folder, library_tokenizers
+):
+    hub.say_once.cache_clear()
+    read_tokenizer(
+        folder(library_tokenizers["smollm2"], tokenizer_config={"chat_template": template})
+    )
+    told = capsys.readouterr().err
+    assert words in told and told.startswith("note: ") and told.count("\n") == 1

@@ -9,6 +9,7 @@ import types
 from dataclasses import asdict, dataclass
 
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 import transformers
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import gpt
 import hub
+import sample
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -867,3 +869,66 @@ def test_several_processes_get_at_once(whole_folder, tmp_path):
     assert [result.returncode for result in results] == [0] * 4
     assert [path.name for path in (tmp_path / "got").iterdir()] == ["best.pt"]
     gpt.load_checkpoint(tmp_path / "got")
+
+
+# ---- What a file holds counts ----
+def rewrite(folder, change):
+    """Change the tensors of a folder's one safetensors file, given as a dict."""
+    path = folder / "model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    change(tensors)
+    safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_head_beside_a_tied_embedding(whole_folder, own):
+    """If it differs, the file counts and not the config, for us as for transformers."""
+
+    def add_head(tensors):
+        embedding = tensors["model.embed_tokens.weight"]
+        tensors["lm_head.weight"] = -embedding + 0.5 if own else embedding.clone()
+
+    rewrite(whole_folder, add_head)
+    model = hub.load_model(whole_folder)
+    assert model.config.tie_weights != own
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(whole_folder)
+    assert_same_logits(model, theirs)
+
+
+def test_a_tied_matrix_may_be_stored_as_the_head(whole_folder):
+    before = hub.load_model(whole_folder).state_dict()
+
+    def rename(tensors):
+        tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+
+    rewrite(whole_folder, rename)
+    after = hub.load_model(whole_folder).state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_all_tokens_that_end_a_text_are_kept(whole_folder, tmp_path):
+    """A Llama 3 lists two; a text ends at either, here and where the export is used."""
+    special = "<|end_of_text|> <|eot_id|>"
+    tokenizer = gpt.Tokenizer("char", CHARS, special=special)
+    hub.write_tokenizer(tokenizer, whole_folder, BLOCK)
+    ids = [tokenizer.special_tokens[name] for name in special.split()]
+    values = json.loads((whole_folder / "generation_config.json").read_text())
+    (whole_folder / "generation_config.json").write_text(json.dumps(values | {"eos_token_id": ids}))
+    config = json.loads((whole_folder / "config.json").read_text()) | {"vocab_size": len(CHARS) + 2}
+    (whole_folder / "config.json").write_text(json.dumps(config))
+    rows = len(CHARS) + 2
+    rewrite(
+        whole_folder,
+        lambda tensors: tensors.update(
+            {"model.embed_tokens.weight": torch.randn(rows, config["hidden_size"])}
+        ),
+    )
+    path = hub.get(whole_folder, tmp_path / "got")
+    again = gpt.load_checkpoint(path)[1]
+    assert again.end_ids == ids and again.end_id == ids[0]
+    for end in ids:
+        drawn = [CHARS.index("a"), end, CHARS.index("b")]
+        assert "".join(sample.text_of_tokens(again, drawn, again.end_ids)) == "a"
+    hub.export(path, tmp_path / "exported")
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "exported" / name).read_text())["eos_token_id"] == ids

@@ -1687,3 +1687,67 @@ def test_a_folder_of_save_to_disk_is_read(prepared, tmp_path, splits):
         expected["val"] = [t for t, v in zip(texts, is_val) if v]
     for split, parts in expected.items():
         assert text_of(tmp_path / "data" / "saved", split) == "".join(parts)
+
+
+# ---- Conversations as other projects write them ----
+def conversations_of(row):
+    """Return the turns of each example that a row holds."""
+    return [text.turns for text, _ in documents.row_document("f, line 1", row)]
+
+
+def chat(*said):
+    """Return messages; a role may have a key and a value for it, as in ("assistant", "x", "weight", 0)."""
+    return [
+        {"role": role, "content": text} | dict(zip(more[::2], more[1::2]))
+        for role, text, *more in said
+    ]
+
+
+def test_messages_of_one_role_are_joined(capsys):
+    """A template writes a question and an answer in turn, and has no form for two questions."""
+    documents.say_once.cache_clear()
+    messages = chat(("user", "one"), ("user", "two"), ("assistant", "a"), ("assistant", "b"))
+    turns = [("user", "one\n\ntwo"), ("assistant", "a\n\nb")]
+    assert conversations_of({"messages": messages}) == [turns]
+    assert "joined by an empty line" in capsys.readouterr().out
+
+
+def test_an_answer_without_a_question_is_refused():
+    messages = chat(("system", "s"), ("assistant", "Welcome!"), ("user", "q"), ("assistant", "a"))
+    with pytest.raises(ValueError, match="^f, line 1 begins with an assistant message: put"):
+        conversations_of({"messages": messages})
+
+
+@pytest.mark.parametrize("column", ["messages", "conversations"])
+def test_a_column_system_comes_first(column, capsys):
+    documents.say_once.cache_clear()
+    row = {column: chat(("user", "q"), ("assistant", "a")), "system": "Be a pirate.", "id": 7}
+    turns = [("system", "Be a pirate."), ("user", "q"), ("assistant", "a")]
+    assert conversations_of(row | {"tools": ""}) == [turns]
+    assert capsys.readouterr().out == "conversations are read without the columns id\n"
+
+
+@pytest.mark.parametrize("key", ["weight", "train"])
+def test_an_answer_may_be_left_out_of_the_loss(key):
+    """It stays in the prompt of the next one."""
+    off, on = (0, 1) if key == "weight" else (False, True)
+    messages = chat(
+        ("user", "q"),
+        ("assistant", "BAD", key, off),
+        ("user", "r"),
+        ("assistant", "good", key, on),
+    )
+    (turns,) = conversations_of({"messages": messages})
+    assert [text for _, text in turns] == ["q", "BAD", "r", "good"]
+    with pytest.raises(ValueError, match="weight is 0.5: it must be 0 or 1"):
+        conversations_of({"messages": chat(("user", "q"), ("assistant", "a", "weight", 0.5))})
+
+
+@pytest.mark.parametrize("key", ["tool_calls", "function_call", "tools"])
+def test_tools_are_named(key):
+    calls = [{"type": "function", "function": {"name": "f", "arguments": "{}"}}]
+    messages = chat(("user", "weather?"), ("assistant", "Let me look."))
+    row = {"messages": messages}
+    (row if key == "tools" else messages[1])[key] = calls
+    with pytest.raises(ValueError, match=f"^f, line 1 has {key}, which gpt.py does not know"):
+        conversations_of(row)
