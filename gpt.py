@@ -356,8 +356,8 @@ class Tokenizer:
         self.end_id = self.special_tokens.get(ends[0]) if ends else None
         self.end_ids = [self.special_tokens[name] for name in ends if name in names]
         self.chat_parts = self.chat.split("||")
-        # ChatML, for one, ends every turn of a conversation by the token that ends an answer.
-        self.ends_turns = any(name in part for name in ends[:1] for part in self.chat_parts[:2])
+        # In ChatML, for one, the token that ends an answer also stands within a conversation.
+        self.ends_turns = any(name in self.chat for name in ends[:1])
 
     def make_encoding(self):
         """Return the encoding that the fields describe: a tiktoken.Encoding or LibraryEncoding."""
@@ -1626,20 +1626,28 @@ def read_checkpoint(path):
         raise ValueError(
             f"{path} is damaged or not a checkpoint ({type(e).__name__}): use another one"
         ) from e
+    check_state(path, state)
+    return {"base": "", "lora_rank": 0} | state
+
+
+def check_state(path, state):
+    """Raise ValueError unless what a checkpoint holds is of this program and of the right types."""
     for key in ("model", "model_args", "tokenizer"):
-        if not isinstance(state, dict) or not isinstance(state.get(key), dict):
-            raise ValueError(f"{path} is not a checkpoint of gpt.py (no {key}): name another one")
-    state = {"base": "", "lora_rank": 0} | state
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            continue
+        remedy = "name another one"
+        if isinstance(state, dict) and {"iter_num", "model_args"} <= state.keys():
+            remedy = f"python hub.py get {path} reads it, as it is nanoGPT's"
+        raise ValueError(f"{path} is not a checkpoint of gpt.py (no {key}): {remedy}")
     types = {"base": str, "lora_rank": int, "step": int, "best_val_loss": float, "config": dict}
     for key in types.keys() & state.keys():
         if type(state[key]) is not types[key]:
             raise ValueError(f"{path} is damaged ({key} is {str(state[key])[:60]!r}): use another")
-    if state["lora_rank"] and "wte.weight" not in state["model"]:
+    if state.get("lora_rank") and "wte.weight" not in state["model"]:
         raise ValueError(
             f"{path} holds only LoRA matrices, as versions before 2.0.0 wrote them: add the other "
             f"weights with python hub.py merge {path}"
         )
-    return state
 
 
 # What torch, CUDA and C++ say when a GPU or the computer has no memory left

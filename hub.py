@@ -60,7 +60,7 @@ base = ""  # merge: new place of the model that LoRA began from; empty: it has n
 
 SETTINGS = read_settings(Path(__file__).read_text(encoding="utf-8-sig"))
 USAGE = {
-    "get": "get ID_OR_FOLDER",
+    "get": "get ID_FOLDER_OR_FILE",
     "export": "export RUN FOLDER",
     "gguf": "gguf RUN FILE",
     "merge": "merge CHECKPOINT",
@@ -714,11 +714,11 @@ def load_file(path, dtype=torch.float32, **changes):
         model.load_state_dict(tensors)
     except (KeyError, RuntimeError, TypeError, ValueError) as e:
         reason = " ".join(str(e).split())
-        raise ValueError(f"{path} has no place in gpt.py's GPT ({reason[:200]})") from e
+        raise ValueError(
+            f"{path} does not fit gpt.py's GPT ({reason[:200]}): copy the file again"
+        ) from e
     if path.suffix == ".pt":
-        print(
-            "nanoGPT's GELU is read as GPT-2's approximation of it: losses differ by less than 1e-4"
-        )
+        say_once("note: nanoGPT's exact GELU is replaced by GPT-2's approximation of it")
     return model, Tokenizer(**state)
 
 
@@ -786,9 +786,16 @@ def load_pretrained(name, dtype=torch.float32, **changes):
         "model_args": asdict(model.config),
         "tokenizer": tokenizer.state,
         "base": full_name(name),
+        "base_changed": changed_at(name),
         "lora_rank": 0,
     }
     return model, tokenizer, state
+
+
+def changed_at(name):
+    """Return when a file was last changed, as a text; "" for a folder or an id."""
+    path = as_path(name)
+    return str(path.stat().st_mtime_ns) if path.is_file() else ""
 
 
 # ---- get ----
@@ -824,6 +831,8 @@ def check_same_model(path, name):
         held = read_checkpoint(path)
     except ValueError as e:
         raise ValueError(f"{path} is damaged: delete it, and hub.py will make it again") from e
+    if held.get("base_changed", "") != changed_at(name) and held["base"] == full_name(name):
+        raise ValueError(f"{name} has changed since {path} was made of it: delete {path}")
     if "step" in held or held["base"] != full_name(name):  # only a run's checkpoint has a step
         raise ValueError(
             f"{path} does not hold {name}: it holds a run or {held['base'] or 'another model'}; "

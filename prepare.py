@@ -73,7 +73,7 @@ from gpt import (
     read_text,
 )
 
-# The encodings of tiktoken's own, whose patterns allow to encode a text in pieces
+# The encodings of tiktoken's own, whose patterns allow encoding a text in pieces
 TIKTOKENS_OWN = ("gpt2", "r50k_base", "p50k_base", "p50k_edit", "cl100k_base", "o200k_base")
 
 # ---- Settings: each comment is its help text (python prepare.py --help) ------------------------

@@ -165,8 +165,8 @@ LONGEST_PIECE = 2**24
 def read_pieces(blocks):
     """Yield the pieces of a text that comes in blocks, each of which can be tokenized on its own.
 
-    This holds for the patterns of hf_tokenizer.PATTERNS. Only a text of 16 million characters
-    without a place to cut it is cut elsewhere.
+    This holds for the patterns of hf_tokenizer.PATTERNS. Only where 16 million characters hold no
+    such place is the text cut elsewhere.
     """
     rest = ""
     for block in blocks:
@@ -348,7 +348,7 @@ def conversation_turns(where, row):
         used |= {"prompt", "completion"}
         turns += message_turns(where, row["prompt"]) + message_turns(where, row["completion"])
     elif {"messages", "conversations", "conversation"} & row.keys():
-        column = min({"messages", "conversations", "conversation"} & row.keys())
+        column = next(c for c in ("messages", "conversations", "conversation") if c in row)
         used.add(column)
         turns += message_turns(where, row[column])
     elif {"instruction", "output"} <= row.keys():
@@ -366,6 +366,8 @@ def conversation_turns(where, row):
     unused = sorted(str(column) for column in row.keys() - used - {"tools"})
     if unused:
         say_once(f"conversations are read without the columns {', '.join(unused)}")
+    if turns[:1] == turns[1:2]:  # the column repeats what the messages begin with
+        turns = turns[1:]
     return alternating(where, turns)
 
 
@@ -497,7 +499,9 @@ def file_documents(files, text_column="", clean=""):
     for path in files:
         if suffix_of(path) in TABLES:
             for where, row in read_rows(path):
-                yield row_document(where, row, text_column, clean)
+                document = row_document(where, row, text_column, clean)
+                if document:  # a conversation may hold nothing to learn
+                    yield document
         elif clean:
             for article in read_articles(read_lines(read_blocks(path)), clean):
                 yield text_document(article)
@@ -529,7 +533,9 @@ def hub_documents(path, config="", split="train", text_column="", clean="", by_l
                 yield ours, text_document(article)
         else:
             for where, row in numbered:
-                yield ours, row_document(where, row, text_column, clean)
+                document = row_document(where, row, text_column, clean)
+                if document:
+                    yield ours, document
 
 
 def open_streams(path, config, split):

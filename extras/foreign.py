@@ -34,23 +34,28 @@ def read_nanogpt(path):
     try:
         state = dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as e:  # torch raises half a dozen types of error
-        raise ValueError(f"{path} is damaged or no checkpoint ({type(e).__name__})") from e
+        raise ValueError(
+            f"{path} is damaged or no checkpoint ({type(e).__name__}): copy it again"
+        ) from e
     if "tokenizer" in state:
         raise ValueError(f"{path} is a checkpoint of gpt.py already: use it as it is")
     try:
         sizes = dict(state["model_args"])
         weights = dict(state["model"])
         dataset = state["config"]["dataset"]
+        n_head, vocab_size = sizes["n_head"], sizes["vocab_size"]
     except (KeyError, TypeError) as e:
-        raise ValueError(f"{path} is no checkpoint of nanoGPT ({e} is missing)") from e
+        raise ValueError(
+            f"{path} is no checkpoint of nanoGPT ({e} is missing): name a ckpt.pt of its train.py"
+        ) from e
     tensors = {}
     for name, tensor in weights.items():
         name = name.removeprefix("_orig_mod.").removeprefix("transformer.")
         if not re.fullmatch(r"h\.\d+\.attn\.bias", name):  # the mask, in early versions
             tensors[name] = tensor
     sizes = {"bias": True} | sizes | GPT2_PARTS
-    sizes |= {"n_kv_head": sizes["n_head"], "tie_weights": True, "dropout": 0.0}
-    return sizes, tensors, nanogpt_tokenizer(path, dataset, sizes["vocab_size"])
+    sizes |= {"n_kv_head": n_head, "tie_weights": True, "dropout": 0.0}
+    return sizes, tensors, nanogpt_tokenizer(path, dataset, vocab_size)
 
 
 def nanogpt_tokenizer(path, dataset, vocab_size):
@@ -69,9 +74,16 @@ def nanogpt_tokenizer(path, dataset, vocab_size):
         with open(found[0], "rb") as file:
             names = PlainUnpickler(file).load()["itos"]
         chars = "".join(names[i] for i in range(len(names)))
-        assert len(chars) == len(names) <= vocab_size
+        assert len(chars) == len(names)
     except Exception as e:  # a pickle that is damaged raises errors of many kinds
-        raise ValueError(f"{found[0]} does not hold characters as nanoGPT's do ({e})") from e
+        raise ValueError(
+            f"{found[0]} does not hold characters as nanoGPT's do ({e}): copy it again"
+        ) from e
+    if len(names) != vocab_size:
+        raise ValueError(
+            f"{found[0]} holds {len(names)} characters, but {path} has {vocab_size}: copy the "
+            "meta.pkl of its data set beside it"
+        )
     return {"kind": "char", "chars": chars}
 
 
@@ -85,8 +97,9 @@ def read_llama2c(path):
     with open(path, "rb") as file:
         head = file.read(256)
     if len(head) < 256:
-        raise ValueError(f"{path} is no model of llama2.c: it has only {len(head)} bytes")
-    if head.startswith((b"PK", b"\x80")):
+        raise ValueError(f"{path} has only {len(head)} bytes: name a model.bin of llama2.c")
+    pickle_of_torch = b"PK\x03\x04"
+    if head.startswith(pickle_of_torch):
         raise ValueError(f"{path} is a pickle, which can run any code: save it as safetensors")
     magic, version = struct.unpack_from("<Ii", head)
     numbers = struct.unpack_from("<7i", head, 8 if magic == MAGIC else 0)
@@ -99,14 +112,16 @@ def read_llama2c(path):
     tied = bool(head[36]) if magic == MAGIC else sizes["vocab_size"] > 0
     sizes["vocab_size"] = abs(sizes["vocab_size"])
     if min(sizes.values()) < 1 or sizes["n_embd"] % sizes["n_head"]:
-        raise ValueError(f"{path} is no model of llama2.c: it begins with {list(numbers)}")
+        raise ValueError(
+            f"{path} begins with {list(numbers)}, which are no sizes: name a model.bin of llama2.c"
+        )
     shapes = layout(sizes, tied, is_first_version=magic != MAGIC)
     offset = 256 if magic == MAGIC else 28
     n_bytes = offset + 4 * sum(math.prod(shape) for _, shape in shapes)
     if path.stat().st_size != n_bytes:
         raise ValueError(
             f"{path} is no model of llama2.c, or not whole: it has {path.stat().st_size:,} bytes "
-            f"instead of {n_bytes:,}"
+            f"instead of {n_bytes:,}: copy it again"
         )
     parts = {}
     for name, shape in shapes:
@@ -167,12 +182,9 @@ def llama2c_tensors(parts, sizes):
     return tensors
 
 
-def llama2c_tokenizer(path, vocab_size):
-    """Return the state of the tokenizer in the tok*.bin beside a model, such as tokenizer.bin."""
-    named = sorted(path.parent.glob("tok*.bin"), key=lambda p: p.name != "tokenizer.bin")
-    if not named:
-        raise ValueError(f"{path} needs its tokenizer: copy llama2.c's tokenizer.bin beside it")
-    content = named[0].read_bytes()
+def read_tokens(path):
+    """Return [(text, score), ...] of a tokenizer.bin. Raises ValueError for another file."""
+    content = path.read_bytes()
     tokens = []
     place = 4  # after the length of the longest token
     try:
@@ -181,19 +193,35 @@ def llama2c_tokenizer(path, vocab_size):
             text = content[place + 8 : place + 8 + length].decode()
             tokens.append((text.strip() if len(tokens) < 3 else text.replace(" ", "▁"), score))
             place += 8 + length
-        assert len(tokens) == vocab_size and place == len(content)
-    except (AssertionError, UnicodeDecodeError, struct.error) as e:
-        raise ValueError(
-            f"{named[0]} does not hold {vocab_size} tokens as llama2.c writes them: copy the file "
-            "that belongs to the model beside it"
-        ) from e
-    data = sentencepiece(tokens)
-    return {
-        "kind": "tokenizers",
-        "json": json.dumps(data, ensure_ascii=False),
-        "begin": "<s>",
-        "end": "</s>",
-    }
+    except (UnicodeDecodeError, struct.error) as e:
+        raise ValueError(f"{path} is damaged ({e})") from e
+    if place != len(content):
+        raise ValueError(f"{path} is not whole")
+    return tokens
+
+
+def llama2c_tokenizer(path, vocab_size):
+    """Return the state of the tokenizer in the tok*.bin beside a model that has vocab_size tokens."""
+    tried = []
+    for file in sorted(path.parent.glob("tok*.bin")):
+        try:
+            tokens = read_tokens(file)
+        except ValueError as e:
+            tried.append(str(e))
+            continue
+        if len(tokens) == vocab_size:
+            return {
+                "kind": "tokenizers",
+                "json": json.dumps(sentencepiece(tokens), ensure_ascii=False),
+                "begin": "<s>",
+                "end": "</s>",
+            }
+        tried.append(f"{file.name} has {len(tokens)}")
+    why = f" ({'; '.join(tried)})" if tried else ""
+    raise ValueError(
+        f"{path} has {vocab_size} tokens, and no tok*.bin beside it has so many{why}: copy the "
+        "tokenizer.bin beside it that belongs to the model"
+    )
 
 
 def sentencepiece(tokens):

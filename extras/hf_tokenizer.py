@@ -363,8 +363,7 @@ CHATS = {
 def render(template, messages, begin):
     """Return what a model's template makes of messages and the start of an answer, without begin.
 
-    Returns None without the library jinja2, and for a template that needs more than transformers
-    gives to all: raise_exception, strftime_now and the tags around what a model writes.
+    Returns None without the library jinja2, and for a template that cannot be rendered.
     """
     try:
         from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -374,10 +373,18 @@ def render(template, messages, begin):
     def raise_exception(message):
         raise ValueError(message)
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    def tojson(value, **options):
+        return json.dumps(value, ensure_ascii=False, **options)
+
+    # What transformers gives to all templates
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = datetime.now().strftime
-    plain = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", template)
+    plain = re.sub(r"({%[-+]?\s*)generation\b", r"\1if true", template)  # around an answer
+    plain = re.sub(r"({%[-+]?\s*)endgeneration\b", r"\1endif", plain)
     asked = {"messages": messages, "add_generation_prompt": True, "bos_token": "", "eos_token": ""}
     try:
         return environment.from_string(plain).render(**asked).removeprefix(begin)
@@ -412,8 +419,8 @@ def template_note(settings, begin, chat):
         return "the model's chat template cannot be read here: conversations may differ from it"
     if theirs != ours:
         return (
-            f"the model's chat template writes conversations otherwise than gpt.py does: {theirs!r} "
-            f"there, {ours!r} here"
+            f"the model's chat template writes conversations differently from gpt.py: {theirs!r} "
+            f"there, {ours!r} here; finetune it on conversations before you use --chat"
         )
     return ""
 

@@ -37,7 +37,21 @@ def strange_text(seed, n=3000):
         "...",
         "'s",
     ]
-    parts += ["12", "3456", "_", "é", "é", "\u3000", "\xa0", "ไทย", "हि", "😀", "〇", "䷀", "𠮷"]
+    parts += [
+        "12",
+        "3456",
+        "_",
+        "é",
+        "e\u0301",
+        "\u3000",
+        "\xa0",
+        "ไทย",
+        "हि",
+        "😀",
+        "〇",
+        "䷀",
+        "𠮷",
+    ]
     parts += re.findall(".", CHINESE)
     return "".join(draw.choice(parts) for _ in range(n))
 

@@ -213,6 +213,15 @@ def test_memory_of_mps_that_runs_out(settings, accelerator, monkeypatch):
         gpt.train()
 
 
+def test_full_memory_is_no_failure_of_the_compiler(settings, accelerator, monkeypatch, capsys):
+    """The compiled model is tried with smaller micro-batches."""
+    monkeypatch.setattr(torch, "compile", lambda model, **_: model)
+    fitted = limit_rows(monkeypatch, 2)
+    settings(batch_size=4, max_iters=2, compile=True)
+    assert gpt.train()["step"] == 2 and set(fitted) == {2}
+    assert "torch.compile failed" not in capsys.readouterr().out
+
+
 FULL = r"^out of memory: lower batch_size \(\d+\) .*--gradient_checkpointing="
 
 

@@ -84,9 +84,10 @@ def nanogpt(tmp_path):
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_run_of_nanogpt_is_read(nanogpt, bias, capsys):
     """GPT-2's GELU in place of the exact one changes these random weights' logits by 0.01."""
+    hub.say_once.cache_clear()
     path, weights, sizes = nanogpt(bias)
     model, tokenizer, _ = hub.load_pretrained(path)
-    assert "GELU" in capsys.readouterr().out
+    assert "GELU" in capsys.readouterr().err
     stoi = {c: i for i, c in enumerate(sorted(set(TEXT)))}
     assert tokenizer.encode(TEXT) == [stoi[c] for c in TEXT]
     ids = torch.tensor([tokenizer.encode(TEXT)[:24], tokenizer.encode(TEXT)[5:29]])
@@ -106,6 +107,11 @@ def test_a_run_of_nanogpt_is_finetuned_and_sampled(nanogpt, settings, tmp_path):
     before = gpt.read_checkpoint(held)["model"]["wte.weight"]
     assert torch.equal(before, weights["_orig_mod.transformer.wte.weight"])
     assert hub.short_name(path) == "out"
+    os.utime(path, (0, 0))  # nanoGPT has written it anew
+    with pytest.raises(ValueError, match="ckpt.pt has changed since .*: delete .*best.pt"):
+        hub.get(path, tmp_path / "models" / "mine")
+    with pytest.raises(ValueError, match="python hub.py get .*ckpt.pt reads it"):
+        gpt.load_checkpoint(path)
     tokenizer = gpt.Tokenizer(**gpt.read_checkpoint(held)["tokenizer"])
     gpt.write_dataset(tmp_path / "data" / "again", TEXT * 40, tokenizer, "tests")
     settings(dataset="again", init_from=str(held), max_iters=2, block_size=None, n_layer=None)
@@ -146,9 +152,17 @@ def test_what_is_no_run_of_nanogpt_is_refused(nanogpt, tmp_path, monkeypatch):
     (path.parent / "meta.pkl").write_bytes(names)
     hub.load_model(path)
     state = torch.load(path)
+    torch.save(state | {"model_args": {"n_layer": 1}}, path)
+    with pytest.raises(ValueError, match="'n_head' is missing"):
+        hub.load_model(path)
+    (path.parent / "meta.pkl").write_bytes(pickle.dumps({"itos": {0: "a", 1: "b"}}))
+    torch.save(state, path)
+    with pytest.raises(ValueError, match="holds 2 characters, but .*: copy the meta.pkl of its"):
+        hub.load_model(path)
+    (path.parent / "meta.pkl").write_bytes(names)
     del state["model"]["_orig_mod.transformer.ln_f.weight"]
     torch.save(state, path)
-    with pytest.raises(ValueError, match="has no place in gpt.py's GPT .*ln_f.weight"):
+    with pytest.raises(ValueError, match="does not fit gpt.py's GPT .*ln_f.weight"):
         hub.load_model(path)
     path.write_bytes(path.read_bytes()[:-500])
     with pytest.raises(ValueError, match="is damaged or no checkpoint"):
@@ -194,8 +208,8 @@ def llama2c(tmp_path):
     """Return a function that writes a random Llama as llama2.c's export.py does: (path, Llama)."""
     tokens = sentencepiece_tokens()
 
-    def write(version, tied, n_kv_head=2):
-        shape = {"hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 2}
+    def write(version, tied, n_kv_head=2, dim=32):
+        shape = {"hidden_size": dim, "intermediate_size": 44, "num_hidden_layers": 2}
         shape |= {"num_attention_heads": 4, "num_key_value_heads": n_kv_head}
         shape |= {"max_position_embeddings": 24, "rms_norm_eps": 1e-5, "rope_theta": 10000.0}
         torch.manual_seed(5)
@@ -209,7 +223,9 @@ def llama2c(tmp_path):
         def layers(name, n_heads=0):
             found = [w[f"model.layers.{i}.{name}.weight"] for i in range(2)]
             if n_heads:  # the pairs that turn together lie side by side
-                found = [f.view(n_heads, 2, -1, 32).transpose(1, 2).reshape(f.shape) for f in found]
+                found = [
+                    f.view(n_heads, 2, -1, dim).transpose(1, 2).reshape(f.shape) for f in found
+                ]
             return found
 
         q, k = layers("self_attn.q_proj", 4), layers("self_attn.k_proj", n_kv_head)
@@ -218,11 +234,11 @@ def llama2c(tmp_path):
         mlp = [*layers("mlp.gate_proj"), *layers("mlp.down_proj"), *layers("mlp.up_proj")]
         embeddings, norm = [w["model.embed_tokens.weight"]], [w["model.norm.weight"]]
         head = [] if tied else [w["lm_head.weight"]]
-        numbers = [32, 44, 2, 4, n_kv_head, len(tokens), 24]
+        numbers = [dim, 44, 2, 4, n_kv_head, len(tokens), 24]
         if version == 0:
             numbers[5] *= 1 if tied else -1
             header = struct.pack("<7i", *numbers)
-            angles = [torch.zeros(2, 24, 4)]
+            angles = [torch.zeros(2, 24, dim // 8)]
             order = [*embeddings, *first, *q, *k, *v, *o, *second, *mlp, *norm, *angles, *head]
         else:
             header = struct.pack("<Ii7iB", 0x616B3432, version, *numbers, tied).ljust(256, b"\0")
@@ -240,8 +256,12 @@ def llama2c(tmp_path):
 @pytest.mark.parametrize(
     "version, tied, n_kv_head", [(0, True, 4), (0, False, 2), (1, True, 2), (1, False, 1)]
 )
-def test_a_model_of_llama2c_is_read(llama2c, version, tied, n_kv_head):
-    path, llama = llama2c(version, tied, n_kv_head)
+def test_a_model_of_llama2c_is_read(llama2c, tmp_path, version, tied, n_kv_head):
+    """Also one whose width makes the file begin as a pickle does, beside another tokenizer."""
+    path, llama = llama2c(version, tied, n_kv_head, dim=128 if tied else 32)
+    whole = (tmp_path / "tokenizer.bin").read_bytes()
+    (tmp_path / "tok304.bin").write_bytes(whole)
+    (tmp_path / "tokenizer.bin").write_bytes(whole + struct.pack("<fi", -9.0, 1) + b"~")
     model, tokenizer, _ = hub.load_pretrained(path)
     ids = torch.randint(len(sentencepiece_tokens()), (2, 24))
     with torch.no_grad():
@@ -274,17 +294,17 @@ def test_what_is_no_model_of_llama2c_is_refused(llama2c, tmp_path, damage):
         "short": "not whole: it has",
         "long": "not whole: it has",
         "rounded": "version 2, whose weights are rounded",
-        "head": "it begins with",
+        "head": "begins with .*, which are no sizes",
         "pickle": "is a pickle",
-        "tokens": "does not hold 304 tokens",
-        "none": "copy llama2.c's tokenizer.bin beside it",
+        "tokens": "304 tokens, and no tok.*tokenizer.bin is not whole",
+        "none": "copy the tokenizer.bin beside it",
     }
     changed = {
         "short": content[:-4],
         "long": content + b"\0",
         "rounded": content[:4] + struct.pack("<i", 2) + content[8:],
         "head": np.zeros(999, "<i4").tobytes(),
-        "pickle": b"PK" + content,
+        "pickle": b"PK\x03\x04" + content,
     }
     path.write_bytes(changed.get(damage, content))
     beside = tmp_path / "tokenizer.bin"

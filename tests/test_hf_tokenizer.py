@@ -970,9 +970,17 @@ DEFAULT = (
             [{"name": "tool_use", "template": "?"}, {"name": "default", "template": CHATML_JINJA}],
             "",
         ),
-        (DEFAULT + CHATML_JINJA, "<|im_start|>system\nYou are Smol.<|im_end|>\n"),
         (
-            DEFAULT + "{% generation %}{% endgeneration %}" + CHATML_JINJA,
+            DEFAULT
+            + CHATML_JINJA.replace("{% endfor", "{% if false %}{% break %}{% endif %}{% endfor"),
+            "<|im_start|>system\nYou are Smol.<|im_end|>\n",
+        ),
+        (
+            DEFAULT
+            + CHATML_JINJA.replace(
+                "message['content'] +",
+                "'' }}{% generation -%}\n{{ message['content'] }}\n{%- endgeneration %}{{",
+            ),
             "<|im_start|>system\nYou are Smol.<|im_end|>\n",
         ),
         (
@@ -1003,9 +1011,9 @@ def test_a_template_is_rendered_as_transformers_does(
 @pytest.mark.parametrize(
     "template, words",
     [
-        (CHATML_JINJA.replace("'\\n' + m", "'<|im_sep|>' + m"), "writes conversations otherwise"),
+        (CHATML_JINJA.replace("'\\n' + m", "'<|im_sep|>' + m"), "writes conversations differently"),
         ("{{ '<|im_start|>' + nothing.at.all }}", "cannot be read here"),
-        ("{% for m in messages %}[INST]{{ m['content'] }}{% endfor %}", "otherwise"),
+        ("{% for m in messages %}[INST]{{ m['content'] }}{% endfor %}", "differently"),
     ],
     ids=["another mark", "an error", "another family"],
 )

@@ -266,7 +266,7 @@ def test_configs_commands_run(run):
 
 def test_the_pages_python_runs(run, project):
     blocks = python_blocks()
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     tiny = "".join(f"gpt.{name} = {value}\n" for name, value in re.findall(r"--(\w+)=(\d+)", SHAPE))
     for block in blocks:
         code, output = run(["-c"], f"{tiny}gpt.eval_iters = 1\n{block.replace('=200', '=2')}")

@@ -233,6 +233,7 @@ def test_eval_only_gives_the_figures_of_the_best_checkpoint_and_writes_nothing(
 ):
     settings(max_iters=10)
     figures = gpt.train()
+    (tmp_path / "out" / "ckpt.pt").unlink()
     before = sorted(p.name for p in (tmp_path / "out").iterdir())
     settings(eval_only=True)
     assert gpt.train()["val_loss"] == figures["val_loss"]
