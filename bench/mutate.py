@@ -111,16 +111,7 @@ EDITS = {
                 'path = run_folder(settings, folder) / "best.pt"',
                 'path = run_folder(settings, folder) / "ckpt.pt"',
             ),
-            (
-                "share = max(share, epochs / self.settings.max_epochs)",
-                "share = epochs / self.settings.max_epochs",
-            ),
             ("max(1.0, trained + self.left_s())", "max(1e-9, trained + self.left_s())"),
-            ("fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB"),
-            (
-                "if not resumed:\n            keep_earlier_files(out)",
-                "if False:\n            keep_earlier_files(out)",
-            ),
             ("line[name] = None  # JSON", "pass  # JSON"),
             ("        part.replace(path)\n    except", "        part.unlink()\n    except"),
             ("os.fsync(file.fileno())", "pass"),
@@ -128,6 +119,11 @@ EDITS = {
             ("for _ in range(2)]\n        try", "for _ in range(0)]\n        try"),
         ],
         "faults": [
+            ("fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB"),
+            (
+                "if not resumed:\n            keep_earlier_files(out)",
+                "if False:\n            keep_earlier_files(out)",
+            ),
             (
                 "            if out_of_memory(e):\n                return  # get_ready",
                 "            if False:\n                return  # get_ready",
@@ -230,6 +226,10 @@ EDITS = {
             ("if sums[last + 1] > sums[start + 1]", "if sums[last + 1] > sums[start]"),
         ],
         "fitting training": [
+            (
+                "share = max(share, epochs / self.settings.max_epochs)",
+                "share = epochs / self.settings.max_epochs",
+            ),
             ("1.05e6 * (flops / 2e13) ** 0.47", "1.05e6 * (flops / 2e13) ** 0.9"),
             ("min(best_size(flops), 3 * n_tokens)", "best_size(flops)"),
             ("epochs = min(epochs, settings.max_epochs)", "pass"),
