@@ -112,13 +112,13 @@ EDITS = {
                 'path = run_folder(settings, folder) / "ckpt.pt"',
             ),
             ("max(1.0, trained + self.left_s())", "max(1e-9, trained + self.left_s())"),
-            ("line[name] = None  # JSON", "pass  # JSON"),
-            ("        part.replace(path)\n    except", "        part.unlink()\n    except"),
             ("os.fsync(file.fileno())", "pass"),
             ("while not self.micro_batch_fits():", "while False:"),
             ("for _ in range(2)]\n        try", "for _ in range(0)]\n        try"),
         ],
         "faults": [
+            ("        part.replace(path)\n    except", "        part.unlink()\n    except"),
+            ("line[name] = None  # JSON", "pass  # JSON"),
             ("fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB"),
             (
                 "if not resumed:\n            keep_earlier_files(out)",

@@ -297,3 +297,19 @@ def test_the_machines_speed_is_that_of_its_steps(monkeypatch):
     model = gpt.GPT(gpt.GPTConfig(vocab_size=256))
     expected = model.config.flops_per_token() * 8 * 256 / 2.0
     assert gpt.flops_per_second(machine) == pytest.approx(expected)
+
+
+def test_the_earlier_of_max_iters_and_max_epochs_ends_a_run(settings):
+    settings(max_iters=4, max_epochs=0.5)
+    assert gpt.train()["step"] == 4
+
+
+def test_a_second_of_training_is_the_least_that_a_schedule_spans(monkeypatch):
+    """A run whose minutes are over as it begins must not take its first moment for the whole."""
+    now = [100.0]
+    monkeypatch.setattr(gpt, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    chosen = gpt.checked_settings(max_minutes=0.001)
+    clock = gpt.Clock(chosen, gpt.Progress(), 0.0)
+    clock.begin_loop()
+    now[0] += 0.25
+    assert clock.share_done(1, 0.0) == 0.25
