@@ -184,3 +184,14 @@ def test_char_round_trips(text):
 def test_the_examples_of_the_docstrings():
     """They give what they say."""
     assert doctest.testmod(bpe) == (0, 2)
+
+
+def test_with_room_enough_each_word_becomes_one_token_and_none_is_twice():
+    """Also words that occur once, and tokens that two pairs of others make."""
+    draw = random.Random(4)
+    words = ["".join(draw.choices("abc", k=draw.randint(2, 7))) for _ in range(60)]
+    counts = Counter(word.encode() for word in words)
+    tokens = bpe.train_bpe(counts, 5000)
+    assert len(tokens) == len(set(tokens)) < 5000
+    assert counts.keys() <= set(tokens)
+    assert 1 in counts.values()
