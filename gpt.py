@@ -326,8 +326,8 @@ class Tokenizer:
     special: names of special tokens; encode never returns their ids, which follow those of the
         other tokens or are given as `special_ids`.
     begin: the name of the special token that begins a text.
-    end: the names of the special tokens at which a generated text ends. The first one ends documents
-        and answers in training.
+    end: the names of the special tokens at which a generated text ends. The first one ends
+        documents and answers in training.
     chat: the templates of a conversation; see CHAT.
     """
 

@@ -811,7 +811,8 @@ def get(name, out=None, dtype=torch.float32):
     """Return the path of the checkpoint that holds a model of others, and make it if need be.
 
     name: what load_model reads. out: the folder for best.pt; None: one in models/. dtype: that of
-    the weights. A checkpoint appears whole or not at all, so several processes may ask for one at once.
+    the weights. A checkpoint appears whole or not at all, so several processes may ask for one
+    at the same time.
     Raises FileNotFoundError, and ValueError for a model that gpt.py's GPT cannot represent.
     """
     folder = as_path(out) if out else HERE / "models" / short_name(name)
@@ -1134,9 +1135,9 @@ def known_pattern(data):
 def gguf_vocabulary(tokenizer, vocab_size):
     """Return (tokens, types, merges, name of the pattern) for a GGUF file. Raises ValueError.
 
-    tokens: the names of vocab_size tokens. types: 1 for plain tokens, 3 for special ones, 4 for those
-    that are found in any text, and 5 for those that the model has and its tokenizer has not. merges:
-    pairs of tokens, as "a b".
+    tokens: the names of vocab_size tokens. types: 1 for plain tokens, 3 for special ones, 4 for
+    those that are found in any text, and 5 for those that the model has and its tokenizer has not.
+    merges: pairs of tokens, as "a b".
     """
     data = json.loads(tokenizer_files(tokenizer, 0)["tokenizer.json"])
     vocab, special = data["model"]["vocab"], tokenizer.special_tokens

@@ -201,7 +201,7 @@ def read_tokens(path):
 
 
 def llama2c_tokenizer(path, vocab_size):
-    """Return the state of the tokenizer in the tok*.bin beside a model that has vocab_size tokens."""
+    """Return the state of the tokenizer in a tok*.bin beside a model of vocab_size tokens."""
     tried = []
     for file in sorted(path.parent.glob("tok*.bin")):
         try:

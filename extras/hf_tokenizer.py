@@ -13,7 +13,7 @@ import base64
 import json
 import math
 import re
-from datetime import datetime
+import time
 from itertools import pairwise
 
 import numpy as np
@@ -382,7 +382,7 @@ def render(template, messages, begin):
     )
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = datetime.now().strftime
+    environment.globals["strftime_now"] = time.strftime
     plain = re.sub(r"({%[-+]?\s*)generation\b", r"\1if true", template)  # around an answer
     plain = re.sub(r"({%[-+]?\s*)endgeneration\b", r"\1endif", plain)
     asked = {"messages": messages, "add_generation_prompt": True, "bos_token": "", "eos_token": ""}

@@ -111,7 +111,8 @@ model, tokenizer, checkpoint = gpt.load_checkpoint(Path(first["out_dir"]) / "bes
 known = set(tokenizer.state["chars"])
 fitting = "".join(c if c in known else " " for c in text)
 n_unknown = sum(a != b for a, b in zip(text, fitting))
-print(f"{len(text):,} characters, {n_unknown:,} of them unknown:", "".join(sorted(set(text) - known)))
+unknown = "".join(sorted(set(text) - known))
+print(f"{len(text):,} characters, {n_unknown:,} of them unknown: {unknown}")
 gpt.write_dataset(WORK / "data" / "own", fitting, tokenizer, str(own or "the Zen of Python"))
 """
 

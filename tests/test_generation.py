@@ -480,7 +480,7 @@ class PieceTokenizer:
     """Ids of the given byte strings."""
 
     def __init__(self, pieces):
-        self.pieces, self.special_tokens, self.begin_id, self.end_id = pieces, {}, None, None
+        self.pieces, self.special_tokens, self.begin_id, self.end_ids = pieces, {}, None, []
 
     def encode(self, text):
         return [ord(c) for c in text]

@@ -851,7 +851,7 @@ def test_the_script(run_script, whole_folder, base, tmp_path):
     for words, message in (
         ([], "the first word is '': it must be one of get, export, gguf, merge"),
         (["fetch", "gpt2"], "the first word is 'fetch'"),
-        (["get"], "'get' has too few or too many words: write python hub.py get ID_OR_FOLDER"),
+        (["get"], "'get' has too few or too many words: write python hub.py get ID_FOLDER_OR_FILE"),
         (["export", "out/mine"], "write python hub.py export RUN FOLDER"),
         (["get", "gpt2", "--dtype=int8"], "dtype is 'int8': it must be one of float32, bfloat16"),
         (["get", "gpt2", "--nam=x"], "unknown setting 'nam': did you mean name?"),
