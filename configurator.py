@@ -3,7 +3,7 @@
 A script hands over its own globals, its settings and the check that every value must pass. A
 config file is plain Python that assigns to the settings' names. It starts from their current
 values, so it can build on them and branch: `if device_type == "cpu": ...`. Config files run from
-left to right, and flags win over files wherever they stand.
+left to right, and flags override files wherever they stand.
 """
 
 import errno
@@ -19,7 +19,7 @@ RENAMED = {
     # nanoGPT's train.py and sample.py
     "start": "the text to continue is --prompt of sample.py",
     "max_new_tokens": "the length of a sample is --max_tokens of sample.py",
-    "decay_lr": "--lr_schedule=constant switches the decay of the learning rate off",
+    "decay_lr": "--lr_schedule=constant turns off learning rate decay",
     "backend": "leave it out, since the device decides how processes communicate",
     "always_save_checkpoint": "leave it out, since ckpt.pt is saved before every evaluation",
     "wandb_project": "set the environment variable WANDB_PROJECT instead",
@@ -159,7 +159,7 @@ def configure(script, argv, settings, check, derive=dict, word_settings=()):
     settings: {name: Setting} of the script.
     check: a function of (name, value, settings) that returns the value or raises ValueError.
     derive: returns what config files may read besides the settings; called when flags are set.
-    word_settings: the settings that take the words which are not flags, in this order; if there
+    word_settings: the settings that take the words that are not flags, in this order; if there
         are none, words are config files.
     Raises ValueError and FileNotFoundError.
     """
@@ -212,7 +212,7 @@ def lacks_memory(error):
 
 
 def explains_itself(error):
-    """Return whether an error's message is enough: a user's mistake, or something is missing."""
+    """Return whether an error's message is enough: it is a user's mistake or something missing."""
     if isinstance(error, RuntimeError):  # any other RuntimeError is a bug
         return lacks_memory(error) or LOST_PROCESS in str(error)
     return True
@@ -226,9 +226,7 @@ def report(error):
     if isinstance(error, OSError) and error.errno == errno.ENOSPC and not error.filename:
         message = "the disk is full: free some space, then run the command again"
     if lacks_memory(error):
-        message = (
-            f"out of memory ({message}): close other programs, or give a smaller model or text"
-        )
+        message = f"out of memory ({message}): close other programs, or use a smaller model or text"
 
     rank = process_rank()
     distributed = sys.modules.get("torch.distributed")
@@ -242,7 +240,7 @@ def run_script(script, main, settings, check, derive=dict, word_settings=()):
     """Configure a script from its command line, and run main().
 
     A mistake is reported in one sentence, with exit code 2. The exit code is 130 after Ctrl-C and
-    141 if the output was closed. If main returns {"stopped_by": signal}, it is 128 + signal. With
+    141 if the output was closed. It is 128 + signal if main returns {"stopped_by": signal}. With
     TRACEBACK=1 in the environment, a mistake is shown with its traceback.
 
     script: the globals of the script; the other arguments are those of configure.

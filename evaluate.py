@@ -1,12 +1,12 @@
-"""evaluate.py: how well a model predicts a text, or a data set's validation split.
+"""evaluate.py: measure how well a model predicts a text, or a data set's validation split.
 
     python evaluate.py --text=FILE --out_dir=out/shakespeare         the run's best.pt on any text
     python evaluate.py --text=FILE --init_from=gpt2 --stride=512     in overlapping windows
     python evaluate.py --dataset=NAME --checkpoint=FILE              the whole validation split
-    python evaluate.py --choices=FILE.jsonl --init_from=gpt2         questions, as in HellaSwag
+    python evaluate.py --choices=FILE.jsonl --init_from=gpt2         multiple choice, like HellaSwag
 
 A text is read in windows of block_size tokens. Each token counts once. The first tokens of a window
-are predicted from little context, so windows that overlap give lower, and fairer, figures.
+are predicted from little context, so overlapping windows give a lower, and fairer, loss.
 """
 
 import json
@@ -33,17 +33,17 @@ from gpt import (
 
 # ---- Settings: each comment is the help text (python evaluate.py --help) ----
 text = ""  # text file to evaluate on
-dataset = ""  # instead: a data set, whose validation split is used
-choices = ""  # instead: a .jsonl of multiple-choice questions: ctx, endings and label
+dataset = ""  # instead of a text: a data set, whose validation split is used
+choices = ""  # instead of a text: a .jsonl of multiple-choice questions: ctx, endings and label
 data_dir = ""  # folder of all data sets; empty: data/ beside evaluate.py
 out_dir = ""  # folder of the run whose best.pt is evaluated; empty: out/<dataset>
-checkpoint = ""  # instead: a checkpoint file
-init_from = ""  # instead: a Hugging Face folder or id, such as gpt2, or a checkpoint
+checkpoint = ""  # instead of a run: a checkpoint file
+init_from = ""  # instead of a run: a Hugging Face folder or id, such as gpt2, or a checkpoint
 stride = 0  # tokens from the start of one window to that of the next; 0: block_size, no overlap
-block_size = 2048  # longest window in tokens; a model with a shorter context uses that instead
-batch_size = 8  # windows that are computed together
+block_size = 2048  # longest window in tokens; a model with a shorter context uses its own length
+batch_size = 8  # number of windows computed together
 device = "auto"  # auto: cuda, else mps, else cpu | any torch device
-dtype = "auto"  # of matrix products | auto: bfloat16 where the hardware has it | float32 | bfloat16
+dtype = "auto"  # of matrix products; auto: bfloat16 where the hardware has it | float32 | bfloat16
 
 SETTINGS = read_settings(Path(__file__).read_text(encoding="utf-8-sig"))
 HERE = Path(__file__).resolve().parent
@@ -127,7 +127,7 @@ def evaluate_dataset(
     """Return the figures of a model on a data set's whole validation split, as evaluate_text does.
 
     If the targets have weights, as with prompts and responses, there is no bits_per_byte.
-    Raises ValueError if the data set has another tokenizer, or examples that a stride would cut.
+    Raises ValueError if the data set has a different tokenizer, or if a stride would cut examples.
     """
     data = Data(folder, block_size or model.config.block_size, splits=("val",))
     check_tokenizer(data, tokenizer)
@@ -146,7 +146,7 @@ def read_choices(path):
     """Yield (context, endings, number of the right ending) for each line of a .jsonl file.
 
     The keys are ctx, endings and label. Where HellaSwag's keys activity_label, ctx_a and ctx_b
-    exist, the text is put together as in lm-evaluation-harness. Raises ValueError.
+    exist, the text is put together as in lm-evaluation-harness. Raises ValueError for a bad line.
     """
     for number, line in enumerate(read_text(path).splitlines(), 1):
         if not line.strip():
@@ -159,11 +159,11 @@ def read_choices(path):
                 context = without_marks(f"{row['activity_label']}: {context}")
                 endings = [without_marks(ending) for ending in endings]
             if not context.strip() or not all(endings) or not 0 <= label < len(endings):
-                raise ValueError("a part is empty, or label is no number of an ending")
+                raise ValueError("a part is empty, or label is not the number of an ending")
         except (AttributeError, KeyError, TypeError, ValueError) as e:
             raise ValueError(
-                f"{path}, line {number} is no question ({type(e).__name__}: {e}): it needs a text "
-                "ctx, a list endings, and label, the number of the right one"
+                f"{path}, line {number} is not a question ({type(e).__name__}: {e}): it needs a "
+                "text ctx, a list endings, and label, the number of the right ending"
             ) from e
         yield context, endings, label
 
@@ -177,7 +177,7 @@ def without_marks(text):
 def encode_choice(tokenizer, context, ending, block_size):
     """Return (the ids of a context and its ending, how many of them belong to the ending).
 
-    A space joins the two. Where they are longer than the model's context, the beginning goes.
+    A space joins the two. If they are longer than the model's context, the beginning is cut off.
     """
     before = tokenizer.encode(context.rstrip())
     ids = tokenizer.encode(f"{context.rstrip()} {ending}")
@@ -250,10 +250,10 @@ def pick_dtype(name, device):
 
 
 def check_settings():
-    """Raise ValueError for the first setting that has no meaning."""
+    """Raise ValueError for the first setting that is not valid."""
     if (text != "") + (dataset != "") + (choices != "") != 1:
         raise ValueError(
-            "name what to evaluate on, with one of --text=FILE, --dataset=NAME and --choices=FILE"
+            "name what to evaluate on, with one of --text=FILE, --dataset=NAME or --choices=FILE"
         )
     if not dataset and not (checkpoint or init_from or out_dir):
         raise ValueError("name a model, with --out_dir=RUN, --checkpoint=FILE or --init_from=ID")

@@ -10,7 +10,7 @@
     python sample.py --prompt "ROMEO:"                  let the newest run continue a text
 
 With --max_minutes, settings that are None are fitted to the text, the minutes and the machine.
-Without it, and in finetuning, they take the values in [] below. A resumed run keeps its values.
+Without it, or when finetuning, they take the values in [] below. A resumed run keeps its values.
 
 You can also paste this file into a notebook cell and run it. It reads from top to bottom: settings,
 tokenizer, model, loss, generation, optimizers, data, checkpoints, machine, evaluation, progress,
@@ -60,7 +60,7 @@ from torch import nn
 
 # ---- Settings: each comment is the help text (python gpt.py --help) -----------------------------
 # A flag or a config file assigns to one of these names before main() reads them all, once. With
-# max_minutes, a setting that is None is fitted to the text; without, it takes the value in [].
+# max_minutes, a setting that is None is fitted to the text; otherwise it takes the value in [].
 dataset = "shakespeare"  # folder under data_dir; shakespeare and pydoc are prepared when missing
 data_dir = ""  # folder of all data sets; empty: data/ beside gpt.py
 out_dir = ""  # folder for this run's checkpoints and log; empty: out/<dataset> beside gpt.py
@@ -72,9 +72,9 @@ early_stop = 0  # end after this many evaluations in a row without a new best lo
 eval_iters = 20  # batches per evaluation; the last evaluation covers the whole validation split
 log_interval = 50  # steps between progress lines
 tensorboard = False  # also log to TensorBoard, in out_dir/tensorboard
-wandb_log = False  # also log to Weights & Biases, which reads WANDB_PROJECT, WANDB_MODE and so on
+wandb_log = False  # also log to Weights & Biases (environment: WANDB_PROJECT, WANDB_MODE, ...)
 sample_at_eval = False  # print a sample at each evaluation, not only at the end
-sample_tokens = 300  # length of these samples in tokens; 0: none
+sample_tokens = 300  # length of each sample in tokens; 0: no samples
 max_bad_steps = 10  # how many steps in a row may have non-finite gradients; one more ends the run
 dry_run = False  # only print the run's plan, based on three timed steps, and write nothing
 # model
@@ -83,9 +83,9 @@ n_layer: int | None = None  # number of blocks [4]
 n_head: int | None = None  # query heads per block [4]
 n_kv_head: int | None = None  # key/value heads, each shared by a group of query heads (GQA) [1]
 n_embd: int | None = None  # width of the residual stream [128]
-mlp_ratio = 4.0  # MLP width divided by n_embd; SwiGLU, which has a third matrix, uses 2/3 of it
-dropout: float | None = None  # share of channels dropped after embedding, attention and MLP [0]
-train_temperature: float | None = None  # divisor of logits; below 1 curbs overconfidence [1]
+mlp_ratio = 4.0  # MLP width divided by n_embd; SwiGLU, which has a third matrix, uses 2/3 of that
+dropout: float | None = None  # fraction of channels dropped after embedding, attention and MLP [0]
+train_temperature: float | None = None  # divides training logits; below 1 curbs overconfidence [1]
 bias = False  # biases in the linear layers and in LayerNorm
 use_rope = True  # rotary positions; False: learned positions
 use_rms_norm = True  # RMSNorm; False: LayerNorm
@@ -96,23 +96,23 @@ lora_rank = 0  # above 0: finetune small matrices of this rank beside init_from'
 gradient_checkpointing = False  # recompute blocks in the backward pass: less memory, 1/3 more work
 # batches and optimizer
 batch_size: int | None = None  # sequences per micro-batch [8]
-gradient_accumulation_steps = 1  # micro-batches per step over all processes, which share them
-optimizer = "muon"  # muon: Muon for the blocks' matrices, AdamW for the rest | adamw: AdamW for all
+gradient_accumulation_steps = 1  # micro-batches per step, divided among all processes
+optimizer = "muon"  # muon: Muon for the blocks' matrices, AdamW for the rest | adamw: AdamW only
 learning_rate: float | None = None  # peak learning rate of AdamW [6e-3]
 muon_lr: float | None = None  # peak learning rate of Muon [0.03]
 muon_momentum = 0.9  # decay of Muon's running mean of the gradient
 weight_decay: float | None = None  # decay of matrices and embeddings per unit of learning rate [0]
 beta1 = 0.9  # decay of AdamW's running mean of the gradient
 beta2 = 0.95  # decay of AdamW's running mean of the squared gradient
-grad_clip = 1.0  # largest norm of the gradient; 0: no clipping
+grad_clip = 1.0  # maximum norm of the gradient; 0: no clipping
 # schedule
 max_iters = 2000  # number of optimizer steps
-max_minutes = 0.0  # above 0: minutes that the whole process may take, instead of max_iters
-max_epochs: float | None = None  # above 0: the most passes over the text [0]
+max_minutes = 0.0  # above 0: time limit in minutes for the whole process, in place of max_iters
+max_epochs: float | None = None  # above 0: maximum number of passes over the text [0]
 warmup_iters = 20  # steps of linear warm-up
 lr_schedule = "linear"  # after warm-up: cosine | linear | constant | wsd (linear in the last fifth)
 lr_decay_iters = 0  # step at which min_lr is reached; 0: the last step
-min_lr = 0.0  # final learning rate of AdamW; the blocks' falls in the same proportion
+min_lr = 0.0  # final learning rate of AdamW; muon_lr falls in the same proportion
 # machine
 device = "auto"  # auto: cuda, else mps, else cpu | any torch device, such as cuda:1
 dtype = "auto"  # auto: by hardware | float32 | bfloat16 | float16 with loss scaling, on CUDA only
@@ -229,7 +229,7 @@ NAMES_OF_THIS_FILE = set()  # filled at the end of the file
 def checked_settings(**changes):
     """Return a namespace of the settings at the top of this file, overridden by `changes`.
 
-    Raises ValueError for the first one that is unknown, of the wrong type or out of range.
+    Raises ValueError for the first setting that is unknown, of the wrong type or out of range.
     """
     values = {name: globals()[name] for name in SETTINGS} | changes
     if __name__ == "gpt":  # imported: a name added from outside is taken for a misspelled setting
@@ -262,13 +262,13 @@ def fill_settings(settings, values):
 
 
 def default_of(name):
-    """Return what a setting means if nobody sets it, and nothing is fitted."""
+    """Return the value of a setting that nobody sets, if nothing is fitted."""
     default = SETTINGS[name].default
     return UNFITTED.get(name) if default is None else default
 
 
 def check_together(settings):
-    """Raise ValueError for settings that do not fit together; those that are None do not count."""
+    """Raise ValueError for settings that do not fit together; those that are None are ignored."""
     if settings.learning_rate is not None and settings.min_lr > settings.learning_rate:
         raise ValueError(
             f"min_lr is {settings.min_lr}: it must be at most learning_rate, which is "
@@ -280,7 +280,7 @@ def check_together(settings):
 
 
 def check_meaning(name, value):
-    """Raise ValueError for a value of the right type that has no meaning."""
+    """Raise ValueError for a value of the right type that is not valid."""
     if name in CHOICES and value not in CHOICES[name]:
         raise ValueError(f"{name} is {value!r}: it must be one of {', '.join(CHOICES[name])}")
     if name in POSITIVE and value is not None and not 0 < value < 2**31:
@@ -308,8 +308,8 @@ def read_text(path):
 
 
 # ---- Tokenizer ----------------------------------------------------------------------------------
-# The templates for a system text, a question and an answer, separated by ||. A fourth part, if
-# there is one, stands before a question that follows no system text.
+# The templates for a system prompt, a question and an answer, separated by ||. A fourth part, if
+# there is one, precedes a question that follows no system prompt.
 CHAT = "%s||<|user|>%s<|assistant|>||%s"
 
 
@@ -398,7 +398,7 @@ class Tokenizer:
     def decode_bytes(self, ids):
         """Return the bytes of ids; with BPE the last token may end in the middle of a character.
 
-        A model may know more ids than its tokenizer, to fill up a matrix; these stand for nothing.
+        A model may have more ids than its tokenizer, as padding; the extra ids stand for nothing.
         """
         return self.encoding.decode_bytes([i for i in ids if i < self.vocab_size])
 
@@ -420,7 +420,7 @@ def load_encoding(name):
 
 # ---- Model --------------------------------------------------------------------------------------
 def training_only(default):
-    """Declare a field of GPTConfig that affects training only, not the model that results."""
+    """Declare a field of GPTConfig that affects training only, not the resulting model."""
     return field(default=default, metadata={"training_only": True})
 
 
@@ -561,10 +561,10 @@ def rotate(x, rotary):
 
 
 def attend(q, k, v, mask=None):
-    """Return softmax(q @ k.mT / sqrt(d) + mask) @ v, by the fastest kernel for the hardware.
+    """Return softmax(q @ k.mT / sqrt(d) + mask) @ v, using the fastest kernel for the hardware.
 
     q: (B, n_head, T, d). k, v: (B, n_kv_head, S, d), of which each head serves n_head / n_kv_head
-        neighbouring query heads (arXiv:2305.13245).
+        neighboring query heads (arXiv:2305.13245).
     mask: (B or 1, n_head or 1, T or 1, S); bool, True where a query may look, or float, added to
         the scores. None means causal, with S = T.
     Returns (B, n_head, T, d).
@@ -941,9 +941,9 @@ LOGITS_AT_ONCE = {"cpu": 2**25, "cuda": 2**27}
 
 
 def final_logits(logits, config):
-    """Return what the loss and the sampling take for logits, from the output of the head.
+    """Return the logits that the loss and sampling use, given the output of the head.
 
-    It is the same in float32. What changes the logits, such as a cap, belongs here.
+    They are the head's output in float32. Any change to the logits, such as a cap, belongs here.
     """
     return logits.float()
 
@@ -1024,7 +1024,7 @@ class LossByParts(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         if torch.is_grad_enabled():  # create_graph=True
-            raise RuntimeError("the loss in parts has no second derivative: compute it in one part")
+            raise RuntimeError("a loss computed in parts has no second derivative: use one part")
         grad_x, grad_head = ctx.saved_tensors
         return grad_x * grad, grad_head * grad, None, None, None, None, None
 
@@ -1077,7 +1077,7 @@ def to_device(tensor, device):
 
 
 class Replay:
-    """A function of tensors that is recorded as a CUDA graph in its third call, and then replayed.
+    """A function of tensors that is recorded as a CUDA graph on its third call, and then replayed.
 
     A replay launches all kernels at once, so that none waits for Python. A call with other shapes
     starts over. The result is valid until the next call. Without a GPU the function is just called.
@@ -1120,7 +1120,7 @@ class Replay:
 def orthogonalize(G, dtype=torch.float32):
     """Return, for each matrix of a batch, the nearest one whose singular values are all about 1.
 
-    It takes five Newton-Schulz steps with a quintic whose coefficients favour speed over accuracy
+    It takes five Newton-Schulz steps with a quintic whose coefficients favor speed over accuracy
     (kellerjordan.github.io/posts/muon): the singular values end between 0.7 and 1.2, which is
     enough for training.
 
@@ -1173,7 +1173,7 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose updates are orthogonalized, for the weight matrices inside the blocks.
 
     A gradient matrix is dominated by a few strong directions. Muon replaces it by the nearest
-    matrix that treats all directions alike, so that weak but useful ones learn as fast. Do not use
+    matrix that treats all directions alike, so weak but useful ones learn just as fast. Do not use
     it for the embedding or the head, whose rows belong to single tokens, or for norms and biases.
     Source: kellerjordan.github.io/posts/muon.
 
@@ -1360,7 +1360,7 @@ def write_dataset(folder, text, tokenizer, source, val_fraction=0.1):
 
 
 def prepare_if_missing(name, root):
-    """Return the data set's folder; one that is missing is prepared first if it is in MADE_HERE.
+    """Return the data set's folder, first preparing it if it is missing and in MADE_HERE.
 
     Without a network, pydoc takes the place of shakespeare, and a message says so.
     """
@@ -1375,7 +1375,7 @@ def prepare_if_missing(name, root):
     try:
         write_dataset(folder, text, Tokenizer("char", "".join(sorted(set(text)))), source)
     except OSError as e:
-        raise OSError(f"cannot write {folder} ({e.strerror}): choose another --data_dir") from e
+        raise OSError(f"cannot write to {folder} ({e.strerror}): choose another --data_dir") from e
     return folder
 
 
@@ -1430,8 +1430,8 @@ class Data:
     """A data set whose batches depend only on the seed and on how many rows came before.
 
     A row is block_size tokens and the one that follows them. Without weights, rows follow each
-    other through the text. With weights, as prompts and responses have them, each row holds
-    one example or a part of it, and rows that hold no target are left out.
+    other through the text. With weights, which prompts and responses have, each row holds
+    one example or part of one, and rows that hold no target are left out.
 
     Any row may be asked for at any time. Training takes each row once, in order, but reads the next
     step's rows ahead, and tries row 0 before the first step.
@@ -1458,7 +1458,7 @@ class Data:
         for name in (split, f"{split}.weight"):
             if (self.folder / f"{name}_0000.bin").exists():
                 raise ValueError(
-                    f"{self.folder} holds shards, as versions before 2.0.0 wrote them: join them "
+                    f"{self.folder} holds shards, written by a version before 2.0.0: join them "
                     f"with cd {shlex.quote(str(self.folder))} && cat {name}_*.bin > {name}.bin "
                     f"&& rm {name}_*.bin"
                 )
@@ -1631,13 +1631,13 @@ def read_checkpoint(path):
 
 
 def check_state(path, state):
-    """Raise ValueError unless what a checkpoint holds is of this program and of the right types."""
+    """Raise ValueError unless a checkpoint is one of this program and holds the right types."""
     for key in ("model", "model_args", "tokenizer"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             continue
         remedy = "name another one"
         if isinstance(state, dict) and {"iter_num", "model_args"} <= state.keys():
-            remedy = f"python hub.py get {path} reads it, as it is nanoGPT's"
+            remedy = f"it is from nanoGPT; python hub.py get {path} reads it"
         raise ValueError(f"{path} is not a checkpoint of gpt.py (no {key}): {remedy}")
     types = {"base": str, "lora_rank": int, "step": int, "best_val_loss": float, "config": dict}
     for key in types.keys() & state.keys():
@@ -1645,7 +1645,7 @@ def check_state(path, state):
             raise ValueError(f"{path} is damaged ({key} is {str(state[key])[:60]!r}): use another")
     if state.get("lora_rank") and "wte.weight" not in state["model"]:
         raise ValueError(
-            f"{path} holds only LoRA matrices, as versions before 2.0.0 wrote them: add the other "
+            f"{path} holds only LoRA matrices, written by a version before 2.0.0: add the other "
             f"weights with python hub.py merge {path}"
         )
 
@@ -1804,14 +1804,14 @@ def pick_device(name):
         found = torch.accelerator.is_available()
         device = torch.accelerator.current_accelerator().type if found else "cpu"
         if not found and torch.version.cuda is None and shutil.which("nvidia-smi"):
-            say_once("this build of torch cannot use the NVIDIA GPU; pytorch.org says which can")
+            say_once("this build of torch cannot use the NVIDIA GPU; get another from pytorch.org")
     if device == "cuda" and launched_by_torchrun():
         device = f"cuda:{os.environ['LOCAL_RANK']}"  # one GPU for each process
     try:
         return torch.ones(1, device=device).add(1).device  # the sum shows that kernels exist
     except Exception as e:  # torch raises half a dozen types of error
         if name == "auto":  # a GPU may be too old for this build of torch
-            say_once(f"{device} does not work here ({shortened(e)}): taking the CPU")
+            say_once(f"{device} does not work here ({shortened(e)}): using the CPU")
             return torch.device("cpu")
         raise ValueError(
             f"device {name!r} is not available: use --device=auto or --device=cpu"
@@ -1820,7 +1820,7 @@ def pick_device(name):
 
 @functools.cache
 def say_once(text):
-    """Print a note to stderr, once in a process, and in the first of several processes alone."""
+    """Print a note to stderr, once per process, and only in the first of several processes."""
     if not launched_by_torchrun() or os.environ["RANK"] == "0":
         print(text, file=sys.stderr, flush=True)
 
@@ -1900,7 +1900,7 @@ class ThreadCount:
     The threads of an operation wait for the slowest one. When another process takes a core from it,
     fewer threads are faster. With float32, the last bits of a result may depend on their number.
 
-    say: a function that prints a text. trial_s: how many seconds each number is tried.
+    say: a function that prints a text. trial_s: for how many seconds each number is tried.
     """
 
     def __init__(self, say, trial_s=0.1):
@@ -2063,7 +2063,7 @@ def final_figures(loss, data, machine, title):
 def evaluate_checkpoint(settings, machine, folder):
     """Return the figures of a checkpoint on the whole validation split.
 
-    It is init_from's or, if that names none, out_dir/best.pt.
+    The checkpoint is init_from or, if that names none, out_dir/best.pt.
     """
     path = run_folder(settings, folder) / "best.pt"
     if names_checkpoint(settings):
@@ -2156,7 +2156,7 @@ class Clock:
 
 # ---- Fitting a run to the text, the minutes and the machine -------------------------------------
 def complete_settings(settings, folder, out, state, machine, clock):
-    """Give every setting that is still None a value.
+    """Give a value to every setting that is still None.
 
     state: the checkpoint of the run to resume, whose values stay; None: a new run, which is fitted
         to the data set in folder, to max_minutes and to the machine.
@@ -2196,8 +2196,8 @@ def tokens_of_an_epoch(settings, folder):
 def flops_per_second(machine):
     """Return the FLOPs per second of a process's training steps, measured in a few of them.
 
-    They are not compiled, because in a short run compiling costs as much time as it saves. The
-    model becomes wider until a step takes a while, because on a GPU small ones wait for Python.
+    The steps are not compiled, because in a short run compiling costs as much time as it saves. The
+    model is widened until a step takes a while, because on a GPU small models wait for Python.
     """
     rows = 64 if machine.device.type == "cuda" else 8
     for n_embd in (128, 256, 512, 1024):
@@ -2230,10 +2230,10 @@ def timed_step(model, idx, machine):
 
 
 def fit_settings(settings, n_tokens, vocab_size, flops_per_s, seconds, machine):
-    """Give the settings that are None values for a text and for seconds of training; print them.
+    """Choose values for the settings that are None, for a text and a training time; print them.
 
-    n_tokens: those of an epoch. docs/fitting.md says where the constants come from: from the runs
-    of bench/ladder.py, from published scaling laws, and some are guesses.
+    n_tokens: those of an epoch. The constants come from the runs of bench/ladder.py and from
+    published scaling laws, and some are guesses; see docs/fitting.md.
     """
     flops = flops_per_s * seconds
     missing = [name for name in UNFITTED if getattr(settings, name) is None]
@@ -2270,7 +2270,7 @@ def two_digits(value):
 
 
 def fitted_batch_size(settings, tokens, world_size):
-    """Return the batch_size for a run over so many tokens, which all processes can share.
+    """Return the batch_size for a run over this many tokens, which all processes can share.
 
     The best batch grows with about the square root of the tokens (arXiv:2505.13738).
     """
@@ -2284,7 +2284,7 @@ def fitted_batch_size(settings, tokens, world_size):
 
 
 def best_size(flops):
-    """Return the best model's size for a run of `flops`.
+    """Return the best model size for a run of `flops` FLOPs.
 
     The size is FLOPs per token / 6, so that attention counts too.
     """
@@ -2294,7 +2294,7 @@ def best_size(flops):
 def fitted_shape(settings, n_tokens, vocab_size, flops):
     """Return the sizes of the model that `flops` and n_tokens train best, as a dict.
 
-    Sizes that the settings hold already are taken into account.
+    Sizes that the settings already hold are taken into account.
     """
     wanted = 6 * min(best_size(flops), 3 * n_tokens)  # FLOPs per token
     longest = 2 ** math.floor(math.log2(max(2, n_tokens / 2)))
@@ -2317,7 +2317,7 @@ def fitted_shape(settings, n_tokens, vocab_size, flops):
 
 
 def shape_of_width(settings, width):
-    """Return the sizes of a model of about this width, as a dict; a set n_embd only gets deeper."""
+    """Return the sizes, as a dict, of a model about this wide; if n_embd is set, depth varies."""
     # Heads have an even number of channels, and share keys and values in equal groups.
     unit = 2 * (settings.n_head or settings.n_kv_head or 1)
     groups = settings.n_kv_head or 1
@@ -2341,7 +2341,7 @@ def flops_of_token(settings, vocab_size):
 
 
 def block_size_of_base(settings):
-    """Return the context length for finetuning init_from's model: the usual one, or its own."""
+    """Return the context length for finetuning init_from's model: the default or its own."""
     path = as_path(settings.init_from)
     path = path if path.is_file() else path / "best.pt"
     if not path.exists():  # model_to_finetune will say so
@@ -2477,7 +2477,7 @@ def model_to_finetune(settings, data, out):
     path = as_path(settings.init_from)
     if not path.is_file() and not (path / "best.pt").exists():
         raise FileNotFoundError(
-            f"init_from is {settings.init_from!r}, where there is no checkpoint; if it is a "
+            f"init_from is {settings.init_from!r}, but there is no such checkpoint; if it is a "
             f"Hugging Face model, make one with python hub.py get {settings.init_from}"
         )
     if (path if path.is_dir() else path.parent).resolve() == out.resolve():
@@ -2525,10 +2525,10 @@ def load_optimizers(optimizers, saved_states):
             raise TypeError(f"optimizer state does not belong to these {len(params)} parameters")
         for i, tensors in saved["state"].items():
             if tensors.keys() != saved["state"][0].keys():
-                raise TypeError(f"parameter {i} has another optimizer state than the first")
+                raise TypeError(f"parameter {i} has a different optimizer state from the first")
             for name, tensor in tensors.items():
                 if tensor.shape != (() if name == "step" else params[i].shape):
-                    raise TypeError(f"{name} of parameter {i} has another shape")
+                    raise TypeError(f"{name} of parameter {i} has a different shape")
                 tensors[name] = share_of(tensor, params[i])
         groups = o.state_dict()["param_groups"]
         o.load_state_dict({"state": saved["state"], "param_groups": groups})
@@ -2641,8 +2641,8 @@ class Trainer:
 
         share: the weight of its targets divided by that of the whole step's targets, because the
             model returns the mean of the micro-batch alone.
-        is_first: whether to drop the previous step's gradients before. A recording includes this.
-        model: is called instead of wrapped_model.
+        is_first: whether to drop the previous step's gradients first. A recording includes this.
+        model: what to call instead of wrapped_model.
         """
         if is_first:
             for o in self.optimizers:
@@ -2677,9 +2677,9 @@ class Trainer:
         return {"grad_norm": norm}
 
     def optimizer_steps(self):
-        """Change the weights, and whatever follows them.
+        """Update the weights, and anything that tracks them.
 
-        A GPU records this, and a step whose gradient is not finite leaves it out.
+        A GPU records this. It is skipped in a step whose gradient is not finite.
         """
         for o in self.optimizers:
             o.step()
@@ -2723,7 +2723,7 @@ class Trainer:
         self.machine.threads.adapt(try_it, least_gain)
 
     def micro_batch_fits(self):
-        """Return whether the memory is enough for a micro-batch; on a CPU, suppose that it is."""
+        """Return whether memory suffices for a micro-batch; on a CPU, assume that it does."""
         if self.machine.device.type == "cpu":
             return True
         try:
@@ -2758,7 +2758,7 @@ class Trainer:
     def try_micro_batch(self, model=None):
         """Compute a micro-batch's gradients while holding the memory of the optimizers' state.
 
-        model: is called instead of wrapped_model.
+        model: what to call instead of wrapped_model.
         """
         groups = [(o, group) for o in self.optimizers for group in o.param_groups]
         without_state = [p for o, group in groups for p in group["params"] if p not in o.state]
@@ -2773,7 +2773,7 @@ class Trainer:
 
 
 def dropout_seed(seed, row):
-    """Return a number of 32 bits, because a CPU's generator uses no more than these."""
+    """Return a 32-bit number, because a CPU's generator uses no more bits."""
     return int(np.random.SeedSequence((seed, row)).generate_state(1)[0])
 
 
@@ -2792,8 +2792,8 @@ def what_to_compile(settings, model, data, machine):
     """Return what to compile: "model", its "blocks", or "" for nothing.
 
     The setting `compile` decides whether to compile or, if it is None, the length of the run. All
-    blocks share the code of one, which a CPU compiles in 14 s instead of 22, but the compiled model
-    is 3 to 5% faster. Compiling the whole model pays from about five minutes on.
+    blocks share the code of one, which a CPU compiles in 14 s instead of 22. The whole model,
+    compiled as one, is 3 to 5% faster, which pays off from about five minutes on.
     """
     on_gpu = machine.device.type == "cuda"
     able = machine.device.type == "cpu" and shutil.which("g++") is not None
@@ -2889,7 +2889,7 @@ def claim_folder(out, files):
     try:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as e:
-        raise ValueError(f"another run writes to {out}: choose another --out_dir") from e
+        raise ValueError(f"another run is writing to {out}: choose another --out_dir") from e
     except OSError:
         return  # some network file systems have no such locks
     for part in (*out.glob("ckpt.*.tmp"), *out.glob("best.*.tmp")):
@@ -2916,7 +2916,7 @@ def keep_earlier_files(out):
     for name in names:
         (out / name).rename(out / f"{name}.{date}-{count}")
     if names:
-        print(f"{out}: {', '.join(names)} of the earlier run now end in .{date}-{count}")
+        print(f"{out}: renamed {', '.join(names)} of the earlier run, adding .{date}-{count}")
 
 
 # ---- What a run prints --------------------------------------------------------------------------
@@ -3034,7 +3034,7 @@ def peak_memory(device):
     kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if sys.platform == "darwin":  # where ru_maxrss is in bytes
         kib /= 1024
-    return f"{kib / 1024:,.0f} MiB at the peak, with Python and torch"
+    return f"{kib / 1024:,.0f} MiB at the peak, including Python and torch"
 
 
 # ---- The training loop --------------------------------------------------------------------------
@@ -3255,7 +3255,7 @@ def run(settings, started):
                 figures["out_dir"] = str(run_folder(settings, folder))
                 figures |= training_loop(settings, machine, folder, progress, started)
     except StopRequested as e:
-        remedy = "; to continue the run, use python gpt.py ... --init_from=resume"
+        remedy = "; to resume the run, use python gpt.py ... --init_from=resume"
         if settings.eval_only or settings.dry_run:
             remedy = ""
         machine.say(f"{e}{remedy}")

@@ -1,6 +1,6 @@
 """hub.py: turn models in Hugging Face's format into checkpoints of gpt.py, and back.
 
-    python hub.py get gpt2                  download or read a model, into models/gpt2/best.pt
+    python hub.py get gpt2                  download or read a model; write models/gpt2/best.pt
     python hub.py get nanoGPT/out/ckpt.pt   read a run of nanoGPT, or a model.bin of llama2.c
     python hub.py export out/mine FOLDER    write a run for transformers, vLLM and others
     python hub.py gguf out/mine FILE.gguf   write a run for llama.cpp and what builds on it
@@ -51,12 +51,12 @@ from gpt import (
 
 # ---- Settings: each comment is the help text (python hub.py --help) ----
 verb = ""  # the first word: get | export | gguf | merge
-source = ""  # the second word: an id, folder or file to get, a run to export, a checkpoint to merge
+source = ""  # the second word: id, folder or file to get, run to export, or checkpoint to merge
 target = ""  # the third word: the new folder that export writes, or the file that gguf writes
 name = ""  # get: the model's folder in models/; empty: the model's own name
 out = ""  # get and merge: the folder for best.pt; empty: in models/, or beside the run
-dtype = "float32"  # of the weights: float32 | bfloat16 | float16; gguf: f32 | f16 | q8_0
-base = ""  # merge: new place of the model that LoRA began from; empty: it has not moved
+dtype = "float32"  # type of the weights: float32 | bfloat16 | float16; gguf: f32 | f16 | q8_0
+base = ""  # merge: new path of the base model that LoRA was trained on; empty: it has not moved
 
 SETTINGS = read_settings(Path(__file__).read_text(encoding="utf-8-sig"))
 USAGE = {
@@ -207,7 +207,9 @@ def require(values, **allowed):
         value = values.get(key, known[0])
         if value not in known:
             choices = " or ".join(repr(choice) for choice in known)
-            raise ValueError(f"config.json's {key} is {value!r}: gpt.py's GPT has only {choices}")
+            raise ValueError(
+                f"config.json's {key} is {value!r}: gpt.py's GPT supports only {choices}"
+            )
 
 
 def read_gpt2(values):
@@ -278,7 +280,7 @@ def read_rope(values, block_size):
     unknown = rope.keys() - ROPE_KEYS.keys() - LLAMA3_ROPE_KEYS.keys() - OTHER_ROPE_KEYS
     if unknown:
         raise ValueError(
-            f"config.json's rope_parameters have {min(unknown)}, which gpt.py's GPT does not know"
+            f"config.json's rope_parameters have {min(unknown)}, which gpt.py's GPT lacks"
         )
     require(rope, partial_rotary_factor=[None, 1.0])
     found = read_fields(rope, ROPE_KEYS)
@@ -328,7 +330,7 @@ def check_exportable(config, translated, implied):
     """Raise ValueError for the first field of a GPTConfig that transformers' family would not keep.
 
     translated: fields that config.json holds, and those that matter only in training. implied: the
-    values that the family gives to other fields. A field that is in neither is not known here, and
+    values that the family gives to other fields. A field that is in neither is unknown here and
     must be off: False, 0 or None.
     """
     for field in fields(config):
@@ -342,7 +344,7 @@ def check_exportable(config, translated, implied):
             )
         if field.name in implied and value != implied[field.name]:
             raise ValueError(
-                f"{field.name} is {value!r}: with use_rope {config.use_rope}, transformers knows "
+                f"{field.name} is {value!r}: with use_rope {config.use_rope}, transformers has "
                 f"only models where it is {implied[field.name]!r}"
             )
 
@@ -381,7 +383,7 @@ def write_llama(config):
     translated |= {"rope_theta", "rope_scaling"}
     check_exportable(config, translated | NOT_EXPORTED, LLAMA_PARTS)
     if config.qk_norm and config.bias:
-        raise ValueError("qk_norm and bias are True: transformers knows no model that has both")
+        raise ValueError("qk_norm and bias are True: transformers has no model with both")
     family = "Qwen3" if config.qk_norm else "Llama"
     scaling = None
     if config.rope_scaling:
@@ -460,7 +462,7 @@ def settings_beside(folder):
 def read_tokenizer(folder):
     """Return the Tokenizer that a folder's tokenizer.json and the settings beside it describe.
 
-    Raises FileNotFoundError; ValueError for a damaged file, or if the library is needed and not
+    Raises FileNotFoundError, and ValueError for a damaged file or if the library is needed but not
     installed.
     """
     folder = as_path(folder)
@@ -557,7 +559,7 @@ def find_folder(name):
     """
     path = as_path(name)
     if (path / "best.pt").exists() and not (path / "config.json").exists():
-        raise FileNotFoundError(f"{path} is a run of gpt.py already: use it as it is")
+        raise FileNotFoundError(f"{path} is already a run of gpt.py: use it as it is")
     if str(name) and path.is_dir():
         return path
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name)):
@@ -757,7 +759,7 @@ def load_model(name, dtype=torch.float32, **changes):
     if targets:
         remedy = ""
         if min(targets) == "lm_head.weight":
-            remedy = "; if the head is the embedding, set tie_word_embeddings to true there"
+            remedy = "; if the head is tied to the embedding, set tie_word_embeddings to true there"
         raise ValueError(
             f"{folder} lacks the tensor {min(targets)}, which its config.json asks for{remedy}"
         )
@@ -808,7 +810,7 @@ def short_name(name):
 
 
 def get(name, out=None, dtype=torch.float32):
-    """Return the path of the checkpoint that holds a model of others, and make it if need be.
+    """Return the path of the checkpoint for a model of another project, making it if needed.
 
     name: what load_model reads. out: the folder for best.pt; None: one in models/. dtype: that of
     the weights. A checkpoint appears whole or not at all, so several processes may ask for one
@@ -833,7 +835,7 @@ def check_same_model(path, name):
     except ValueError as e:
         raise ValueError(f"{path} is damaged: delete it, and hub.py will make it again") from e
     if held.get("base_changed", "") != changed_at(name) and held["base"] == full_name(name):
-        raise ValueError(f"{name} has changed since {path} was made of it: delete {path}")
+        raise ValueError(f"{name} has changed since {path} was made from it: delete {path}")
     if "step" in held or held["base"] != full_name(name):  # only a run's checkpoint has a step
         raise ValueError(
             f"{path} does not hold {name}: it holds a run or {held['base'] or 'another model'}; "
@@ -884,7 +886,7 @@ A language model made with gpt.py.
 
 
 def new_tokens(config):
-    """Return how many tokens other engines generate by default: they may not pass the context."""
+    """Return how many tokens other engines generate by default, which must fit in the context."""
     return min(100, max(1, config.block_size // 2))
 
 
@@ -964,9 +966,9 @@ def reference_logits(config, weights, ids):
 
 
 def check_logits(model):
-    """Raise ValueError if a GPT computes other logits than transformers would from its weights.
+    """Raise ValueError if a GPT's logits differ from what transformers computes from its weights.
 
-    This finds a change of the model's code that no field of GPTConfig tells of.
+    This detects a change to the model's code that no field of GPTConfig reveals.
     """
     length = min(64, model.config.block_size)
     generator = torch.Generator().manual_seed(0)
@@ -978,8 +980,8 @@ def check_logits(model):
     if not largest <= 1e-3 * (1 + expected.abs().max()):  # also if it is not a number
         raise ValueError(
             f"gpt.py's GPT computes logits that differ by {largest:.2g} from those that "
-            "transformers computes from the same weights: undo the change of the model's code, or "
-            "export the model with code of your own"
+            "transformers computes from the same weights: undo the change to the model's code, or "
+            "export the model with your own code"
         )
 
 
@@ -988,7 +990,7 @@ def export(checkpoint, folder, dtype=torch.float32):
 
     checkpoint: the path of a .pt file or of a run's folder. folder: a new or an empty one. dtype:
     that of the weights. Raises FileNotFoundError, OSError and, before anything is written,
-    ValueError for a model that belongs to no family of transformers or computes otherwise.
+    ValueError for a model that fits no family of transformers or computes different logits.
     """
     try:
         from safetensors.torch import save_file
@@ -1050,7 +1052,7 @@ def gguf_family(config):
     if not config.use_rope:
         return "gpt2"
     if config.qk_norm and config.rope_scaling:
-        raise ValueError("qk_norm is True and rope_scaling is set: llama.cpp knows no such model")
+        raise ValueError("qk_norm is True and rope_scaling is set: llama.cpp has no such model")
     return "qwen3" if config.qk_norm else "llama"
 
 
@@ -1122,13 +1124,13 @@ def known_pattern(data):
     if pattern not in PATTERN_NAMES:
         known = ", ".join(PATTERN_NAMES.values())
         raise ValueError(
-            "llama.cpp does not cut words as this tokenizer does: it knows the patterns of "
-            f"{known} by name"
+            "llama.cpp does not cut words as this tokenizer does: choose one whose pattern "
+            f"is one of {known}"
         )
     if normalizer == {"type": "NFC"}:  # as Qwen2 has it
-        say_once("note: llama.cpp does not normalize texts (NFC), as this tokenizer does")
+        say_once("note: unlike this tokenizer, llama.cpp does not normalize texts (NFC)")
     elif normalizer:
-        raise ValueError("this tokenizer normalizes texts, which llama.cpp does not")
+        raise ValueError("this tokenizer normalizes texts, but llama.cpp does not")
     return pattern
 
 
@@ -1136,7 +1138,7 @@ def gguf_vocabulary(tokenizer, vocab_size):
     """Return (tokens, types, merges, name of the pattern) for a GGUF file. Raises ValueError.
 
     tokens: the names of vocab_size tokens. types: 1 for plain tokens, 3 for special ones, 4 for
-    those that are found in any text, and 5 for those that the model has and its tokenizer has not.
+    those that are found in any text, and 5 for those that the model has but its tokenizer lacks.
     merges: pairs of tokens, as "a b".
     """
     data = json.loads(tokenizer_files(tokenizer, 0)["tokenizer.json"])
@@ -1160,7 +1162,7 @@ def gguf_vocabulary(tokenizer, vocab_size):
 
 
 def with_end_token(tokens, types, tensors):
-    """Add the token END to a vocabulary and its weights, since llama.cpp takes id 11 without one.
+    """Add the token END to a vocabulary and its weights, since llama.cpp uses id 11 otherwise.
 
     Its embedding is the mean of the others.
     """
@@ -1198,7 +1200,7 @@ def write_gguf(checkpoint, path, dtype="f32"):
     checkpoint: the path of a .pt file or of a run's folder. dtype: f32, f16 or q8_0, that of the
     matrices; norms and biases stay f32, and so do learned positions. A row that q8_0 cannot divide
     into blocks of 32 becomes f16. Raises FileNotFoundError, OSError and, before anything is
-    written, ValueError for a model or a tokenizer that llama.cpp does not know.
+    written, ValueError for a model or a tokenizer that llama.cpp does not support.
     """
     path = as_path(path)
     if path.exists():
@@ -1261,7 +1263,7 @@ FOR_USE = ["model_args", "tokenizer", "config", "step", "best_val_loss", "datase
 
 
 def merge(checkpoint, base="", out=None):
-    """Convert a checkpoint of LoRA's matrices into one with all weights; return its path.
+    """Convert a checkpoint of LoRA matrices into one with all weights; return the new path.
 
     checkpoint: a file or run of a version before 2.0.0. base: where the model that LoRA began from
     is now; "": where it was. out: the folder for best.pt; None: the run's, with -merged after its
@@ -1275,7 +1277,7 @@ def merge(checkpoint, base="", out=None):
         raise ValueError(f"{merged} exists: choose another folder with --out")
     state = read_tensors(path)
     if not holds_adapters_alone(state):
-        raise ValueError(f"{path} holds whole weights already: use it as it is")
+        raise ValueError(f"{path} already holds all weights: use it as it is")
     state = merged_state(state, base)
     folder.mkdir(parents=True, exist_ok=True)
     save_checkpoint(merged, state)
@@ -1309,8 +1311,8 @@ def merged_state(state, base=""):
     """Return a LoRA checkpoint's state with its matrices added to the base's weights."""
     if not base and not as_path(state["base"]).exists():  # a file must not start a download
         raise FileNotFoundError(
-            f"{state['base']}, from which LoRA began, is not on this machine: name its new path, "
-            f"or let it be fetched, with --base={state['base']}"
+            f"{state['base']}, the base model of LoRA, is not on this machine: name its new path, "
+            f"or have it downloaded, with --base={state['base']}"
         )
     base = full_name(base or state["base"])
     weights = base_weights(base)
@@ -1323,7 +1325,7 @@ def merged_state(state, base=""):
         norm = state["model"][f"{module}.lora.base"]
         if weight is None or not torch.isclose(weight.float().norm(), norm, rtol=1e-5):
             raise ValueError(
-                f"{base} no longer holds the weights that LoRA began from: name the original "
+                f"{base} no longer holds the weights that LoRA was trained on: name the original "
                 "model with --base"
             )
         B = state["model"][f"{module}.lora.B"]  # (rows, rank)
@@ -1341,7 +1343,7 @@ def base_weights(base):
         state = read_tensors(path)
     except FileNotFoundError as e:
         raise FileNotFoundError(
-            f"{base}, from which LoRA began, was not found: name its new path with --base ({e})"
+            f"{base}, the base model of LoRA, was not found: name its new path with --base ({e})"
         ) from e
     if holds_adapters_alone(state):
         return merged_state(state)["model"]

@@ -1,12 +1,12 @@
 """prepare.py: turn text into a data set, data/<name>/, that gpt.py trains on.
 
     python prepare.py shakespeare               tiny Shakespeare; --input=FILE takes a local copy
-    python prepare.py pydoc                     Python's documentation, which needs no network
-    python prepare.py stdlib                    the sources of Python's library, also offline
+    python prepare.py pydoc                     Python's documentation; needs no network
+    python prepare.py stdlib                    source of Python's standard library, also offline
     python prepare.py tinystories               or wikitext-2, wikitext-103, openwebtext,
                                                 fineweb-edu
     python prepare.py --hf=ID_OR_FOLDER         any data set that the datasets library reads
-    python prepare.py --input=PATH --name=NAME  your text or examples: a file, a folder, - for stdin
+    python prepare.py --input=PATH --name=NAME  your text or examples: file, folder, or - for stdin
     python prepare.py --info=NAME               what a data set holds
 
 Then: python gpt.py --dataset=NAME. After an interruption the same command resumes the work.
@@ -78,19 +78,19 @@ TIKTOKENS_OWN = ("gpt2", "r50k_base", "p50k_base", "p50k_edit", "cl100k_base", "
 
 # ---- Settings: each comment is its help text (python prepare.py --help) ------------------------
 dataset = ""  # a data set known by name, as above; the first word on the command line
-input = ""  # a .txt, .md, .jsonl, .json, .csv or .tsv, perhaps as .gz; a folder of them; -: stdin
+input = ""  # a .txt, .md, .jsonl, .json, .csv or .tsv, gzipped or not; a folder of them; -: stdin
 name = ""  # the new folder under data_dir; empty: the input's name
 data_dir = ""  # folder of all data sets; empty: data/ beside prepare.py
-suffixes = ".txt .md .jsonl .ndjson .csv .tsv"  # which files of a folder to take
-text_column = ""  # column of the text; empty: a conversation's or an example's columns, or text
+suffixes = ".txt .md .jsonl .ndjson .csv .tsv"  # which files in a folder to take
+text_column = ""  # column of the text; empty: columns of conversations or examples, or else text
 clean = ""  # wikitext: undo that data set's markup and spacing; empty: take the text as it is
-tokenizer = ""  # char | bpe | tiktoken's, like gpt2 | a path or Hugging Face id; empty: by source
+tokenizer = ""  # char | bpe | a tiktoken name like gpt2 | path or Hugging Face id; empty: by source
 vocab_size = 8192  # size of bpe's vocabulary, including 256 bytes and 4 special tokens
 bpe_sample_mb = 100.0  # megabytes of text, sampled evenly, to train bpe on
-val_fraction = 0.1  # share held out: of the documents, or of the end of a single text
+val_fraction = 0.1  # fraction held out: of the documents, or the end of a single text
 max_tokens = 0  # stop after this many tokens, val_fraction of them for validation; 0: take all
 hf = ""  # a data set on the Hugging Face hub, or a local folder of .parquet or .jsonl files
-hf_config = ""  # its configuration, where it has several
+hf_config = ""  # configuration of that data set, if it has several
 hf_split = "train"  # the split to take; a split named validation, if there is one, becomes val
 workers = 0  # processes that tokenize; 0: one per core
 shard_tokens = 100_000_000  # training tokens between the points where an interrupted run can resume
@@ -182,8 +182,8 @@ def known_source(settings):
         document = [(text, FULL_WEIGHT)]
         return Source(dataset, label, "char", lambda: iter([(None, document)]))
     raise ValueError(
-        f"data set {dataset!r} is none of shakespeare, pydoc, stdlib, {', '.join(HUB_DATASETS)}: "
-        f"for a text of your own give --input=FILE --name={dataset}"
+        f"data set {dataset!r} is not one of shakespeare, pydoc, stdlib, {', '.join(HUB_DATASETS)}"
+        f": for your own text, give --input=FILE --name={dataset}"
     )
 
 
@@ -221,8 +221,8 @@ def input_source(settings):
         own_name = Path(re.sub(r"(?i)\.gz$", "", own_name)).stem
     if settings.text_column and not any(suffix_of(file) in TABLES for file in files):
         raise ValueError(
-            f"text_column is {settings.text_column!r}, but {label} is no table: its suffix must be "
-            f"one of {', '.join(TABLES)}"
+            f"text_column is {settings.text_column!r}, but {label} is not a table: its suffix must "
+            f"be one of {', '.join(TABLES)}"
         )
     return files_source(own_name, label, "char", files, settings)
 
@@ -230,7 +230,7 @@ def input_source(settings):
 def copy_of_stdin():
     """Copy standard input to a file, because a text is read twice; return the file's path.
 
-    If its first line is a JSON object, it is taken for a .jsonl file.
+    If the first line is a JSON object, the input is treated as a .jsonl file.
     """
     if sys.stdin is None:
         raise ValueError("input is -, but standard input is closed: give --input=FILE")
@@ -239,7 +239,7 @@ def copy_of_stdin():
     with contextlib.suppress(ValueError):
         is_table = isinstance(json.loads(first), dict)
     if is_table:
-        print("standard input holds JSON, a row on each line")
+        print("standard input holds JSON, one row per line")
     handle, path = tempfile.mkstemp(suffix=".jsonl" if is_table else ".txt")
     atexit.register(os.unlink, path)
     with os.fdopen(handle, "wb") as file:
@@ -359,7 +359,7 @@ def encodes_piecewise(tokenizer):
 
 
 def joined(segments):
-    """Yield segments in which the pieces of each text are one."""
+    """Yield segments in which the pieces of each text are joined."""
     segments = (segment for segment in segments if segment[1])
     for (split, weight, kind), group in groupby(segments, lambda s: (s[0], s[2], type(s[1]))):
         texts = [text for _, text, _ in group]
@@ -430,7 +430,7 @@ def make_tokenizer(kind, facts, segments, settings):
 
 
 def bpe_tokenizer(texts, vocab_size):
-    """Train a vocabulary of byte pairs on texts and return its Tokenizer."""
+    """Train a BPE vocabulary on texts and return its Tokenizer."""
     started = time.monotonic()
     n_special = len(SPECIALS.split())
     tokens = train_bpe(count_words(texts, GPT2_PATTERN), vocab_size - n_special)
@@ -443,7 +443,7 @@ def bpe_tokenizer(texts, vocab_size):
 def bpe_sample(segments, n_bytes, limit):
     """Yield training texts of `limit` bytes in total, sampled evenly from all of them.
 
-    n_bytes: the size of all texts. If it is None, the sample is their beginning.
+    n_bytes: the size of all texts. If it is None, the beginning is the sample.
     """
     share = min(1.0, limit / (n_bytes or limit))
     n_seen = 0
@@ -599,7 +599,7 @@ def oldest_result(waiting):
 def uninterrupted():
     """Delay Ctrl-C until the end of the block.
 
-    In the middle of a pool's call it could leave a queue locked forever.
+    In the middle of a pool's call, Ctrl-C could leave a queue locked forever.
     """
     caught = []
     action = signal.getsignal(signal.SIGINT)
@@ -644,7 +644,7 @@ class Progress:
         return max(n_bytes / self.all_bytes, n_tokens / self.all_tokens)
 
     def show(self, n_bytes, n_tokens):
-        """Show that n_bytes of text and n_tokens are written, by at most one line in 5 seconds."""
+        """Show that n_bytes of text and n_tokens are written, at most one line every 5 seconds."""
         now = time.monotonic()
         elapsed = max(now - self.started, 1e-9)
         speed = (n_tokens - self.first_tokens) / elapsed
@@ -946,8 +946,8 @@ def describe(folder):
     def counted(ids):
         return ", ".join(f"{data.tokenizer.decode([i])!r} {counts[i]:,}" for i in ids.tolist())
 
-    print(f"most        {counted(occurring[:10])}")
-    print(f"least       {counted(occurring[:-11:-1])}; {len(order) - len(occurring):,} never occur")
+    print(f"commonest   {counted(occurring[:10])}")
+    print(f"rarest      {counted(occurring[:-11:-1])}; {len(order) - len(occurring):,} never occur")
     print(f"begins      {data.tokenizer.decode(data.tokens['train'][:100].tolist())!r}")
     return meta
 
@@ -958,7 +958,7 @@ def describe(folder):
 def chosen_settings(changes):
     """Return the settings as a namespace: the values at the top of this file, or `changes`.
 
-    Raises ValueError for the first one that is unknown, has the wrong type or has no meaning.
+    Raises ValueError for the first one that is unknown, of the wrong type or not valid.
     """
     values = {name: globals()[name] for name in SETTINGS} | changes
     values = {name: check_setting(name, value, SETTINGS) for name, value in values.items()}

@@ -1,4 +1,4 @@
-"""sample.py: let a trained model continue a text, or talk with it.
+"""sample.py: let a trained model continue a text, or chat with the model.
 
     python sample.py --prompt "ROMEO:"            the newest run under out/ continues the prompt
     python sample.py --out_dir=out/pydoc --interactive
@@ -7,7 +7,7 @@
     python sample.py --prompt=FILE:start.txt --max_tokens=60000 --output=long.txt
     python sample.py --init_from=gpt2             a Hugging Face folder or id, read by hub.py
 
-It needs only a checkpoint, because the tokenizer is stored in it.
+Only a checkpoint is needed, because it also holds the tokenizer.
 """
 
 import codecs
@@ -47,24 +47,24 @@ num_samples = 1  # samples to draw, one after the other
 temperature = 0.8  # below 1 safer, above 1 wilder; 0: always the likeliest token
 top_k = 200  # draw only from the k likeliest tokens; 0: all
 top_p = 0.9  # draw only from the fewest tokens that together reach this probability; 1: all
-min_p = 0.0  # drop tokens below this share of the likeliest one's probability; 0: none
+min_p = 0.0  # drop tokens below this fraction of the highest probability; 0: none
 repetition_penalty = 1.0  # above 1: tokens already used become less likely
 stop = "<|endoftext|>"  # end before one of these texts or tokens, separated by ||
 seed = 1337  # seed of the draws
 interactive = False  # read prompts from the keyboard until quit, exit, q or Ctrl-D
-chat = False  # talk with a model that was trained on messages, in its own template
-system = ""  # chat: system text, which precedes the conversation
+chat = False  # talk with a model that was trained on messages, using its chat template
+system = ""  # chat: system prompt, which precedes the conversation
 checkpoint = ""  # checkpoint file; empty: the one in out_dir
 out_dir = ""  # a run's folder; empty: the newest in out/, or else the one in models/
-init_from = ""  # instead: a Hugging Face folder or id, such as gpt2, or a checkpoint
-block_size = 2048  # longest context of a model from Hugging Face, in tokens; the cache is as long
+init_from = ""  # instead of a run: a Hugging Face folder or id, such as gpt2, or a checkpoint
+block_size = 2048  # maximum context of a Hugging Face model, in tokens, and length of its cache
 show: str | None = None  # --show: the likeliest next tokens, no sample; --show=attention: a picture
 output = ""  # file for the samples or the picture; empty: the screen, or attention.png
 device = "auto"  # auto: cuda, else mps, else cpu | any torch device
-dtype = "auto"  # auto: by device and model | bfloat16 | float32 | float16, on a CPU
+dtype = "auto"  # auto: by device and model | bfloat16 | float32 | float16, on a CPU only
 quantize = ""  # int8: weights as one byte each, which halves their memory; empty: as dtype says
-compile = False  # compile the step for each token: takes up to a minute at first, then is faster
-cuda_graphs = True  # on a GPU, record that step and replay it, so that no kernel waits for Python
+compile = False  # compile the step for each token: up to a minute at first, faster afterwards
+cuda_graphs = True  # on a GPU, record each token's step and replay it: no kernel waits for Python
 
 SETTINGS = read_settings(Path(__file__).read_text(encoding="utf-8-sig"))
 HERE = Path(__file__).resolve().parent
@@ -88,7 +88,7 @@ RANGES = {
 
 
 def check_ranges(**settings):
-    """Raise ValueError for the first setting whose value has no meaning."""
+    """Raise ValueError for the first setting whose value is not valid."""
     for name, value in settings.items():
         fits, meaning = RANGES[name]
         if not fits(value):
@@ -151,7 +151,7 @@ def read_prompt(prompt):
 
 
 def encode_prompt(tokenizer, text):
-    """Return the ids of a text in which names of special tokens mean these tokens.
+    """Return the ids of a text in which names of special tokens stand for those tokens.
 
     The ids begin with tokenizer.begin_id, if there is one.
     """
@@ -275,9 +275,9 @@ def write_sample(model, tokenizer, text, file, sampling, **generation):
 class RowLinear(nn.Linear):
     """nn.Linear that reads its weight faster for a single row, which is what generating needs.
 
-    The weight may be float16 where x is float32. A row then reads half the bytes. It is rounded to
-    float16 as well, the products are summed in float32, and the sum is rounded to float16. When
-    compiled, neither is rounded.
+    The weight may be float16 where x is float32, which halves the bytes to read. A row is then
+    rounded to float16 as well, the products are summed in float32, and the sum is rounded to
+    float16. When compiled, neither is rounded.
     """
 
     def forward(self, x):
@@ -419,7 +419,7 @@ def load_model(source, device, dtype="auto", quantize="", block_size=block_size)
     """
     if dtype == "float16" and (device.type != "cpu" or quantize):
         raise ValueError(
-            "dtype is float16, which needs a CPU and no quantize: use bfloat16 or float32"
+            "dtype is float16, which works only on a CPU without quantize: use bfloat16 or float32"
         )
     model, tokenizer, state = read_model(source)  # it stays on the CPU until it is converted
     if "step" not in state and model.config.use_rope:  # not trained here: its context may be long
@@ -472,7 +472,7 @@ def describe(state, n_params):
 
 
 def adapt_to_other_processes(model, threads):
-    """Choose the number of threads for a model on a CPU if it may no longer be the fastest.
+    """Choose a CPU model's number of threads anew if the current one may no longer be fastest.
 
     threads: a ThreadCount.
     """
@@ -485,7 +485,7 @@ COMPILE = {"dynamic": False, "options": {"coordinate_descent_tuning": True}}
 
 
 def compiled(model, cuda_graphs):
-    """Return model.forward compiled, or as it is if compiling fails when it is tried."""
+    """Return model.forward compiled, or unchanged if a trial shows that compiling fails."""
     forward = torch.compile(model.forward, **COMPILE)
     try:
         list(model.generate([[0]], 2, forward=forward, cuda_graphs=cuda_graphs))
@@ -519,7 +519,7 @@ class Chat:
             )
 
     def encode(self, turns):
-        """Return the ids of system text and turns. Names of special tokens in them are text."""
+        """Return the ids of system prompt and turns, where special tokens' names are plain text."""
         said = [("system", self.system)] if self.system else []
         for i, text in enumerate(turns):
             said.append(("assistant" if i % 2 else "user", text))
@@ -540,8 +540,8 @@ class Chat:
             ids = self.encode(turns)
         if len(ids) >= block_size:
             raise ValueError(
-                f"the message and the system text have {len(ids)} tokens, and the model sees only "
-                f"{block_size}: shorten them"
+                f"the message and the system prompt have {len(ids)} tokens, but the model sees "
+                f"only {block_size}: shorten them"
             )
         if len(ids) + room > block_size:
             left = block_size - len(ids)
@@ -608,7 +608,8 @@ def interact(greeting, respond, command):
     with contextlib.suppress(ImportError):  # Windows has no readline
         import readline  # noqa: F401  # input() now edits lines and recalls them by the arrow keys
     print(
-        greeting, "/temperature 0.5 changes a setting, / lists them; quit, exit, q or Ctrl-D ends."
+        f"{greeting} /temperature 0.5 changes a setting, and / lists all of them; quit, exit, q or "
+        "Ctrl-D ends the program."
     )
     while True:
         try:
@@ -682,7 +683,7 @@ def main():
         talk = Chat(model, tokenizer, sampling, system, **generation)
         greeting = (
             "Type a message. /reset begins a new conversation. /system TEXT begins one with that "
-            "system text, and /system alone begins one without."
+            "system prompt, and /system alone begins one without."
         )
         interact(greeting, talk.answer, talk.command)
     elif interactive:

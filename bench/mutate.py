@@ -373,7 +373,7 @@ def all_edits(only):
                 if text.count(before) != 1:
                     raise ValueError(f"{before!r} occurs {text.count(before)} times in {file}")
                 ast.parse(text.replace(before, after))
-                if only in f"{file} {before} {after}":
+                if only in f"{file} {tests} {before} {after}":
                     found.append((file, tests, before, after))
     return found
 

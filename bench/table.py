@@ -1,4 +1,4 @@
-"""Write the tables of speed in README.md and docs/speed.md from bench/results.jsonl.
+"""Write the tables in README.md, docs/speed.md and docs/sizes.md from bench/results.jsonl.
 
 The last line of each measurement counts.
 
@@ -6,12 +6,18 @@ python bench/table.py
 """
 
 import json
-from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
+import torch
+from common import ROOT
+
+import configurator
+import gpt
+
 BEGIN, END = "<!-- begin: python bench/table.py -->\n", "<!-- end -->\n"
 BEGIN_FRONT = "<!-- begin: front, python bench/table.py -->\n"
+BEGIN_SIZES = "<!-- begin: sizes, python bench/table.py -->\n"
+BEGIN_PLANS = "<!-- begin: plans, python bench/table.py -->\n"
 CONFIG_SINCE = "2026-11-26"  # older results are of config/train_shakespeare.py's earlier sizes
 NO_RESULT = {"ratios": {}}
 
@@ -259,16 +265,113 @@ def front():
     return "\n".join([*lines, "", measured(chosen)]) + "\n"
 
 
+def sizes():
+    """Return the table of docs/sizes.md, and under it the text that each model wrote."""
+    found = {line["minutes"]: line for line in results("sizes")}
+    lines = [
+        "| `--max_minutes` | whole command | parameters | layers x width | tokens read | loss |",
+        "|---|---|---|---|---|---|",
+    ]
+    texts = []
+    for minutes, line in sorted(found.items()):
+        lines.append(
+            f"| {minutes:g} | {line['wall_s']:.0f} s | {line['params'] / 1e6:.2f}M "
+            f"| {line['n_layer']} x {line['n_embd']} | {line['tokens'] / 1e6:.1f}M "
+            f"| {line['val_loss']:.2f} |"
+        )
+        texts += [f"After {minutes:g} minutes, {line['params'] / 1e6:.2f}M parameters:", ""]
+        texts += [*("    " + row for row in line["text"].splitlines()), ""]
+    return "\n".join([*lines, "", measured(found.values()), "", *texts[:-1]]) + "\n"
+
+
+# Config files that are made for GPUs, the vocabulary's size, and the shape that was measured on an
+# H200 whose share of the peak (mfu) they are assumed to reach
+PLANS = (
+    (["train_tinystories"], 8192, "medium"),
+    (["train_wikitext103"], 50257, "medium"),
+    (["train_medium"], 50257, "medium"),
+    (["train_fineweb_edu"], 50257, "gpt2"),
+    (["train_gpt2"], 50257, "gpt2"),
+    (["train_gpt2", "gpt2_medium"], 50257, "large"),
+    (["train_gpt2", "gpt2_large"], 50257, "large"),
+    (["train_gpt2", "gpt2_xl"], 50257, "large"),
+    (["train_large"], 50257, "large"),
+    (["train_1b"], 50257, "large"),
+)
+H200_PEAK = 989e12  # bfloat16 FLOPs per second, as in gpt.py
+DOLLARS_PER_HOUR = 3.0  # of one H200; an assumption, since prices differ
+EIGHT_GPUS = 0.9  # of eight times the speed of one; an assumption, since it was not measured
+
+
+def planned(names):
+    """Return the settings of config files on a GPU."""
+    script = {name: setting.default for name, setting in gpt.SETTINGS.items()}
+    script["__file__"] = str(ROOT / "gpt.py")
+    files = [str(ROOT / "config" / f"{name}.py") for name in names]
+    derived = {"device_type": "cuda", "native_bfloat16": True}
+    configurator.configure(script, files, gpt.SETTINGS, gpt.check_setting, lambda: derived)
+    return gpt.checked_settings(**{name: script[name] for name in gpt.SETTINGS})
+
+
+def amount(value):
+    """Return a number of hours, dollars or billions with at most one digit behind the point."""
+    if value < 0.1:
+        return "below 0.1"
+    return f"{value:.1f}" if value < 10 else f"{value:,.0f}"
+
+
+def plans():
+    """Return the table of hours and dollars that follow from speeds measured on a GPU."""
+    lines = [
+        "| config files | parameters | tokens | hours on one H200 | hours on eight | dollars on eight |",
+        "|---|---|---|---|---|---|",
+    ]
+    chosen = []
+    for names, vocab_size, shape in PLANS:
+        settings = planned(names)
+        config = gpt.model_config(settings, vocab_size)
+        with torch.device("meta"):
+            n_params = gpt.GPT(config).n_params()
+        tokens = settings.max_iters * settings.batch_size * settings.block_size
+        tokens *= settings.gradient_accumulation_steps
+        measured_speed = latest("train_speed", "NVIDIA", shape=shape)
+        flops_per_second = measured_speed["mfu"] * H200_PEAK
+        hours = tokens * config.flops_per_token() / flops_per_second / 3600
+        on_eight = hours / 8 / EIGHT_GPUS
+        files = ", ".join(f"`{name}.py`" for name in names)
+        lines.append(
+            f"| {files} | {n_params / 1e6:,.0f}M | {amount(tokens / 1e9)}B | {amount(hours)} "
+            f"| {amount(on_eight)} | {amount(8 * on_eight * DOLLARS_PER_HOUR)} |"
+        )
+        if measured_speed not in chosen:
+            chosen.append(measured_speed)
+    speeds = ", ".join(f"{r['mfu']:.0%} for {r['tokens_per_s']['ours']:,} tokens/s" for r in chosen)
+    assumed = (
+        "All hours and dollars are estimates. They assume the share of an H200's peak that models of "
+        f"81M, 124M and 350M parameters reached ({speeds}), {EIGHT_GPUS:.0%} of eight times the speed "
+        f"on eight GPUs, and {DOLLARS_PER_HOUR:g} dollars an hour for each GPU."
+    )
+    return "\n".join([*lines, "", measured(chosen), "", assumed]) + "\n"
+
+
 def fill(text, begin, content):
     """Return text with content between a marker and the next END."""
     before, rest = text.split(begin)
     return before + begin + "\n" + content + "\n" + END + rest.split(END, 1)[1]
 
 
+PARTS = (
+    ("README.md", BEGIN_FRONT, front),
+    ("docs/speed.md", BEGIN, tables),
+    ("docs/sizes.md", BEGIN_SIZES, sizes),
+    ("docs/sizes.md", BEGIN_PLANS, plans),
+)
+
+
 def main():
-    pages = {ROOT / "README.md": (BEGIN_FRONT, front()), ROOT / "docs/speed.md": (BEGIN, tables())}
-    for page, (begin, content) in pages.items():
-        text = fill(page.read_text(encoding="utf-8"), begin, content)
+    for name, begin, write in PARTS:
+        page = ROOT / name
+        text = fill(page.read_text(encoding="utf-8"), begin, write())
         page.write_text(text, encoding="utf-8")
 
 

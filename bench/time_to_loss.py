@@ -66,7 +66,10 @@ def estimate(loss_of, tokens, window, n=2400):
 
 # ---- Ours ----
 def run_ours(command, seed):
-    """Run gpt.py; return (wall_s, train_s, its final figures, {window: estimate})."""
+    """Run gpt.py; return (wall_s, curve, its final figures, {window: estimate}).
+
+    curve: a list of (seconds since the command began, validation loss), one for each evaluation.
+    """
     with tempfile.TemporaryDirectory() as out:
         command = [sys.executable, ROOT / "gpt.py", *command, f"--seed={seed}", f"--out_dir={out}"]
         cache = {"TORCHINDUCTOR_CACHE_DIR": str(Path(out) / "cache")}  # empty for each run
@@ -75,12 +78,12 @@ def run_ours(command, seed):
         wall_s = time.monotonic() - began
         lines = read_log(out)
         model, _, state = gpt.load_checkpoint(Path(out) / "best.pt", DEVICE)
-    evaluations = []
+    curve = []
     for line in lines[:-1]:  # the last one holds the final figures
         if "val_loss" in line:
-            evaluations.append(line["elapsed_s"])
+            curve.append((round(line["elapsed_s"], 2), round(line["val_loss"], 4)))
     figures = lines[-1] | {"params": model.n_params()}
-    return wall_s, evaluations[-1] - evaluations[0], figures, estimates_of(model, state["config"])
+    return wall_s, curve, figures, estimates_of(model, state["config"])
 
 
 def estimates_of(model, config):
@@ -94,33 +97,35 @@ def estimates_of(model, config):
         with machine.autocast():
             return model(x, y, loss_only=True)[1]
 
-    windows = [window for window in (64, 256) if window <= model.config.block_size]
+    windows = [window for window in (64, 256, 1024) if window <= model.config.block_size]
     return {window: estimate(loss_of, tokens, window) for window in windows}
 
 
 # ---- nanoGPT's ----
-def copy_nanogpt(path, copy, data):
-    """Copy a checkout of nanoGPT, with the tokens of our folder `data` as its shakespeare_char."""
+def copy_nanogpt(path, copy, data, dataset):
+    """Copy a checkout of nanoGPT, with the tokens of our folder `data` as its `dataset`."""
     shutil.copytree(path, copy, ignore=shutil.ignore_patterns(".git"))
-    folder = copy / "data" / "shakespeare_char"
+    folder = copy / "data" / dataset
+    folder.mkdir(exist_ok=True)
     for name in ("train.bin", "val.bin"):  # both sort the characters, so the ids are the same
         shutil.copy(data / name, folder)
     vocab_size = json.loads((data / "meta.json").read_text(encoding="utf-8"))["vocab_size"]
-    meta = {"vocab_size": vocab_size, "itos": {}, "stoi": {}}
-    (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
+    if vocab_size != 50257:  # without meta.pkl nanoGPT rounds GPT-2's vocabulary up, for speed
+        meta = {"vocab_size": vocab_size, "itos": {}, "stoi": {}}
+        (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
 
 
-def train_nanogpt(copy, until):
-    """Run nanoGPT's recipe; return (wall_s, train_s).
+def train_nanogpt(copy, recipe, until):
+    """Run nanoGPT's train.py; return (wall_s, curve), as run_ours does.
 
-    until: the validation loss at which the run is ended.
+    recipe: the words behind train.py. until: the validation loss at which the run is ended.
     """
-    evaluations = []
+    curve = []
     reached = False
     cache = {"TORCHINDUCTOR_CACHE_DIR": str(copy / "cache"), "PYTHONUNBUFFERED": "1"}
     began = time.monotonic()
     with subprocess.Popen(
-        [sys.executable, "train.py", *RECIPE.split()],
+        [sys.executable, "train.py", *recipe.split()],
         cwd=copy,
         stdout=subprocess.PIPE,
         text=True,
@@ -128,33 +133,33 @@ def train_nanogpt(copy, until):
     ) as run:
         for line in run.stdout:
             if found := re.match(r"step (\d+): train loss .*, val loss (.*)", line):
-                evaluations.append(time.monotonic())
-                reached = reached or float(found[2]) <= until
-                print(f"nanoGPT: {evaluations[-1] - began:.1f} s, {line.strip()}", flush=True)
+                curve.append((round(time.monotonic() - began, 2), float(found[2])))
+                reached = reached or curve[-1][1] <= until
+                print(f"nanoGPT: {curve[-1][0]:.1f} s, {line.strip()}", flush=True)
             elif reached and line.startswith("iter"):  # its checkpoint has been saved
                 run.terminate()
-    ended = evaluations[-1] if reached else time.monotonic()
-    return ended - began, evaluations[-1] - evaluations[0]
+    return curve[-1][0] if reached else time.monotonic() - began, curve
 
 
-def run_nanogpt(path, until, data):
-    """Run nanoGPT's recipe in a copy of its checkout; return (wall_s, train_s, its estimate).
+def run_nanogpt(path, data, recipe=RECIPE, dataset="shakespeare_char", until=0.0, window=WINDOW):
+    """Run nanoGPT's recipe in a copy of its checkout; return (wall_s, curve, its estimate).
 
-    data: the folder of the data set.
+    data: the folder of the data set. dataset: nanoGPT's name for it. window: of the estimate.
     """
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "nanoGPT"
-        copy_nanogpt(path, copy, data)
-        wall_s, train_s = train_nanogpt(copy, until)
-        state = torch.load(copy / "out-shakespeare-char" / "ckpt.pt", DEVICE, weights_only=True)
+        copy_nanogpt(path, copy, data, dataset)
+        wall_s, curve = train_nanogpt(copy, recipe, until)
+        (checkpoint,) = copy.glob("out*/ckpt.pt")
+        state = torch.load(checkpoint, DEVICE, weights_only=True)
         model_py = nanogpt(copy)
     model = model_py.GPT(model_py.GPTConfig(**state["model_args"]))
     weights = {name.removeprefix("_orig_mod."): w for name, w in state["model"].items()}
     model.load_state_dict(weights)
     model.to(DEVICE).eval()
     ids = np.fromfile(data / "val.bin", np.uint16).astype(np.int64)
-    loss = estimate(lambda x, y: model(x, y)[1], torch.from_numpy(ids).to(DEVICE), WINDOW)
-    return wall_s, train_s, loss
+    loss = estimate(lambda x, y: model(x, y)[1], torch.from_numpy(ids).to(DEVICE), window)
+    return wall_s, curve, loss
 
 
 # ---- Both ----
@@ -171,13 +176,19 @@ def read_arguments():
     return options, command
 
 
+def train_seconds(curve):
+    """Return the seconds from the first evaluation to the last one."""
+    return curve[-1][0] - curve[0][0]
+
+
 def rounded_mean(values, digits=4):
     return round(statistics.mean(values), digits)
 
 
 def peer_figures(options, peers, walls, trains):
     """Return the figures of nanoGPT's runs, with the ratios of their times to ours."""
-    peer_walls, peer_trains, losses = zip(*peers)
+    peer_walls, peer_curves, losses = zip(*peers)
+    peer_trains = [train_seconds(curve) for curve in peer_curves]
     return {
         "nanogpt_runs": int(options["peer_runs"] or options["runs"]),
         "nanogpt_until": float(options["until"]),
@@ -186,6 +197,7 @@ def peer_figures(options, peers, walls, trains):
         f"nanogpt_estimate_{WINDOW}": rounded_mean(losses),
         "time_ratio": ratios(peer_walls, walls),
         "train_ratio": ratios(peer_trains, trains),
+        "nanogpt_curve": peer_curves[0],
     }
 
 
@@ -199,13 +211,14 @@ def main():
     peers = []
     for run in range(n_runs):
         if options["nanogpt"] and run < int(options["peer_runs"] or n_runs):
-            peer = run_nanogpt(options["nanogpt"], float(options["until"]), data)
+            peer = run_nanogpt(options["nanogpt"], data, until=float(options["until"]))
         if options["nanogpt"]:
             peers.append(peer)
             print(f"run {run + 1}: nanoGPT {peer}", flush=True)
         found.append(run_ours(command, 1337 + run))
         print(f"run {run + 1}: {found[-1]}", flush=True)
-    walls, trains, finals, estimates = zip(*found)
+    walls, curves, finals, estimates = zip(*found)
+    trains = [train_seconds(curve) for curve in curves]
     more = peer_figures(options, peers, walls, trains) if peers else {}
     losses = [final["val_loss"] for final in finals]
     each_estimate = {}
@@ -224,6 +237,7 @@ def main():
         bits_per_byte=rounded_mean([final["bits_per_byte"] for final in finals]),
         estimates={window: rounded_mean(each) for window, each in each_estimate.items()},
         each_estimate=each_estimate,
+        curve=curves[0],
         **more,
     )
 

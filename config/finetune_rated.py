@@ -1,6 +1,6 @@
 # python gpt.py config/finetune_rated.py
-# Not yet measured here. It finetunes GPT-2 by LoRA, on prompts and responses that are weighted by
-# ratings from 1 to 5. Prepare the data first:
+# This finetunes GPT-2 with LoRA on prompts and responses, weighted by ratings from 1 to 5. Not run
+# for want of GPT-2's weights. Prepare the data first:
 #   python prepare.py --input=rated.csv --name=rated --tokenizer=gpt2
 import hub
 

@@ -1,7 +1,7 @@
 # python gpt.py config/train_pydoc.py
-# The text is the documentation that ships with Python, by characters, so it needs no network. On a
-# CPU the run takes 2 minutes or --max_minutes, and gpt.py fits the model to them. There is so
-# little text that a larger model soon overfits. GPU: not measured yet.
+# The text is the documentation that ships with Python, split into characters, so the run needs no
+# network. On a CPU it takes 2 minutes, or --max_minutes, and gpt.py fits the model to that time.
+# There is so little text that a larger model soon overfits. GPU: not measured yet.
 dataset = "pydoc"
 if device_type == "cpu":
     max_minutes = max_minutes or 2.0

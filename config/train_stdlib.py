@@ -1,6 +1,6 @@
 # python prepare.py stdlib && python gpt.py config/train_stdlib.py
-# It trains on the sources of Python's standard library, with a BPE vocabulary of 8,192 tokens that
-# is trained on them. It needs no network.
+# This trains on the source code of Python's standard library, with a BPE vocabulary of 8,192 tokens
+# that is trained on the same code. It needs no network.
 dataset = "stdlib"
 tie_weights = True
 if device_type == "cpu":  # gpt.py fits the model to the minutes

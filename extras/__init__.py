@@ -1,1 +1,1 @@
-"""Leaves that gpt.py and the scripts use where they serve; they import nothing of ours."""
+"""Modules that gpt.py and the scripts import where needed; they import no other project file."""

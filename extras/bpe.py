@@ -3,7 +3,7 @@
     tokens = train_bpe(count_words(texts, pattern), 8192)
 
 A text is cut into words by a regex, and words are bytes. Training repeats one step: the most
-frequent pair of neighbours within words becomes a token. Source: arXiv:1508.07909, and GPT-2.
+frequent pair of neighbors within words becomes a token. Source: arXiv:1508.07909, and GPT-2.
 """
 
 import heapq
@@ -70,7 +70,7 @@ def train_bpe(word_counts, n_tokens):
 
 
 class Words:
-    """Words as lists of ids, and how often each pair of neighbours occurs in them.
+    """Words as lists of ids, and how often each pair of neighbors occurs in them.
 
     pair_counts: the number of occurrences of each pair.
     """

@@ -1,8 +1,8 @@
-"""The one way from a conversation to ids, for training data, for sampling and for exports.
+"""Turn a conversation into ids, in the same way for training data, sampling and exports.
 
-A tokenizer's chat_parts are the templates of a system text, a question and an answer and, for
-some, what stands before a conversation without system text. Names of special tokens mean these
-tokens in a template, and are plain text in what people write.
+A tokenizer's chat_parts are the templates of a system prompt, a question and an answer and, in
+some tokenizers, what precedes a conversation without a system prompt. In a template, the name of a
+special token stands for that token; in what people write, it is plain text.
 """
 
 import re
@@ -74,7 +74,7 @@ def encode_conversation(tokenizer, turns):
 def encode_example(tokenizer, turns):
     """Return (ids of a prompt, ids of its answer) to train on; the answer ends with end_id.
 
-    The prompt is encoded as it is when the model is asked, whatever the answer.
+    The prompt is encoded just as when the model is asked, whatever the answer is.
 
     turns: (role, text) pairs, of which the last one is the answer.
     """

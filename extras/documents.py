@@ -1,7 +1,7 @@
 """Read files, tables and Hugging Face data sets of any size as documents.
 
 A document is an iterable of (text, weight). The weight, from 0 to 255, is that of the text's
-tokens in the loss. A special token is a text with a class of its own. The functions that read are
+tokens in the loss. A special token is a text with a class of its own. The reading functions are
 generators, which hold one block of a file at a time. Their ValueErrors name the file and the place
 in it.
 """
@@ -65,11 +65,11 @@ def say_once(message):
 SIGNATURES = {
     b"PK\x03\x04": "a zip archive, as .docx and .xlsx are too: unpack it, or save it as text",
     b"PAR1": "a Parquet file: give the folder that holds it to --hf",
-    b"%PDF": "a PDF: save its text first, for example by pdftotext",
-    b"BZh": "compressed by bzip2: unpack it",
-    b"\xfd7zXZ": "compressed by xz: unpack it",
+    b"%PDF": "a PDF: save its text first, for example with pdftotext",
+    b"BZh": "compressed with bzip2: unpack it",
+    b"\xfd7zXZ": "compressed with xz: unpack it",
     b"7z\xbc\xaf": "a 7-Zip archive: unpack it",
-    b"\x28\xb5\x2f\xfd": "compressed by zstd: unpack it",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd: unpack it",
     b"ARROW1": "an Arrow file: give the folder that holds it to --hf",
 }
 
@@ -96,7 +96,7 @@ def find_files(folder, suffixes):
         say_once(f"left out {len(hidden)} hidden files, such as {min(hidden, key=str)}")
     if not files:
         raise FileNotFoundError(
-            f"{folder} holds no {' or '.join(suffixes)} file with a text: "
+            f"{folder} holds no {' or '.join(suffixes)} file that contains text: "
             "choose other files with --suffixes"
         )
     return sorted(files, key=str)
@@ -130,7 +130,7 @@ def read_blocks(path, size=2**18):
             except UnicodeDecodeError as e:
                 raise ValueError(
                     f"{path} is not UTF-8 text (byte {start + e.start} is "
-                    f"0x{e.object[e.start]:02x}): convert it first, for example by iconv"
+                    f"0x{e.object[e.start]:02x}): convert it first, for example with iconv"
                 ) from e
             if "\0" in text:
                 n_before = len(text[: text.index("\0")].encode())
@@ -165,8 +165,8 @@ LONGEST_PIECE = 2**24
 def read_pieces(blocks):
     """Yield the pieces of a text that comes in blocks, each of which can be tokenized on its own.
 
-    This holds for the patterns of hf_tokenizer.PATTERNS. Only where 16 million characters hold no
-    such place is the text cut elsewhere.
+    This holds for the patterns of hf_tokenizer.PATTERNS. If there is no safe place to cut within
+    16 million characters, the text is cut elsewhere.
     """
     rest = ""
     for block in blocks:
@@ -215,7 +215,7 @@ def read_json(path):
         lists = [value for value in records.values() if isinstance(value, list)]
         records = lists[0] if len(lists) == 1 and "messages" not in records else [records]
     if not isinstance(records, list):
-        raise ValueError(f"{path} holds no list of records: name a .txt file if it is a text")
+        raise ValueError(f"{path} holds no list of records: rename it to .txt if it is plain text")
     for i, record in enumerate(records, 1):
         yield f"{path}, record {i}", record
 
@@ -250,7 +250,7 @@ def read_csv(path):
     try:
         for row in reader:
             if None in row:
-                raise csv.Error("more fields than columns: put texts with commas in quotes")
+                raise csv.Error("more fields than columns: put quotes around texts with commas")
             yield f"{path}, line {reader.line_num}", row
     except csv.Error as e:
         raise ValueError(
@@ -336,11 +336,11 @@ ROLE_NAMES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "model", "bot"), "as
 
 
 def conversation_turns(where, row):
-    """Return the (role, text) pairs of a row that holds a conversation, and else [].
+    """Return the (role, text) pairs of a row that holds a conversation, or else [].
 
     It knows the columns of OpenAI (messages), ShareGPT (conversations), Alpaca (instruction, input,
     output), TRL (prompt and completion, as messages), and those of questions and answers. A column
-    system holds a text that comes first.
+    named system holds a text that comes first.
     """
     turns = [("system", checked_text(where, row, "system"))] if row.get("system") else []
     used = {"system", "rating"}
@@ -362,7 +362,7 @@ def conversation_turns(where, row):
     else:
         return []
     if row.get("tools"):
-        raise ValueError(f"{where} has tools, which gpt.py does not know: remove the row")
+        raise ValueError(f"{where} has tools, which gpt.py does not support: remove the row")
     unused = sorted(str(column) for column in row.keys() - used - {"tools"})
     if unused:
         say_once(f"conversations are read without the columns {', '.join(unused)}")
@@ -384,7 +384,7 @@ def instruction_turns(where, row):
 
 
 def message_turns(where, messages):
-    """Return the (role, text) pairs of messages. Raises ValueError for one that is none.
+    """Return the (role, text) pairs of messages. Raises ValueError for one that is not a message.
 
     An answer with "weight": 0 or "train": false becomes an Unlearned text.
     """
@@ -394,12 +394,14 @@ def message_turns(where, messages):
         role = ROLE_NAMES.get(str(fields.get("role", fields.get("from"))).lower())
         if role is None:
             raise ValueError(
-                f"{where}: {str(message)[:60]!r} is not a message: it needs a role, one of "
-                "system, user, assistant, and a content"
+                f"{where}: {str(message)[:60]!r} is not a message: it needs a role (system, "
+                "user or assistant) and content"
             )
         for key in ("tool_calls", "function_call"):
             if fields.get(key):
-                raise ValueError(f"{where} has {key}, which gpt.py does not know: remove the row")
+                raise ValueError(
+                    f"{where} has {key}, which gpt.py does not support: remove the row"
+                )
         text = checked_text(where, message, "value" if "value" in fields else "content")
         weight = fields.get("weight")
         if weight not in (None, 0, 1):
@@ -411,14 +413,14 @@ def message_turns(where, messages):
 
 
 def alternating(where, turns):
-    """Return turns in which no two of one role follow each other: their texts become one.
+    """Return turns in which no two consecutive ones have the same role: such texts are joined.
 
     Templates write a question and an answer in turn. Raises ValueError if an answer comes first.
     """
     merged = []
     for role, text in turns:
         if merged and merged[-1][0] == role:
-            say_once("messages of one role that follow each other are joined by an empty line")
+            say_once("consecutive messages of the same role are joined by an empty line")
             before = merged[-1][1]
             kind = (
                 Unlearned if isinstance(before, Unlearned) or isinstance(text, Unlearned) else str
@@ -429,8 +431,8 @@ def alternating(where, turns):
     first = [role for role, _ in merged if role != "system"][:1]
     if first == ["assistant"]:
         raise ValueError(
-            f"{where} begins with an assistant message: put the user message before it that it "
-            "answers, or remove it"
+            f"{where} begins with an assistant message: put the user message that it answers "
+            "before it, or remove it"
         )
     return merged
 
@@ -438,15 +440,15 @@ def alternating(where, turns):
 def chat_document(where, turns, weight):
     """Return the document of a conversation: one example for each answer.
 
-    The example's prompt is everything before the answer. A system text, a question and an answer
+    The example's prompt is everything before the answer. A system prompt, a question and an answer
     become, in this project's own marks,
     text <|user|> text <|assistant|> text <|endoftext|>
     """
-    turns = [turn for turn in turns if turn != ("system", "")]  # as a chat without system text
+    turns = [turn for turn in turns if turn != ("system", "")]  # as in a chat without a system prompt
     roles = [role for role, _ in turns]
     if "system" in roles[1:]:
         raise ValueError(
-            f"{where} has a system message after other ones: make it the first, or remove it"
+            f"{where} has a system message after other messages: make it the first, or remove it"
         )
     if "assistant" not in roles:
         raise ValueError(

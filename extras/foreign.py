@@ -30,15 +30,15 @@ class PlainUnpickler(pickle.Unpickler):
 
 
 def read_nanogpt(path):
-    """Return (sizes, tensors, tokenizer) of a ckpt.pt. Raises ValueError for another file."""
+    """Return (sizes, tensors, tokenizer) of a ckpt.pt. Raises ValueError for any other file."""
     try:
         state = dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as e:  # torch raises half a dozen types of error
         raise ValueError(
-            f"{path} is damaged or no checkpoint ({type(e).__name__}): copy it again"
+            f"{path} is damaged or not a checkpoint ({type(e).__name__}): copy it again"
         ) from e
     if "tokenizer" in state:
-        raise ValueError(f"{path} is a checkpoint of gpt.py already: use it as it is")
+        raise ValueError(f"{path} is already a checkpoint of gpt.py: use it as it is")
     try:
         sizes = dict(state["model_args"])
         weights = dict(state["model"])
@@ -46,7 +46,7 @@ def read_nanogpt(path):
         n_head, vocab_size = sizes["n_head"], sizes["vocab_size"]
     except (KeyError, TypeError) as e:
         raise ValueError(
-            f"{path} is no checkpoint of nanoGPT ({e} is missing): name a ckpt.pt of its train.py"
+            f"{path} is not a nanoGPT checkpoint ({e} is missing): name a ckpt.pt of its train.py"
         ) from e
     tensors = {}
     for name, tensor in weights.items():
@@ -65,7 +65,7 @@ def nanogpt_tokenizer(path, dataset, vocab_size):
     found = [place for place in places if place.exists()]
     if not found and vocab_size < 50257:
         raise ValueError(
-            f"{path} has a vocabulary of {vocab_size}, and no meta.pkl says which: copy nanoGPT's "
+            f"{path} has {vocab_size} tokens, but no meta.pkl that lists them: copy nanoGPT's "
             f"data/{dataset}/meta.pkl beside it"
         )
     if not found:
@@ -77,7 +77,7 @@ def nanogpt_tokenizer(path, dataset, vocab_size):
         assert len(chars) == len(names)
     except Exception as e:  # a pickle that is damaged raises errors of many kinds
         raise ValueError(
-            f"{found[0]} does not hold characters as nanoGPT's do ({e}): copy it again"
+            f"{found[0]} does not hold characters in nanoGPT's form ({e}): copy it again"
         ) from e
     if len(names) != vocab_size:
         raise ValueError(
@@ -93,7 +93,7 @@ SIZES = ("n_embd", "mlp_hidden", "n_layer", "n_head", "n_kv_head", "vocab_size",
 
 
 def read_llama2c(path):
-    """Return (sizes, tensors, tokenizer) of a model.bin. Raises ValueError for another file."""
+    """Return (sizes, tensors, tokenizer) of a model.bin. Raises ValueError for any other file."""
     with open(path, "rb") as file:
         head = file.read(256)
     if len(head) < 256:
@@ -105,23 +105,23 @@ def read_llama2c(path):
     numbers = struct.unpack_from("<7i", head, 8 if magic == MAGIC else 0)
     if magic == MAGIC and version != 1:
         raise ValueError(
-            f"{path} is of llama2.c's version {version}, whose weights are rounded to integers: "
-            "export the model with --version 1"
+            f"{path} is in llama2.c's format version {version}, whose weights are rounded to "
+            "integers: export the model with --version 1"
         )
     sizes = dict(zip(SIZES, numbers))
     tied = bool(head[36]) if magic == MAGIC else sizes["vocab_size"] > 0
     sizes["vocab_size"] = abs(sizes["vocab_size"])
     if min(sizes.values()) < 1 or sizes["n_embd"] % sizes["n_head"]:
         raise ValueError(
-            f"{path} begins with {list(numbers)}, which are no sizes: name a model.bin of llama2.c"
+            f"{path} begins with {list(numbers)}, which are not sizes: name a model.bin of llama2.c"
         )
     shapes = layout(sizes, tied, is_first_version=magic != MAGIC)
     offset = 256 if magic == MAGIC else 28
     n_bytes = offset + 4 * sum(math.prod(shape) for _, shape in shapes)
     if path.stat().st_size != n_bytes:
         raise ValueError(
-            f"{path} is no model of llama2.c, or not whole: it has {path.stat().st_size:,} bytes "
-            f"instead of {n_bytes:,}: copy it again"
+            f"{path} is not a model of llama2.c, or is incomplete ({path.stat().st_size:,} bytes "
+            f"instead of {n_bytes:,}): copy it again"
         )
     parts = {}
     for name, shape in shapes:
@@ -183,7 +183,7 @@ def llama2c_tensors(parts, sizes):
 
 
 def read_tokens(path):
-    """Return [(text, score), ...] of a tokenizer.bin. Raises ValueError for another file."""
+    """Return [(text, score), ...] of a tokenizer.bin. Raises ValueError for any other file."""
     content = path.read_bytes()
     tokens = []
     place = 4  # after the length of the longest token
@@ -196,7 +196,7 @@ def read_tokens(path):
     except (UnicodeDecodeError, struct.error) as e:
         raise ValueError(f"{path} is damaged ({e})") from e
     if place != len(content):
-        raise ValueError(f"{path} is not whole")
+        raise ValueError(f"{path} is incomplete")
     return tokens
 
 
@@ -219,15 +219,15 @@ def llama2c_tokenizer(path, vocab_size):
         tried.append(f"{file.name} has {len(tokens)}")
     why = f" ({'; '.join(tried)})" if tried else ""
     raise ValueError(
-        f"{path} has {vocab_size} tokens, and no tok*.bin beside it has so many{why}: copy the "
-        "tokenizer.bin beside it that belongs to the model"
+        f"{path} has {vocab_size} tokens, but no tok*.bin beside it has that many{why}: copy the "
+        "model's tokenizer.bin beside it"
     )
 
 
 def sentencepiece(tokens):
     """Return the tokenizer.json of sentencepiece's byte pairs, given as [(token, score), ...].
 
-    Of two neighbouring tokens, those whose union scores best are merged first.
+    The two neighboring tokens whose union scores best are merged first.
     """
     vocab = {token: i for i, (token, _) in enumerate(tokens)}
     merges = []

@@ -29,14 +29,14 @@ def shard_model(model, device, dtype, world_size):
 
 
 def shard_like(tensor, param):
-    """Return this process's share of a tensor, cut like param; another shape is returned whole."""
+    """Return this process's share of a tensor, cut like param, or all of it if shapes differ."""
     if tensor.shape != param.shape:
         return tensor
     return distribute_tensor(tensor, param.device_mesh, param.placements, src_data_rank=None)
 
 
 def gather(state):
-    """Return a state with whole tensors, on the CPU of the first process; all must call this."""
+    """Return a state with whole tensors on the first process's CPU; all processes call this."""
 
     def whole(value):  # gathers one tensor at a time, to save memory
         if not hasattr(value, "full_tensor"):

@@ -1,7 +1,7 @@
 """Write GGUF files, which llama.cpp and the programs that build on it read.
 
 A file holds fields, {name: value}, and tensors. Its layout is described in
-github.com/ggml-org/ggml/blob/master/docs/gguf.md. hub.py decides what stands in it; this module
+github.com/ggml-org/ggml/blob/master/docs/gguf.md. hub.py decides what it contains; this module
 only turns values into bytes.
 """
 
@@ -42,7 +42,7 @@ def value_bytes(value):
 
 
 def q8_0_bytes(weights):
-    """Return weights as int8 in blocks of 32, each behind its scale, which is a float16."""
+    """Return weights as int8 in blocks of 32, each preceded by its float16 scale."""
     blocks = weights.reshape(-1, 32)
     scales = abs(blocks).max(axis=1, keepdims=True) / 127
     steps = np.divide(blocks, scales, out=np.zeros_like(blocks), where=scales > 0)

@@ -1,7 +1,7 @@
 """Convert Hugging Face's tokenizer.json to the state of a gpt.Tokenizer, and back.
 
 A byte-level BPE, such as GPT-2's, Llama 3's or SmolLM2's, becomes a tokenizer of tiktoken with the
-same ids. Any other one is run by the tokenizers library (pip install tokenizers), which nothing
+same ids. Others are run by the tokenizers library (pip install tokenizers), which nothing
 else here needs. hub.py reads and writes the files; this module only turns dicts into dicts:
 
     state = read_state(data) | read_roles(data, settings, CHAT)    for gpt.Tokenizer(**state)
@@ -393,7 +393,7 @@ def render(template, messages, begin):
 
 
 def default_system(template, chat, begin):
-    """Return what a model's template puts before a question if there is no system text, or "".
+    """Return what a model's template puts before a question without a system prompt, or "".
 
     template: the one that comes with the model, for Jinja.
     chat: the same in the form of gpt.CHAT.
@@ -420,7 +420,7 @@ def template_note(settings, begin, chat):
     if theirs != ours:
         return (
             f"the model's chat template writes conversations differently from gpt.py: {theirs!r} "
-            f"there, {ours!r} here; finetune it on conversations before you use --chat"
+            f"there, {ours!r} here; finetune the model on conversations before you use --chat"
         )
     return ""
 
@@ -441,7 +441,7 @@ def token_name(value):
 
 
 def end_tokens(data, settings):
-    """Return the names of the tokens that end a text. Settings give one's name, or their ids."""
+    """Return the names of the tokens that end a text. Settings give a name, or the ids."""
     name = token_name(settings.get("eos_token", ""))
     ids = settings.get("eos_token_id")
     ids = ids if isinstance(ids, list) else [ids]

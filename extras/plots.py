@@ -312,7 +312,7 @@ def attention_shares(q, k, mask=None):
 
 @torch.no_grad()
 def attention_weights(model, ids):
-    """Return how much each token of ids attends to each other, (n_layer, n_head, T, T) float32.
+    """Return how much each token of ids attends to every other, (n_layer, n_head, T, T) float32.
 
     Fast attention never computes this matrix, so it is computed here from the inputs of each
     layer's attention.
@@ -345,7 +345,8 @@ def attention_figure(weights, tokens, most=8):
 
     weights: (n_layer, n_head, T, T).
     tokens: T texts.
-    most: the largest number of layers and of heads to show. Of more, evenly spread ones are shown.
+    most: the largest number of layers and of heads to show. If there are more, an evenly
+        spaced selection is shown.
     """
     from matplotlib.figure import Figure
 

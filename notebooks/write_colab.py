@@ -163,7 +163,7 @@ END = """
 With the whole repository, `python sample.py --checkpoint=best.pt --prompt="The "` continues a prompt later, here or
 on another machine. `gpt.train(init_from="resume", out_dir=...)` continues a run that was cut off.
 
-[The tour](tour.ipynb) shows what happens inside.
+[Eight notebooks](README.md) show what happens inside.
 """
 
 

@@ -329,7 +329,7 @@ def test_a_message_too_long_is_refused_and_forgotten(capsys):
     tokenizer = letters()
     talk = chat_of(tokenizer, 16, [tokenizer.encode("xy")] * 3, max_tokens=9)
     talk.answer("a")
-    with pytest.raises(ValueError, match=r"have 16 tokens, and the model sees only 16: shorten"):
+    with pytest.raises(ValueError, match=r"have 16 tokens, but the model sees only 16: shorten"):
         talk.answer("a" * 14)
     assert talk.turns == ["a", "xy"] and len(talk.model.asked) == 1
     assert not capsys.readouterr().err

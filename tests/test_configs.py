@@ -124,15 +124,15 @@ def test_finetuning_fetches_its_model_unless_another_is_named(monkeypatch, name,
     assert fetched == [model]
 
 
-def test_the_tables_of_speed_are_those_of_the_results():
-    """What the pages quote of speed is what bench/table.py makes of bench/results.jsonl."""
+def test_the_tables_of_the_pages_are_those_of_the_results(monkeypatch):
+    """What the pages quote is what bench/table.py makes of bench/results.jsonl."""
+    monkeypatch.syspath_prepend(ROOT / "bench")
     spec = importlib.util.spec_from_file_location("table", ROOT / "bench" / "table.py")
     table = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(table)
-    speed = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
-    assert table.BEGIN + "\n" + table.tables() + "\n" + table.END in speed
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert table.BEGIN_FRONT + "\n" + table.front() + "\n" + table.END in readme
+    for name, begin, write in table.PARTS:
+        page = (ROOT / name).read_text(encoding="utf-8")
+        assert begin + "\n" + write() + "\n" + table.END in page, begin
 
 
 @pytest.mark.parametrize(

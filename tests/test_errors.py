@@ -398,7 +398,7 @@ def test_prepare_refuses(mistake, arguments, holds):
         (["--repetition_penalty=0"], ["repetition_penalty is 0.0"]),
         (["--temprature=1"], ["temperature?"]),
         (["--device=foo"], ["'foo'"]),
-        (["--dtype=float16", "--quantize=int8"], ["dtype is float16", "no quantize"]),
+        (["--dtype=float16", "--quantize=int8"], ["dtype is float16", "without quantize"]),
         (["--checkpoint=absent.pt"], ["absent.pt"]),
         (["--out_dir=absent"], ["absent"]),
         (["7 times", "more"], ["more"]),

@@ -315,8 +315,8 @@ def test_texts_that_cannot_be_evaluated(measure, tmp_path, content, message):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({}, "one of --text=FILE, --dataset=NAME and --choices=FILE"),
-        ({"text": "a", "dataset": "b"}, "one of --text=FILE, --dataset=NAME and --choices=FILE"),
+        ({}, "one of --text=FILE, --dataset=NAME or --choices=FILE"),
+        ({"text": "a", "dataset": "b"}, "one of --text=FILE, --dataset=NAME or --choices=FILE"),
         ({"text": "a"}, "name a model, with --out_dir=RUN"),
         ({"dataset": "b", "stride": -1}, "stride is -1: it must be at least 0"),
         ({"dataset": "b", "block_size": 0}, "block_size is 0: it must be at least 1"),
@@ -344,7 +344,7 @@ def test_evaluate_as_a_command(run_script, tmp_path):
     assert (done.returncode, done.stdout) == (2, "")
     assert (
         done.stderr
-        == "error: name what to evaluate on, with one of --text=FILE, --dataset=NAME and --choices=FILE\n"
+        == "error: name what to evaluate on, with one of --text=FILE, --dataset=NAME or --choices=FILE\n"
     )
 
 
@@ -416,5 +416,5 @@ def test_hellaswags_own_keys_are_put_together(tmp_path):
 def test_what_is_no_question_is_named(tmp_path, line):
     path = tmp_path / "q.jsonl"
     path.write_text(f'{{"ctx": "a", "endings": ["b"], "label": 0}}\n{line}\n', encoding="utf-8")
-    with pytest.raises(ValueError, match=r"q.jsonl, line 2 is no question"):
+    with pytest.raises(ValueError, match=r"q.jsonl, line 2 is not a question"):
         list(evaluate.read_choices(path))

@@ -940,7 +940,7 @@ def test_optimizer_state_that_is_not_whole(finished, settings):
     state["optimizers"][0]["state"][1].popitem()
     gpt.save_checkpoint(finished / "ckpt.pt", state)
     settings(init_from="resume")
-    with pytest.raises(ValueError, match="damaged.*parameter 1 has another optimizer state"):
+    with pytest.raises(ValueError, match="damaged.*parameter 1 has a different optimizer state"):
         gpt.train()
 
 
@@ -1032,7 +1032,7 @@ def test_a_second_run_in_the_same_folder_is_refused(settings, tmp_path):
     for init_from in ("scratch", "resume", "auto"):
         before = {path.name for path in (tmp_path / "out").iterdir()}
         with pytest.raises(
-            ValueError, match="another run writes to .*out: choose another --out_dir"
+            ValueError, match="another run is writing to .*out: choose another --out_dir"
         ):
             gpt.train(init_from=init_from)
         after = {path.name for path in (tmp_path / "out").iterdir()}

@@ -165,7 +165,7 @@ def test_what_is_no_run_of_nanogpt_is_refused(nanogpt, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="does not fit gpt.py's GPT .*ln_f.weight"):
         hub.load_model(path)
     path.write_bytes(path.read_bytes()[:-500])
-    with pytest.raises(ValueError, match="is damaged or no checkpoint"):
+    with pytest.raises(ValueError, match="is damaged or not a checkpoint"):
         hub.load_model(path)
     torch.save({"model": {}}, path)
     with pytest.raises(ValueError, match="'model_args' is missing"):
@@ -291,13 +291,13 @@ def test_what_is_no_model_of_llama2c_is_refused(llama2c, tmp_path, damage):
     path, _ = llama2c(1, True)
     content = path.read_bytes()
     words = {
-        "short": "not whole: it has",
-        "long": "not whole: it has",
+        "short": "is incomplete .* bytes instead of",
+        "long": "is incomplete .* bytes instead of",
         "rounded": "version 2, whose weights are rounded",
-        "head": "begins with .*, which are no sizes",
+        "head": "begins with .*, which are not sizes",
         "pickle": "is a pickle",
-        "tokens": "304 tokens, and no tok.*tokenizer.bin is not whole",
-        "none": "copy the tokenizer.bin beside it",
+        "tokens": "304 tokens, but no tok.*tokenizer.bin is incomplete",
+        "none": "copy the model's tokenizer.bin beside it",
     }
     changed = {
         "short": content[:-4],

@@ -493,7 +493,7 @@ def test_wrong_folders(llama_folder, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "best.pt").write_bytes(b"")
-    with pytest.raises(FileNotFoundError, match="run is a run of gpt.py already"):
+    with pytest.raises(FileNotFoundError, match="run is already a run of gpt.py"):
         hub.load_model(tmp_path / "run")
     with pytest.raises(FileNotFoundError, match="model.safetensors is a file: name the folder"):
         hub.load_model(llama_folder / "model.safetensors")
@@ -785,7 +785,7 @@ def test_merge_makes_an_old_lora_checkpoint_whole(base, tmp_path):
     assert "optimizers" not in state
     with pytest.raises(ValueError, match="best.pt exists: choose another folder with --out"):
         hub.merge(lora)
-    with pytest.raises(ValueError, match="holds whole weights already: use it as it is"):
+    with pytest.raises(ValueError, match="already holds all weights: use it as it is"):
         hub.merge(merged, out=tmp_path / "twice")
 
 
@@ -796,21 +796,21 @@ def test_merge_where_the_base_is_elsewhere(base, tmp_path, monkeypatch):
     expected = old_lora(lora, model, path)
     path.parent.rename(tmp_path / "moved")
     with pytest.raises(
-        FileNotFoundError, match="base/best.pt, from which LoRA began, .* with --base"
+        FileNotFoundError, match="base/best.pt, the base model of LoRA, .* with --base"
     ):
         hub.merge(lora)
     named = torch.load(lora, weights_only=True)
     gpt.save_checkpoint(tmp_path / "hub.pt", named | {"base": "someone/model"})
     with monkeypatch.context() as patch:  # a file alone must not start a download
         patch.setattr(hub, "load_model", lambda name: pytest.fail("it was fetched"))
-        with pytest.raises(FileNotFoundError, match="fetched, with --base=someone/model"):
+        with pytest.raises(FileNotFoundError, match="downloaded, with --base=someone/model"):
             hub.merge(tmp_path / "hub.pt")
     assert_equal_models(hub.merge(lora, tmp_path / "moved", tmp_path / "a"), expected)
     assert_equal_models(hub.merge(lora, tmp_path / "moved" / "best.pt", tmp_path / "b"), expected)
     wrong = gpt.read_checkpoint(tmp_path / "moved")
     wrong["model"]["h.1.mlp.c_proj.weight"] *= 1.001
     gpt.save_checkpoint(path.parent.parent / "wrong.pt", wrong)
-    with pytest.raises(ValueError, match="wrong.pt no longer holds the weights that LoRA began"):
+    with pytest.raises(ValueError, match="wrong.pt no longer holds the weights that LoRA was"):
         hub.merge(lora, tmp_path / "wrong.pt", tmp_path / "c")
     assert not (tmp_path / "c").exists()
 

@@ -8,26 +8,12 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from forks import run_jobs
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
-
-
-def run(name, folder, monkeypatch, **env):
-    """Execute a notebook beside copies of the project's files; return it, with its outputs."""
-    for path in ROOT.glob("*.py"):
-        shutil.copy(path, folder)
-    for part in ("config", "extras", "models/shakespeare"):
-        shutil.copytree(ROOT / part, folder / part)
-    (folder / "notebooks").mkdir()
-    for key, value in env.items():
-        monkeypatch.setenv(key, value)
-    notebook = nbformat.read(NOTEBOOKS / name, as_version=4)
-    resources = {"metadata": {"path": str(folder / "notebooks")}}
-    return NotebookClient(
-        notebook, timeout=300, kernel_name="python3", resources=resources
-    ).execute()
+LESSONS = sorted(path.name for path in NOTEBOOKS.glob("[0-9]_*.ipynb"))
 
 
 def outputs(notebook):
@@ -45,13 +31,40 @@ def size(png):
     return int.from_bytes(png[16:20], "big"), int.from_bytes(png[20:24], "big")
 
 
-def test_the_tour_runs_with_all_its_pictures(tmp_path, monkeypatch):
-    text, pictures = outputs(run("tour.ipynb", tmp_path, monkeypatch, OMP_NUM_THREADS="1"))
-    assert len(pictures) == 12
-    assert all(400 < size(picture)[0] < 1200 for picture in pictures)
-    assert "False" not in text, "an equality that the text promises does not hold"
-    assert len(re.findall("True", text)) >= 12
-    assert "whole validation split" in text
+# Runs the code cells of notebook.ipynb, in turn and in one namespace, as Jupyter does.
+RUN_CELLS = """
+import json
+import matplotlib
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+namespace = {"__name__": "__main__"}
+for cell in json.load(open("notebook.ipynb", encoding="utf-8"))["cells"]:
+    if cell["cell_type"] == "code":
+        exec(compile("".join(cell["source"]), "<cell>", "exec"), namespace)
+        plt.close("all")
+"""
+
+
+@pytest.mark.parametrize("name", LESSONS)
+def test_a_lesson_runs(name, tmp_path):
+    """Its cells run beside copies of the project's files. What they promise to hold holds."""
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, tmp_path)
+    for part in ("extras", "models/shakespeare"):
+        shutil.copytree(ROOT / part, tmp_path / part)
+    folder = tmp_path / "notebooks"
+    folder.mkdir()
+    shutil.copy(NOTEBOOKS / name, folder / "notebook.ipynb")
+    job = {"argv": ["notebook"], "cwd": folder, "stdin": None, "env": {}, "pictures": True}
+    done = run_jobs(job | {"code": RUN_CELLS})[0]
+    assert done.returncode == 0, done.stderr
+    committed, pictures = outputs(nbformat.read(NOTEBOOKS / name, as_version=4))
+    assert len(pictures) >= 2
+    assert all(300 < size(picture)[0] < 1000 for picture in pictures)
+    for text in (done.stdout, committed):
+        assert "False" not in text, "an equality that the text promises does not hold"
+        assert "True" in text
+    assert done.stdout.count("True") == committed.count("True")
 
 
 def test_the_colab_notebook_trains_finetunes_and_keeps(tmp_path, monkeypatch):
@@ -80,13 +93,31 @@ def test_the_colab_notebook_holds_gpt_py():
     assert (ROOT / "gpt.py").read_text(encoding="utf-8").rstrip() in held.cells[1].source
 
 
-@pytest.mark.parametrize("name", ["tour.ipynb", "colab.ipynb"])
+@pytest.mark.parametrize("name", [*LESSONS, "colab.ipynb"])
 def test_notebooks_are_small_and_whole(name):
     path = NOTEBOOKS / name
-    assert path.stat().st_size < 2**20
+    assert path.stat().st_size < 300_000
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     for cell in notebook.cells:
         assert not any(output.output_type == "error" for output in cell.get("outputs", []))
         if cell.cell_type == "code":
             compile(re.sub(r"^%%writefile .*", "", cell.source), name, "exec")
+
+
+@pytest.mark.parametrize("name", LESSONS)
+def test_a_lesson_shows_what_its_cells_gave(name):
+    """All cells of the committed notebook have been run, once and in their order."""
+    notebook = nbformat.read(NOTEBOOKS / name, as_version=4)
+    counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
+    assert counts == list(range(1, len(counts) + 1))
+    assert not any("\x1b" in str(cell.get("outputs", "")) for cell in notebook.cells)
+
+
+def test_there_are_eight_lessons_each_with_links_to_its_neighbours():
+    assert len(LESSONS) == 8
+    index = (NOTEBOOKS / "README.md").read_text(encoding="utf-8")
+    for name, following in zip(LESSONS, [*LESSONS[1:], None]):
+        assert f"({name})" in index
+        text = (NOTEBOOKS / name).read_text(encoding="utf-8")
+        assert following is None or f"({following})" in text

@@ -664,7 +664,7 @@ def test_faulty_csv(refused, prepared, tmp_path, content, fragments):
         ('{"body": "a"}\n', ("line 1", "'text'", "body", "--text_column")),
         (
             '{"messages": [{"role": "robot", "content": "a"}]}\n',
-            ("line 1", "robot", "system, user, assistant"),
+            ("line 1", "robot", "system, user or assistant"),
         ),
         ('{"messages": "a"}\n', ("line 1", "'a'", "role")),
         ('{"messages": [{"role": "user", "content": "a"}]}\n', ("line 1", "assistant")),
@@ -779,7 +779,7 @@ def test_rows_on_standard_input(run_script, tmp_path):
     rows = "".join(json.dumps({"question": q, "answer": a}) + "\n" for q, a in ASKED)
     done = run_script("prepare.py", "--input=-", f"--data_dir={tmp_path}", stdin=rows)
     assert done.returncode == 0, done.stderr
-    assert "a row on each line" in done.stdout
+    assert "one row per line" in done.stdout
     assert text_of(tmp_path / "stdin", "val") == "<|user|>hi<|assistant|>yo<|endoftext|>"
 
 
@@ -814,7 +814,7 @@ def test_hidden_files_are_left_out(prepared, tmp_path, capsys):
 
 def test_a_column_of_a_text_is_refused(refused, tmp_path):
     path = write(tmp_path / "t.txt", "hello")
-    refused(ValueError, "text_column", "no table", input=path, text_column="body")
+    refused(ValueError, "text_column", "not a table", input=path, text_column="body")
 
 
 @pytest.mark.parametrize("content", [b"no gzip", gzip.compress(b"text " * 10**5)[:-200], b""])
@@ -1749,5 +1749,5 @@ def test_tools_are_named(key):
     messages = chat(("user", "weather?"), ("assistant", "Let me look."))
     row = {"messages": messages}
     (row if key == "tools" else messages[1])[key] = calls
-    with pytest.raises(ValueError, match=f"^f, line 1 has {key}, which gpt.py does not know"):
+    with pytest.raises(ValueError, match=f"^f, line 1 has {key}, which gpt.py does not support"):
         conversations_of(row)

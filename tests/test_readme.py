@@ -20,7 +20,8 @@ import sample
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 PAGES += ["CHANGELOG.md", "CONTRIBUTING.md", "config/README.md", "data/README.md", "out/README.md"]
-PAGES += ["models/shakespeare/README.md"]
+PAGES += ["models/shakespeare/README.md", "bench/README.md", "notebooks/README.md"]
+NOTEBOOKS = sorted(f"notebooks/{path.name}" for path in (ROOT / "notebooks").glob("*.ipynb"))
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in PAGES}
 README = TEXTS["README.md"]
 # The pages whose commands run here. Those of CHANGELOG.md and models/ take minutes, or are gone.
@@ -316,7 +317,7 @@ def anchors(page):
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("name", [*PAGES, "notebooks/tour.ipynb", "notebooks/colab.ipynb"])
+@pytest.mark.parametrize("name", [*PAGES, *NOTEBOOKS])
 def test_links_lead_somewhere(name):
     text = (ROOT / name).read_text(encoding="utf-8")
     links = re.findall(r"\]\(([^)\s]+)\)", text)

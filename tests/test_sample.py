@@ -544,7 +544,7 @@ def test_dtype(say, monkeypatch):
         assert out == "abcdefgh\n"
         assert expected in err
     assert "with float16 matrices" in say(prompt="abc", dtype="float16").err
-    with pytest.raises(ValueError, match="dtype is float16, which needs a CPU and no quantize"):
+    with pytest.raises(ValueError, match="float16, which works only on a CPU without quantize"):
         say(dtype="float16", quantize="int8")
     with pytest.raises(ValueError, match="dtype is 'int8'"):
         say(dtype="int8")

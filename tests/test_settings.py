@@ -499,7 +499,7 @@ def test_run_script_words_memory_that_is_full(launch, capsys, kind):
     with pytest.raises(SystemExit) as e:
         launch(main)
     assert e.value.code == 2
-    remedy = "close other programs, or give a smaller model or text"
+    remedy = "close other programs, or use a smaller model or text"
     expected = f"error: out of memory ({kind} out of memory. Tried it): {remedy}\n"
     assert capsys.readouterr() == ("", expected)
 

@@ -974,7 +974,7 @@ def test_a_gpu_that_does_not_work_gives_way_to_the_cpu(monkeypatch, capsys):
     told = capsys.readouterr().err
     assert told == (
         "cuda does not work here (CUDA error: no kernel image is available for execution): "
-        "taking the CPU\n"
+        "using the CPU\n"
     )
     with pytest.raises(ValueError, match="device 'cuda' is not available"):
         gpt.pick_device("cuda")
@@ -1159,10 +1159,16 @@ def torch_threads(monkeypatch):
 def test_the_fastest_number_of_threads_is_taken(
     torch_threads, monkeypatch, seconds, load, expected
 ):
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     monkeypatch.setattr(os, "getloadavg", lambda: (load, 0, 0), raising=False)
+
+    def work():
+        now[0] += seconds[torch_threads[-1]]
+
     said = []
     threads = gpt.ThreadCount(said.append, trial_s=0.01)
-    threads.choose(lambda: time.sleep(seconds[torch_threads[-1]]))
+    threads.choose(work)
     assert torch_threads[-1] == threads.count == expected
     assert set(torch_threads) == set(seconds)
     assert len(said) == (expected < 4)
