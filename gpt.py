@@ -1973,19 +1973,29 @@ class ThreadCount:
 
 @contextlib.contextmanager
 def catch_stop_signals(machine):
-    """Append the first stop signal to machine.stop_signals; let the next one act as usual."""
+    """Append the first stop signal to machine.stop_signals; let the next one act as usual.
+
+    Where Slurm signals all processes, torchrun passes its own signal on, so each process receives
+    two. What comes within a second of the first is taken for the same request there.
+    """
     names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
     numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
     hangup = getattr(signal, "SIGHUP", None)
+    repeat_s = 1.0 if launched_by_torchrun() else 0.0
     actions = {}
+    arrivals = []
 
     def on_signal(number, frame):
-        machine.stop_signals.append(number)
-        for each, action in actions.items():  # a closed terminal sends SIGHUP more than once
-            signal.signal(each, signal.SIG_IGN if each == hangup else action)
-        if machine.rank == 0:
-            with contextlib.suppress(OSError):  # print() may itself have been interrupted
-                os.write(2, b"stopping after this step; another signal stops at once\n")
+        arrivals.append(time.monotonic())
+        if len(arrivals) == 1:
+            machine.stop_signals.append(number)
+            if machine.rank == 0:
+                with contextlib.suppress(OSError):  # print() may itself have been interrupted
+                    os.write(2, b"stopping after this step; another signal stops at once\n")
+        elif number != hangup and arrivals[-1] - arrivals[0] >= repeat_s:
+            # A closed terminal sends SIGHUP more than once, so that one never stops at once.
+            signal.signal(number, actions[number])
+            signal.raise_signal(number)
 
     if threading.current_thread() is threading.main_thread():  # elsewhere Python forbids handlers
         for number in numbers:

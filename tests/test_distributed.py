@@ -283,6 +283,39 @@ def test_torchrun_starts_a_killed_run_again(settings, tmp_path):
     assert ", resumed after step " in rest and "40 steps, " in rest
 
 
+def test_a_signal_to_torchrun_and_its_processes_saves(settings, tmp_path):
+    """Slurm sends SIGTERM to all of them, and torchrun passes its own on: each gets it twice.
+
+    A step takes long enough here for the second one to arrive within it.
+    """
+    settings()
+    flags = [*toy_flags(tmp_path), f"--out_dir={tmp_path / 'out'}", "--max_iters=1000000"]
+    flags += ["--gradient_accumulation_steps=100", "--eval_interval=1000000", "--log_interval=1"]
+    flags += ["--device=cpu", "--sample_tokens=0"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    process = subprocess.Popen(
+        [*torchrun, "--monitor-interval=0.1", str(ROOT / "gpt.py"), *flags],
+        env=os.environ | NO_PICTURES | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    watch = threading.Timer(100, process.kill)
+    watch.start()
+    for line in process.stdout:
+        if line.startswith("step      2 | loss"):
+            break
+    children = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
+    ).stdout.split()
+    for pid in (*map(int, children), process.pid):
+        os.kill(pid, signal.SIGTERM)
+    rest = process.communicate()[0]
+    watch.cancel()
+    assert "stopped at step " in rest
+    assert gpt.read_checkpoint(tmp_path / "out" / "ckpt.pt")["step"] >= 2
+
+
 def test_each_block_is_a_unit_whose_gradients_are_averaged_in_float32(monkeypatch):
     from extras import fsdp
 

@@ -749,6 +749,27 @@ def test_a_second_hangup_does_not_end_a_run_that_saves(settings, monkeypatch, tm
     assert gpt.read_checkpoint(tmp_path / "out" / "ckpt.pt")["step"] == 1
 
 
+def test_a_second_ctrl_c_ends_a_run_at_once(settings, monkeypatch, tmp_path):
+    """It ends even a step that takes long, and saves nothing more."""
+    settings()
+    restore = signal.signal(signal.SIGINT, signal.default_int_handler)
+    sent = []
+
+    def endless_step(self, *args, **kwargs):
+        while len(sent) < 100:
+            sent.append(os.kill(os.getpid(), signal.SIGINT))
+            time.sleep(0.001)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", endless_step)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            gpt.train(max_iters=1000)
+    finally:
+        signal.signal(signal.SIGINT, restore)
+    assert len(sent) == 1  # append() was not reached again
+    assert gpt.read_checkpoint(tmp_path / "out" / "ckpt.pt")["step"] == 0
+
+
 def test_ctrl_c_while_compiling_is_answered_at_once(settings, monkeypatch, tmp_path, capfd):
     """Compiling cannot be interrupted, but the user learns that the signal has arrived."""
 

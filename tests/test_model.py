@@ -582,6 +582,18 @@ def test_losses_in_parts_are_those_of_the_whole(
     assert torch.allclose(head.grad.double(), 3 * grad_head, atol=1e-5)
 
 
+def test_a_cpu_holds_at_most_128_mebibytes_of_logits(parts_of_logits):
+    """The number that is set in gpt.py, in float32: one row more, and there are two parts."""
+    rows, vocab_size = 2**10, 2**15
+    for n, n_parts in ((rows, 1), (rows + 1, 2)):
+        parts_of_logits.clear()
+        x, head = torch.zeros(n, 1), torch.zeros(vocab_size, 1)
+        with torch.no_grad():
+            loss_at(x, head, torch.zeros(n, dtype=torch.long), torch.ones(n))
+        assert len(parts_of_logits) == n_parts
+        assert 4 * max(parts_of_logits) * vocab_size <= 128 * 2**20
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_heads_gradient_in_many_parts_is_summed_exactly(dtype, logits_at_once):
     """Sums over 4,096 tokens: in bfloat16 they would lose small terms, in float16 overflow."""
