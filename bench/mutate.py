@@ -161,7 +161,7 @@ EDITS = {
                 "logits = logits * config.train_temperature",
             ),
             ("if training and config.train_temperature != 1", "if config.train_temperature != 1"),
-            ("targets.clamp(min=0), reduction", "targets.abs(), reduction"),
+            ("targets.clamp(min=0), reduction", "targets.clamp(min=1), reduction"),
             ("weights = (targets >= 0) * ", "weights = (targets > 0) * "),
             ("weights.sum().clamp(min=1e-6)", "weights.sum().clamp(min=2)"),
             ("dtype = torch.float32 if exact else x.dtype", "dtype = x.dtype"),

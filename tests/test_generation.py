@@ -382,6 +382,8 @@ def test_top_p_at_the_exact_border():
     assert possible(logits, top_p=0.5 - 1e-5).tolist() == [[False, True, False, False]]
     assert possible(logits, top_p=0.5 + 1e-5).tolist() == [[True, True, False, False]]
     assert possible(logits, top_p=0.75 + 1e-5).sum() == 3
+    quarters = torch.zeros(1, 4)  # each has exactly 0.25, so two of them reach exactly 0.5
+    assert possible(quarters, top_p=0.5).sum() == 2
 
 
 @pytest.mark.parametrize(
