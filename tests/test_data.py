@@ -474,6 +474,17 @@ def test_rows_of_weighted_examples_by_hand(tmp_path, write_examples):
     assert (x.dtype, y.dtype, w.dtype) == (torch.int64, torch.int64, torch.float32)
 
 
+def test_a_row_that_weighs_its_first_token_alone_holds_no_target(tmp_path, write_examples):
+    """The first token of a row is never predicted, so "efgh" is left out."""
+    examples = [[("abcd", 0), ("e", 255), ("fgh", 0)], [("m", 255)]]
+    folder = write_examples(tmp_path / "w", LETTERS, train=examples, val=examples)
+    data = gpt.Data(folder, 4)
+    x, _, _ = data.get_batch("val", 0, 2)
+    spelled = ["".join((LETTERS + ".")[i] for i in row) for row in x.tolist()]
+    assert spelled == ["abcd", "m.aa"]
+    assert (data.n_rows("val"), data.n_empty) == (2, 2)
+
+
 def random_examples(seed, n):
     """Return n examples whose letters, of a large alphabet, occur once each, and that alphabet."""
     draw, alphabet = random.Random(seed), [chr(0x4E00 + i) for i in range(30 * n)]
