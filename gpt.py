@@ -937,7 +937,7 @@ def matmul_dtype(x):
 
 
 # ---- Loss ---------------------------------------------------------------------------------------
-LOGITS_AT_ONCE = {"cpu": 2**25, "cuda": 2**27}
+LOGITS_AT_ONCE = {"cpu": 2**25, "cuda": 2**27}  # 128 and 512 MiB in float32
 
 
 def final_logits(logits, config):
@@ -1759,7 +1759,7 @@ class Machine:
     def mfu(self, flops_per_second):
         """Return the model FLOPs utilization, a share of the GPUs' peak; None if it is unknown."""
         for gpu, tflops in PEAK_TFLOPS.items():
-            if gpu in self.name() and self.dtype != torch.float32:
+            if re.search(rf"\b{gpu}\b", self.name()) and self.dtype != torch.float32:
                 return flops_per_second / (tflops * 1e12 * self.world_size)
         return None
 
@@ -1975,27 +1975,26 @@ class ThreadCount:
 def catch_stop_signals(machine):
     """Append the first stop signal to machine.stop_signals; let the next one act as usual.
 
-    Where Slurm signals all processes, torchrun passes its own signal on, so each process receives
-    two. What comes within a second of the first is taken for the same request there.
+    Under torchrun later ones do nothing. Slurm signals all processes, and torchrun passes its own
+    signal on, so each process receives two. torchrun itself ends processes that take too long.
     """
     names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
     numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
     hangup = getattr(signal, "SIGHUP", None)
-    repeat_s = 1.0 if launched_by_torchrun() else 0.0
     actions = {}
-    arrivals = []
 
     def on_signal(number, frame):
-        arrivals.append(time.monotonic())
-        if len(arrivals) == 1:
-            machine.stop_signals.append(number)
-            if machine.rank == 0:
-                with contextlib.suppress(OSError):  # print() may itself have been interrupted
-                    os.write(2, b"stopping after this step; another signal stops at once\n")
-        elif number != hangup and arrivals[-1] - arrivals[0] >= repeat_s:
-            # A closed terminal sends SIGHUP more than once, so that one never stops at once.
-            signal.signal(number, actions[number])
-            signal.raise_signal(number)
+        message = b"stopping after this step; another signal stops at once\n"
+        machine.stop_signals.append(number)
+        for each, action in actions.items():
+            # A closed terminal sends SIGHUP more than once.
+            ignored = each == hangup or launched_by_torchrun()
+            signal.signal(each, signal.SIG_IGN if ignored else action)
+        if launched_by_torchrun():
+            message = b"stopping after this step\n"
+        if machine.rank == 0:
+            with contextlib.suppress(OSError):  # print() may itself have been interrupted
+                os.write(2, message)
 
     if threading.current_thread() is threading.main_thread():  # elsewhere Python forbids handlers
         for number in numbers:
@@ -2104,7 +2103,8 @@ def check_tokenizer(data, tokenizer):
 
 
 # ---- Progress and time --------------------------------------------------------------------------
-EXIT_SHARE = 0.01  # share of max_minutes that is reserved for ending the process
+EXIT_SHARE = 0.01  # of max_minutes, reserved for ending the process
+LONGEST_EXIT_S = 2.0
 
 
 @dataclass
@@ -2149,7 +2149,8 @@ class Clock:
 
     def left_s(self):
         """Return the seconds that training may still take under max_minutes."""
-        budget = 60 * self.settings.max_minutes * (1 - EXIT_SHARE)
+        limit_s = 60 * self.settings.max_minutes
+        budget = limit_s - min(EXIT_SHARE * limit_s, LONGEST_EXIT_S)
         return max(0.0, budget - self.spent_s() - self.progress.reserve_s)
 
     def share_done(self, step, epochs):

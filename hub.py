@@ -7,7 +7,7 @@
     python hub.py merge CHECKPOINT          convert a LoRA checkpoint from before 2.0.0
 
 It knows the families of GPT-2 and Llama (with Mistral, Qwen2 and Qwen3), which differ from gpt.py's
-GPT only in the names of their weights. From Python:
+GPT only in the names and the layout of their weights. From Python:
 
     path = hub.get("gpt2")                        the checkpoint's path, for gpt.load_checkpoint
     model = hub.load_model("gpt2", dropout=0.1)   the GPT itself

@@ -2,20 +2,21 @@
 
     pip install torchao
     python bench/float8.py --data=data/NAME [--shape=large] [--batch_size=16] [--steps=300]
-        [--recipe=tensorwise] [--accumulate=8]
+        [--recipe=tensorwise] [--accumulate=8] [--runs=3]
     python bench/float8.py --data=data/NAME --small=1      (does it run? emulated, on a CPU, too)
 
 Only the blocks' matrices are in float8; embedding and output head stay as they are. Both runs take
 the same batches with the learning rates of gpt.py. The figures are tokens per second without the
 first tenth of the steps, the peak of the memory, and the loss over --batches validation batches.
-float8 is worth a place in gpt.py if the losses differ by 0.005 at most. It needs a GPU of compute
-capability 8.9 or higher.
+The two take turns, --runs times, with another seed each time. It needs a GPU of compute capability
+8.9 or higher.
 """
 
+import gc
 import time
 
 import torch
-from common import best_device, flags, record, show, wait_for
+from common import best_device, flags, ratios, record, show, wait_for
 from train_speed import SHAPES
 
 import gpt
@@ -27,6 +28,7 @@ DEFAULTS = {
     "accumulate": 8,
     "steps": 300,
     "batches": 40,
+    "runs": 3,
     "recipe": "tensorwise",
     "small": 0,
 }
@@ -49,7 +51,7 @@ def to_float8(model, recipe, emulate):
         convert_to_float8_training(block, config=config, module_filter_fn=suits)
 
 
-def new_trainer(f, data, float8):
+def new_trainer(f, data, float8, seed):
     """Return a Trainer of the shape that the flags f name, compiled on a GPU."""
     device = best_device()
     sizes, more = SHAPES[f["shape"]]
@@ -59,6 +61,7 @@ def new_trainer(f, data, float8):
         batch_size=f["batch_size"],
         gradient_accumulation_steps=f["accumulate"],
         max_iters=f["steps"],
+        seed=seed,
         compile=device.type == "cuda",
         device=device.type,
     )
@@ -97,29 +100,33 @@ def figures_of(trainer, n_batches):
     return round(tokens / seconds), memory, round(loss, 4)
 
 
+def free_memory():
+    """Free the memory of a Trainer that nothing refers to, and count the peak anew."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
 def main():
     f = flags(**DEFAULTS)
     if f["small"]:
-        f |= {"batch_size": 4, "accumulate": 1, "steps": 20, "batches": 4}
+        f |= {"batch_size": 4, "accumulate": 1, "steps": 20, "batches": 4, "runs": 1}
     block_size = (SMALL if f["small"] else SHAPES[f["shape"]][0])["block_size"]
-    data = gpt.Data(gpt.as_path(f["data"]), block_size)
-    found = {}
-    for name in ("plain", "float8"):
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-        found[name] = figures_of(new_trainer(f, data, name == "float8"), f["batches"])
-        print(name, found[name], flush=True)
-    speeds, memory, losses = zip(*found.values())
-    result = {
-        "shape": f["shape"],
-        "recipe": f["recipe"],
-        "steps": f["steps"],
-        "batch_size": f["batch_size"],
-        "tokens_per_s": dict(zip(found, speeds)),
-        "mib": dict(zip(found, memory)),
-        "val_loss": dict(zip(found, losses)),
-        "ratio": round(speeds[1] / speeds[0], 3),
-    }
+    found = {"plain": [], "float8": []}
+    for run in range(f["runs"]):
+        data = gpt.Data(gpt.as_path(f["data"]), block_size, seed=1337 + run)
+        for name, figures in found.items():
+            free_memory()
+            trainer = new_trainer(f, data, name == "float8", 1337 + run)
+            figures.append(figures_of(trainer, f["batches"]))
+            del trainer
+            print(f"run {run + 1}: {name} {figures[-1]}", flush=True)
+    result = {key: f[key] for key in ("shape", "recipe", "steps", "batch_size", "accumulate")}
+    result["tokens_per_s"] = {name: [speed for speed, _, _ in runs] for name, runs in found.items()}
+    result["mib"] = {name: runs[-1][1] for name, runs in found.items()}
+    result["val_loss"] = {name: [loss for _, _, loss in runs] for name, runs in found.items()}
+    result["ratio"] = ratios(*(result["tokens_per_s"][name] for name in ("float8", "plain")))
     if f["small"]:
         show("float8", **result)
     else:

@@ -210,7 +210,9 @@ def loss_parts(data_dir):
 def loss_by_time():
     """Return a picture of losses over the wall time of whole commands, ours and nanoGPT's."""
     lines = (ROOT / "bench" / "results.jsonl").read_text(encoding="utf-8").splitlines()
-    found = [r for r in map(json.loads, lines) if r["bench"] == "time_to_loss" and "curve" in r]
+    found = [r for r in map(json.loads, lines) if "nanogpt_curve" in r and "cores" in r["hardware"]]
+    if not found:
+        raise ValueError("no curves yet: run bench/time_to_loss.py with --nanogpt on a CPU first")
     result = found[-1]
     figure = new_figure(9.2, 4.4)
     axes = figure.subplots()

@@ -1,6 +1,6 @@
-"""Train models in a tenth of a minute to eight minutes, and keep what each one came to.
+"""Train models in half a minute to eight minutes, and keep what each one came to.
 
-    python bench/sizes.py [--minutes=0.1,0.5,2,8] [--data_dir=data] [--small=1]
+    python bench/sizes.py [--minutes=0.5,2,8] [--data_dir=data] [--small=1]
 
 Each run is the command of the quick start with another --max_minutes. Its result holds the size that
 gpt.py fitted, the tokens that it read, its loss, and the text that sample.py writes from the model.
@@ -62,7 +62,7 @@ def figures_of(minutes, data_dir):
 
 
 def main():
-    chosen = flags(minutes="0.1,0.5,2,8", data_dir=str(ROOT / "data"), small=0)
+    chosen = flags(minutes="0.5,2,8", data_dir=str(ROOT / "data"), small=0)
     for minutes in map(float, chosen["minutes"].split(",")):
         figures = figures_of(minutes, chosen["data_dir"])
         if chosen["small"]:

@@ -1,7 +1,7 @@
 """Train a model of GPT-2's size on real text: nanoGPT for some minutes, then gpt.py for fewer.
 
     python bench/time_to_loss_124m.py --nanogpt=PATH --data=data/NAME [--minutes=8] [--pairs=3]
-        [--peer_flags="--batch_size=32 --gradient_accumulation_steps=8"] [--fractions=0.4,0.6,0.8]
+        [--peer_flags="--batch_size=32 --gradient_accumulation_steps=8"] [--fractions=0.4,0.6,0.8,1]
         [--flags="--key=value ..."]
     python bench/time_to_loss_124m.py --nanogpt=PATH --data=data/NAME --small=1    (does it run?)
 
@@ -10,7 +10,8 @@ nanoGPT runs compiled with its recipe for GPT-2, the micro-batch of --peer_flags
 ends after --minutes: a first run of 30 steps says how many steps these are. gpt.py then runs
 config/train_fineweb_edu.py with --flags, for the --fractions of these minutes in turn, until its
 loss is as low. The same estimator measures both losses: the mean over the same random windows of
-validation text. The result is the ratio of the two commands' whole wall times, for each pair.
+validation text. The result is the ratio of the two commands' whole wall times, for each pair, or
+null where no fraction sufficed. The time of fractions that did not suffice is not counted.
 """
 
 import re
@@ -52,15 +53,15 @@ def seconds_of_a_step(path, data, peer_flags):
     return statistics.median(times[PILOT_STEPS // 3 :]) / 1000
 
 
-def sooner(data, target, budgets, window, own_flags):
+def sooner(data, target, budgets, window, own_flags, seed):
     """Run gpt.py for each budget in minutes until its estimate is at most target.
 
     Return (wall_s, estimate, minutes, whether it was reached).
     """
-    for i, minutes in enumerate(budgets):
+    for minutes in budgets:
         command = [str(ROOT / "config" / "train_fineweb_edu.py"), f"--max_minutes={minutes:.4g}"]
         command += [f"--dataset={data.name}", f"--data_dir={data.parent}", "--max_iters=1000000"]
-        wall_s, _, _, estimates = run_ours([*command, *own_flags], seed=1337 + i)
+        wall_s, _, _, estimates = run_ours([*command, *own_flags], seed)
         reached = estimates[window] <= target
         print(f"gpt.py: {wall_s:.1f} s, {estimates[window]:.4f}, as low: {reached}", flush=True)
         if reached:
@@ -87,7 +88,7 @@ def main():
         peers.append(run_nanogpt(chosen["nanogpt"], data, recipe, "own", window=window))
         wall_s, _, target = peers[-1]
         print(f"pair {pair + 1}: nanoGPT {wall_s:.1f} s, {target:.4f}", flush=True)
-        ours.append(sooner(data, target, budgets, window, shlex.split(own_flags)))
+        ours.append(sooner(data, target, budgets, window, shlex.split(own_flags), 1337 + pair))
     result = {
         "minutes": minutes,
         "data": data.name,
@@ -97,8 +98,11 @@ def main():
         "wall_s": [round(wall_s, 1) for wall_s, *_ in ours],
         "loss": [round(loss, 4) for _, loss, *_ in ours],
         "reached": [reached for *_, reached in ours],
-        "time_ratio": ratios([wall for wall, _, _ in peers], [wall for wall, *_ in ours]),
+        "time_ratio": None,
     }
+    if all(reached for *_, reached in ours):
+        walls = [wall_s for wall_s, *_ in ours]
+        result["time_ratio"] = ratios([wall_s for wall_s, _, _ in peers], walls)
     if chosen["small"]:
         show("time_to_loss_124m", **result)
     else:

@@ -20,7 +20,7 @@ Choose a GPU first, if there is one. On Colab this is *Runtime, Change runtime t
 *Settings, Accelerator*. Without a GPU everything works, with smaller models. Then run all cells from the top
 (*Runtime, Run all*), or one after the other.
 
-The next two cells write the files that this notebook uses: `gpt.py`, which holds the model and its training,
+The next three cells write the files that this notebook uses: `gpt.py`, which holds the model and its training,
 and `extras/plots.py`, which draws the loss. You can read and change them there. The cell after them installs
 `tiktoken` if it is missing.
 """
@@ -161,9 +161,10 @@ for path in sorted((WORK / "out").glob("*/*")):
 
 END = """
 With the whole repository, `python sample.py --checkpoint=best.pt --prompt="The "` continues a prompt later, here or
-on another machine. `gpt.train(init_from="resume", out_dir=...)` continues a run that was cut off.
+on another machine. To continue a run that was cut off, call the same `gpt.train(...)` again, with
+`init_from="resume"` added.
 
-[Eight notebooks](README.md) show what happens inside.
+Eight more notebooks of the repository show what happens inside.
 """
 
 

@@ -133,6 +133,7 @@ def test_the_tables_of_the_pages_are_those_of_the_results(monkeypatch):
     for name, begin, write in table.PARTS:
         page = (ROOT / name).read_text(encoding="utf-8")
         assert begin + "\n" + write() + "\n" + table.END in page, begin
+        assert "Measured on 2" in write()
 
 
 @pytest.mark.parametrize(

@@ -332,6 +332,11 @@ def test_links_lead_somewhere(name):
         assert not anchor or anchor in anchors(path.read_text(encoding="utf-8")), link
 
 
+def test_the_page_of_measurements_names_every_script():
+    for path in (ROOT / "bench").glob("*.py"):
+        assert path.name == "common.py" or f"`{path.name}`" in TEXTS["bench/README.md"], path.name
+
+
 def test_settings_that_the_pages_name_exist():
     """Each --name, and each function on the page about changes, is one of a script's."""
     known = {
@@ -355,7 +360,7 @@ def test_settings_that_the_pages_name_exist():
         "grid",
     }
     known |= {"model", "model_args", "tasks", "include_path"}  # of lm_eval
-    known |= {"check"}  # of ruff format
+    known |= {"check", "ntasks-per-node"}  # of ruff format, of Slurm
     for path in ROOT.glob("*.py"):
         known |= set(gpt.read_settings(path.read_text(encoding="utf-8")))
     for name in GUIDES:
@@ -412,7 +417,6 @@ def test_the_model_that_comes_along_is_what_its_page_says():
         f"{state['step']:,} steps",
     ):
         assert value in page, value
-    assert f"{log[-1]['val_loss']:.4f}" in README
     assert log[-1]["tokens"] == 111_540, "of the full validation split of tiny Shakespeare"
     assert state["dataset_sha256"] == log[0]["dataset_sha256"] == gpt.SHAKESPEARE_SHA256
     (command,) = re.findall(r"^    python (gpt\.py .*)$", page, flags=re.MULTILINE)
