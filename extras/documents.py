@@ -444,7 +444,9 @@ def chat_document(where, turns, weight):
     become, in this project's own marks,
     text <|user|> text <|assistant|> text <|endoftext|>
     """
-    turns = [turn for turn in turns if turn != ("system", "")]  # as in a chat without a system prompt
+    turns = [
+        turn for turn in turns if turn != ("system", "")
+    ]  # as in a chat without a system prompt
     roles = [role for role, _ in turns]
     if "system" in roles[1:]:
         raise ValueError(

@@ -319,7 +319,10 @@ def test_texts_that_cannot_be_evaluated(measure, tmp_path, content, message):
         ({"text": "a", "dataset": "b"}, "one of --text=FILE, --dataset=NAME or --choices=FILE"),
         ({"text": "a"}, "name a model, with --out_dir=RUN"),
         ({"dataset": "b", "stride": -1}, "stride is -1: it must be at least 0"),
-        ({"choices": "q", "out_dir": "run", "stride": 5}, "stride is 5, but --choices has no windows"),
+        (
+            {"choices": "q", "out_dir": "run", "stride": 5},
+            "stride is 5, but --choices has no windows",
+        ),
         ({"dataset": "b", "block_size": 0}, "block_size is 0: it must be at least 1"),
         ({"dataset": "b", "batch_size": 0}, "batch_size is 0: it must be at least 1"),
         ({"dataset": "b", "dtype": "float16"}, "dtype is 'float16': it must be auto, float32"),
