@@ -1,6 +1,6 @@
 # python gpt.py config/finetune_rated.py
-# This finetunes GPT-2 with LoRA on prompts and responses, weighted by ratings from 1 to 5. Not run
-# for want of GPT-2's weights. Prepare the data first:
+# This finetunes GPT-2 with LoRA on prompts and responses, weighted by ratings from 1 to 5. It was
+# not run, because GPT-2's weights were not available. Prepare the data first:
 #   python prepare.py --input=rated.csv --name=rated --tokenizer=gpt2
 import hub
 

@@ -1,6 +1,6 @@
 # python gpt.py config/finetune_shakespeare.py
-# This finetunes all weights of GPT-2 on Shakespeare. Not run for want of GPT-2's weights. Prepare
-# the data first:
+# This finetunes all weights of GPT-2 on Shakespeare. It was not
+# run, because GPT-2's weights were not available. Prepare the data first:
 #   python prepare.py shakespeare --tokenizer=gpt2 --name=shakespeare_bpe
 # For another model: python hub.py get FOLDER_OR_ID, which says how to continue.
 from pathlib import Path

@@ -1,5 +1,5 @@
 # torchrun --standalone --nproc_per_node=8 gpt.py config/train_gpt2.py config/gpt2_medium.py
-# 354.8M parameters with GPT-2's 50,257 tokens. Not run; estimate: 68 hours on eight H200.
+# 354.8M parameters with GPT-2's 50,257 tokens. Not run; estimate: 68 hours on eight H200s.
 # This file is read after train_gpt2.py. Only the shape differs.
 n_layer = 24
 n_head = 16

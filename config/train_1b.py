@@ -1,6 +1,6 @@
 # torchrun --standalone --nproc_per_node=8 gpt.py config/train_1b.py --dataset=NAME
 # 1073.3M parameters with GPT-2's 50,257 tokens, for several large GPUs. Not run;
-# estimate: 14 hours on eight H200.
+# estimate: 14 hours on eight H200s.
 # Data first: python prepare.py --input=FOLDER --name=NAME --tokenizer=gpt2
 dataset = "mytext"
 tie_weights = True

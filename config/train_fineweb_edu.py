@@ -1,8 +1,8 @@
 # torchrun --standalone --nproc_per_node=8 gpt.py config/train_fineweb_edu.py
 # Data first: pip install datasets && python prepare.py fineweb-edu --val_fraction=0.001
 # (or a tenth of it, with --max_tokens=1_000_000_000)
-# This trains a modern model of GPT-2's size on educational web pages, about 10B tokens by GPT-2's
-# tokenizer. Not run; estimate: 5.0 hours on one H200, 0.7 on eight.
+# This trains a modern model of GPT-2's size on educational web pages, about 10B of GPT-2's
+# tokens. Not run; estimate: 5.0 hours on one H200, 0.7 on eight.
 dataset = "fineweb-edu"
 tie_weights = True
 block_size = 1024

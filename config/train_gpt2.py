@@ -1,5 +1,5 @@
 # torchrun --standalone --nproc_per_node=8 gpt.py config/train_gpt2.py
-# Not run; estimate: 22 hours on eight H200. nanoGPT's README reports a loss of about 2.85 for this
+# Not run; estimate: 22 hours on eight H200s. nanoGPT's README reports a loss of about 2.85 for this
 # recipe, after 4 days on 8 A100 40GB GPUs.
 # This has GPT-2's shape, 124M parameters, and nanoGPT's recipe. Prepare the data first, as much
 # text as you have:
