@@ -699,9 +699,11 @@ def test_a_busy_machine_is_noticed_before_text_is_generated(say, monkeypatch):
     counts = []
     monkeypatch.setattr(torch, "set_num_threads", counts.append)
     forward = gpt.GPT.forward
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
 
     def slow_with_many_threads(self, *args, **options):
-        time.sleep(0.002 if counts[-1:] == [4] else 0)
+        now[0] += 0.004 if counts[-1:] == [4] else 0.002
         return forward(self, *args, **options)
 
     monkeypatch.setattr(gpt.GPT, "forward", slow_with_many_threads)
