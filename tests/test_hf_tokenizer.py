@@ -998,7 +998,8 @@ def test_a_template_is_rendered_as_transformers_does(
     settings = {"chat_template": template, "eos_token": "<|im_end|>"}
     tokenizer = read_tokenizer(folder(data, tokenizer_config=settings))
     assert capsys.readouterr().err == ""
-    loaded = AutoTokenizer.from_pretrained(folder(data, tokenizer_config=settings))
+    config = {"model_type": "llama"}  # transformers 4 looks for it
+    loaded = AutoTokenizer.from_pretrained(folder(data, tokenizer_config=settings, config=config))
     for said in ([("user", "Hello")], [("system", "Be kind."), ("user", "Hello")]):
         messages = [{"role": role, "content": text} for role, text in said]
         theirs = loaded.apply_chat_template(

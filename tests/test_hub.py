@@ -25,14 +25,15 @@ transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 VOCAB, BLOCK = 97, 32
 CHARS = "".join(chr(32 + i) for i in range(95)) + "\n\té"[: VOCAB - 95]
-LLAMA3 = {
+LLAMA3_SCALING = {
     "rope_type": "llama3",
-    "rope_theta": 500.0,
     "factor": 4.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+# transformers 5 writes these settings as rope_parameters, transformers 4 as they stand here.
+LLAMA3 = {"rope_theta": 500.0, "rope_scaling": LLAMA3_SCALING}
 
 
 def llama(name="Llama", **changes):
@@ -74,7 +75,7 @@ FAMILIES = {
     "Llama, wide heads": llama(num_key_value_heads=2, head_dim=16),
     "Llama, odd MLP": llama(num_key_value_heads=4, intermediate_size=100),
     "Llama, tied": llama(num_key_value_heads=2, tie_word_embeddings=True),
-    "Llama 3": llama(num_key_value_heads=2, rope_parameters=LLAMA3, rms_norm_eps=1e-5),
+    "Llama 3": llama(num_key_value_heads=2, rms_norm_eps=1e-5, **LLAMA3),
     "Llama, attention biases": llama(attention_bias=True),
     "Llama, all biases": llama(attention_bias=True, mlp_bias=True),
     "Mistral": llama("Mistral", num_key_value_heads=2, sliding_window=None),
@@ -431,16 +432,15 @@ def test_other_things_it_cannot_be(tmp_path, family, key):
 
 def test_theta_may_stand_beside_rope_parameters(tmp_path):
     """As in files that older and newer versions of transformers are meant to read."""
-    other = save(tmp_path, llama(num_key_value_heads=2, rope_parameters=LLAMA3))
-    scaling = {key: value for key, value in LLAMA3.items() if key != "rope_theta"}
-    edit(tmp_path, rope_parameters=scaling, rope_theta=500)
+    other = save(tmp_path, llama(num_key_value_heads=2, **LLAMA3))
+    edit(tmp_path, rope_parameters=LLAMA3_SCALING, rope_scaling=None, rope_theta=500)
     model = hub.load_model(tmp_path)
     assert model.config.rope_theta == 500.0
     assert_same_logits(model, other)
     edit(
         tmp_path,
         rope_parameters=None,
-        rope_scaling=scaling | {"original_max_position_embeddings": None},
+        rope_scaling=LLAMA3_SCALING | {"original_max_position_embeddings": None},
     )
     with pytest.raises(ValueError, match="has no original_max_position_embeddings"):
         hub.load_model(tmp_path)
@@ -882,7 +882,9 @@ def rewrite(folder, change):
 
 @pytest.mark.parametrize("own", [True, False])
 def test_a_head_beside_a_tied_embedding(whole_folder, own):
-    """If it differs, the file counts and not the config, for us as for transformers."""
+    """If it differs, the file counts and not the config, for us as for transformers 5."""
+    if own and transformers.__version__ < "5":
+        pytest.skip("transformers 4 ties the two whatever the file holds")
 
     def add_head(tensors):
         embedding = tensors["model.embed_tokens.weight"]
