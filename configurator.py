@@ -17,8 +17,8 @@ from pathlib import Path
 # Settings of other programs and of earlier versions of this one, and what replaces them here.
 RENAMED = {
     # nanoGPT's train.py and sample.py
-    "start": "the text to continue is --prompt of sample.py",
-    "max_new_tokens": "the length of a sample is --max_tokens of sample.py",
+    "start": "sample.py takes the text to continue as --prompt",
+    "max_new_tokens": "sample.py takes the length of a sample as --max_tokens",
     "decay_lr": "--lr_schedule=constant turns off learning rate decay",
     "backend": "leave it out, since the device decides how processes communicate",
     "always_save_checkpoint": "leave it out, since ckpt.pt is saved before every evaluation",
@@ -158,7 +158,7 @@ def configure(script, argv, settings, check, derive=dict, word_settings=()):
 
     settings: {name: Setting} of the script.
     check: a function of (name, value, settings) that returns the value or raises ValueError.
-    derive: returns what config files may read besides the settings; called when flags are set.
+    derive: returns what config files may read besides the settings; called after the flags are set.
     word_settings: the settings that take the words that are not flags, in this order; if there
         are none, words are config files.
     Raises ValueError and FileNotFoundError.
@@ -202,7 +202,7 @@ def process_rank():
     return 0
 
 
-# What torch, CUDA and C++ say when a GPU or the computer has no memory left, as in gpt.py
+# What torch, CUDA and C++ say when a GPU or the computer has no memory left (also in gpt.py)
 NO_MEMORY = ("out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED", "bad_alloc")
 
 
@@ -212,7 +212,7 @@ def lacks_memory(error):
 
 
 def explains_itself(error):
-    """Return whether an error's message is enough: it is a user's mistake or something missing."""
+    """Return whether an error's message is enough, as for a user's mistake or something missing."""
     if isinstance(error, RuntimeError):  # any other RuntimeError is a bug
         return lacks_memory(error) or LOST_PROCESS in str(error)
     return True
@@ -232,7 +232,7 @@ def report(error):
     distributed = sys.modules.get("torch.distributed")
     if rank == 0:
         print("error:", message, file=sys.stderr)
-    elif distributed and distributed.is_initialized():  # before that, all have the same error
+    elif distributed and distributed.is_initialized():  # before that, all processes fail alike
         print(f"error in process {rank}:", message, file=sys.stderr)
 
 
@@ -260,7 +260,7 @@ def run_script(script, main, settings, check, derive=dict, word_settings=()):
             sys.exit(128 + figures["stopped_by"])
     except BrokenPipeError:  # the output goes to `head`, say, which reads no further
         null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, sys.stdout.fileno())  # or Python would raise the error again at its exit
+        os.dup2(null, sys.stdout.fileno())  # or Python would raise the error again on exit
         sys.exit(141)  # 128 + SIGPIPE, as in other programs
     except (ValueError, OSError, RuntimeError, MemoryError) as e:
         if os.environ.get("TRACEBACK") or not explains_itself(e):

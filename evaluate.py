@@ -262,7 +262,7 @@ def check_settings():
     if stride < 0:
         raise ValueError(f"stride is {stride}: it must be at least 0")
     if choices and stride:
-        raise ValueError(f"stride is {stride}, but --choices has no windows: leave it out")
+        raise ValueError(f"stride is {stride}, but --choices has no windows: leave out --stride")
     for name, value in (("block_size", block_size), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{name} is {value}: it must be at least 1")

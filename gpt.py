@@ -177,7 +177,7 @@ def own_source():
     return "".join(linecache.getlines(own_source.__code__.co_filename, globals()))
 
 
-SETTINGS = read_settings(own_source())  # defaults too; the names above hold the current values
+SETTINGS = read_settings(own_source())  # with the defaults; the names above hold the current values
 
 
 def check_setting(name, value, declared):
@@ -247,7 +247,7 @@ def checked_settings(**changes):
 
 
 def decided_later(settings):
-    """Return whether settings may be None until a text or an earlier run decides on them."""
+    """Return whether settings may be None until a text or an earlier run determines them."""
     if settings.eval_only:
         return False
     return settings.max_minutes > 0 or settings.init_from != "scratch"
@@ -297,7 +297,7 @@ def as_path(text):
 
 
 def read_text(path):
-    """Return the text of a UTF-8 file without a byte order mark; line endings stay as they are.
+    """Return a UTF-8 file's text without any byte order mark; line endings stay as they are.
 
     Raises ValueError if the file is not UTF-8, and OSError if it cannot be read.
     """
@@ -451,7 +451,7 @@ class GPTConfig:
     norm_eps: float = 1e-5
     head_dim: int | None = None  # None: n_embd / n_head
     mlp_hidden: int | None = None  # None: from mlp_ratio; for SwiGLU, a multiple of 32
-    qk_norm_weights: bool = False  # with qk_norm: its norms have weights, as Qwen3's have
+    qk_norm_weights: bool = False  # with qk_norm: its norms have weights, as Qwen3's do
 
     def __post_init__(self):
         for name, declared in self.__dataclass_fields__.items():
@@ -639,7 +639,7 @@ class KVCache:
         self.pos = torch.zeros(batch_size, device=device, dtype=torch.long)
 
     def update(self, layer, k, v, positions):
-        """Store k, v (B, n_kv_head, T, head_dim) at positions (B, T); return all of this layer."""
+        """Store k, v (B, n_kv_head, T, head_dim) at positions (B, T); return the layer's k, v."""
         where = positions[:, None, :, None].expand(k.shape)
         self.k[layer].scatter_(2, where, k.to(self.k[layer].dtype))
         self.v[layer].scatter_(2, where, v.to(self.v[layer].dtype))
@@ -793,7 +793,7 @@ class GPT(nn.Module):
         cache: a KVCache that holds the tokens before idx; idx is appended to it.
         weights: (B, T) float, how much each target counts; None: 1.
         loss_only: return None instead of the logits. This saves memory and, with targets, the time
-            to compute them twice; see summed_loss.
+            of computing them twice; see summed_loss.
         at: (B,) positions in idx; only their logits are computed, (B, 1, vocab_size).
         blocks: what to call instead of self.h, such as the compiled blocks.
         """
@@ -841,7 +841,7 @@ class GPT(nn.Module):
         positions: (B or 1, T), those of the queries. The keys are at positions 0 to T - 1 or, with
         a cache, at 0 to block_size - 1; those after the query are later tokens or unused.
         """
-        # The distances are computed even where no mask is needed, for a mask that is added here.
+        # The distances are computed even where no mask is needed, so that one can be added here.
         n_keys = positions.size(1) if cache is None else self.config.block_size
         keys = torch.arange(n_keys, device=positions.device)
         distances = positions[:, None, :, None] - keys  # (B or 1, 1, T, n_keys), from key to query
@@ -1044,7 +1044,7 @@ def sample_next(logits, temperature=0.8, top_k=200, top_p=0.9, min_p=0.0, genera
     probs = (logits.float() / temperature).softmax(-1)
     before = probs.cumsum(-1) - probs
     probs = probs * (before < top_p) * (probs >= min_p * probs[:, :1])
-    # The argmax of probs / noise is a draw from probs. Unlike multinomial, it never awaits a GPU.
+    # The argmax of probs / noise is drawn from probs. Unlike multinomial, it never waits for a GPU.
     noise = torch.empty_like(probs).exponential_(generator=generator)
     return ids.gather(-1, (probs / noise).argmax(-1, keepdim=True))[:, 0]
 
@@ -1449,7 +1449,7 @@ class Data:
         self.weights = {}
         self.starts = {}  # where the rows of a split begin
         self.n_empty = 0  # rows left out
-        self.orders = {}  # offset and order of the rows, of this epoch and the one before
+        self.orders = {}  # offset and order of the rows, in this epoch and the one before
         for split in splits:
             self.open_split(split)
 
@@ -1582,7 +1582,7 @@ def save_checkpoint(path, state):
         torch.save(state, part)
         with open(part, "rb+") as file:
             os.fsync(file.fileno())
-        for _ in range(50):  # on Windows, a file that somebody reads cannot be replaced
+        for _ in range(50):  # on Windows, a file that is being read cannot be replaced
             with contextlib.suppress(PermissionError):
                 part.replace(path)
                 return
@@ -1594,7 +1594,7 @@ def save_checkpoint(path, state):
             raise OSError(f"{path} could not be saved: its folder has been removed") from e
         free = shutil.disk_usage(path.parent).free / 2**20
         raise OSError(
-            f"{path} could not be saved ({shortened(e)}; {free:,.0f} MiB are free there); the "
+            f"{path} could not be saved ({shortened(e)}; {free:,.0f} MiB free there); the "
             "previous file is untouched"
         ) from e
 
@@ -1608,7 +1608,7 @@ def read_checkpoint(path):
     if path.is_dir():
         path = path / "best.pt"
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: name a checkpoint, or train one first")
+        raise FileNotFoundError(f"{path} does not exist: name a checkpoint, or train a model first")
     try:
         archive = zipfile.ZipFile(path)
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
@@ -1732,7 +1732,7 @@ class Machine:
     world_size: int = 1
     fsdp: bool = False  # whether the processes shard the model instead of each holding a copy
     threads: object = None  # a ThreadCount, if one process on a CPU trains for max_minutes
-    stop_signals: list = field(default_factory=list)  # those that have come
+    stop_signals: list = field(default_factory=list)  # those received so far
     # What is closed or restored at the end of the run.
     at_end: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
@@ -1804,7 +1804,7 @@ def pick_device(name):
         found = torch.accelerator.is_available()
         device = torch.accelerator.current_accelerator().type if found else "cpu"
         if not found and torch.version.cuda is None and shutil.which("nvidia-smi"):
-            say_once("this build of torch cannot use the NVIDIA GPU; get another from pytorch.org")
+            say_once("this build of torch cannot use the NVIDIA GPU; pytorch.org has other builds")
     if device == "cuda" and launched_by_torchrun():
         device = f"cuda:{os.environ['LOCAL_RANK']}"  # one GPU for each process
     try:
@@ -1897,7 +1897,7 @@ def join_processes(machine):
 class ThreadCount:
     """Finds how many threads are fastest on a CPU whose cores other processes may use as well.
 
-    The threads of an operation wait for the slowest one. When another process takes a core from it,
+    The threads of an operation wait for the slowest one. When another process takes a core,
     fewer threads are faster. With float32, the last bits of a result may depend on their number.
 
     say: a function that prints a text. trial_s: for how many seconds each number is tried.
@@ -2014,7 +2014,7 @@ class StopRequested(Exception):
 # ---- Evaluation ---------------------------------------------------------------------------------
 @torch.no_grad()
 def evaluate(model, data, machine, n_batches, batch_size):
-    """Return the mean loss in nats per target of n_batches, spread over the validation split.
+    """Return the mean loss, in nats per target, of n_batches spread over the validation split.
 
     Several processes share the batches. Raises StopRequested if a signal comes.
     """
@@ -2055,7 +2055,7 @@ def loss_figures(loss, n_tokens, n_bytes=None):
 
 
 def in_words(figures):
-    """Return figures as a text, such as "loss 1.2345, perplexity 3.4367"."""
+    """Return figures as text, such as "loss 1.2345, perplexity 3.4367"."""
     words = [f"{name} {n:.4f}" for name, n in figures.items() if name != "tokens"]
     return ", ".join(words).replace("_", " ")
 
@@ -2154,7 +2154,7 @@ class Clock:
         return max(0.0, budget - self.spent_s() - self.progress.reserve_s)
 
     def share_done(self, step, epochs):
-        """Return the share of the run that is done after `step` steps, which took `epochs`."""
+        """Return the share of the run that is done after `step` steps and `epochs` epochs."""
         if self.settings.max_minutes:
             trained = self.trained_s()
             share = trained / max(1.0, trained + self.left_s())  # at least a second of training
@@ -2221,7 +2221,7 @@ def flops_per_second(machine):
         seconds = []
         while len(seconds) < 5 and sum(seconds) < 1:
             seconds.append(step())
-        last = seconds[2:] or seconds[-1:]  # the first two set up
+        last = seconds[2:] or seconds[-1:]  # the first two include setup
         step_s = max(1e-9, sum(last) / len(last))
         if step_s > 0.03:
             break
@@ -2281,9 +2281,9 @@ def two_digits(value):
 
 
 def fitted_batch_size(settings, tokens, world_size):
-    """Return the batch_size for a run over this many tokens, which all processes can share.
+    """Return a batch_size that all processes can share, for a run over this many tokens.
 
-    The best batch grows with about the square root of the tokens (arXiv:2505.13738).
+    The best batch size grows roughly with the square root of the tokens (arXiv:2505.13738).
     """
     accumulation = settings.gradient_accumulation_steps
     rows_per_step = 2048 * (tokens / 2e6) ** 0.5 / settings.block_size
@@ -2303,7 +2303,7 @@ def best_size(flops):
 
 
 def fitted_shape(settings, n_tokens, vocab_size, flops):
-    """Return the sizes of the model that `flops` and n_tokens train best, as a dict.
+    """Return the sizes, as a dict, of the best model for `flops` and n_tokens.
 
     Sizes that the settings already hold are taken into account.
     """
@@ -2352,7 +2352,7 @@ def flops_of_token(settings, vocab_size):
 
 
 def block_size_of_base(settings):
-    """Return the context length for finetuning init_from's model: the default or its own."""
+    """Return the context length to finetune init_from's model: the default or, if less, its own."""
     path = as_path(settings.init_from)
     path = path if path.is_file() else path / "best.pt"
     if not path.exists():  # model_to_finetune will say so
@@ -2599,7 +2599,7 @@ class Trainer:
             self.ddp_model = nn.parallel.DistributedDataParallel(
                 model, gradient_as_bucket_view=True
             )
-            self.ddp_model.broadcast_buffers = False  # none changes; as an argument it would warn
+            self.ddp_model.broadcast_buffers = False  # none changes; passed to DDP, this would warn
             self.wrapped_model = self.ddp_model
         self.to_compile = what_to_compile(settings, model, data, machine)
         self.optimizers = make_optimizers(model, settings, machine)
@@ -2690,7 +2690,7 @@ class Trainer:
     def optimizer_steps(self):
         """Update the weights, and anything that tracks them.
 
-        A GPU records this. It is skipped in a step whose gradient is not finite.
+        On a GPU this is recorded. It is skipped in a step whose gradient is not finite.
         """
         for o in self.optimizers:
             o.step()
@@ -3082,7 +3082,7 @@ def training_loop(settings, machine, folder, progress, started):  # noqa: C901
     write_log = None
     if writes:
         write_log = open_run(settings, out, machine, resumed, progress.step)
-    del state  # it keeps the old checkpoint open or, on Windows, a copy of all weights
+    del state  # it holds the old file open or, on Windows, a copy of all weights
 
     def log(**values):
         step_and_time = {"step": progress.step, "elapsed_s": round(clock.spent_s(), 3)}

@@ -432,7 +432,7 @@ PROBE = (
 def gives_same_ids(state, library_state):
     """Return whether tiktoken, with `state`, encodes PROBE as the tokenizers library does.
 
-    Without the library, tell whether it at least decodes PROBE's ids to PROBE.
+    Without the library, tell whether tiktoken at least decodes PROBE's ids to PROBE.
     """
     try:
         tokenizer = Tokenizer(**state)
@@ -739,7 +739,7 @@ def load_model(name, dtype=torch.float32, **changes):
     config, biased = read_config(folder)
     if config.qk_norm and has_qk_norm_weights(folder):
         config = replace(config, qk_norm_weights=True)
-    if config.tie_weights and has_own_head(folder):  # the file counts, as for transformers
+    if config.tie_weights and has_own_head(folder):  # the file decides, as in transformers
         config = replace(config, tie_weights=False)
     with UnsetWeights():
         model = GPT(replace(config, **changes))
@@ -795,7 +795,7 @@ def load_pretrained(name, dtype=torch.float32, **changes):
 
 
 def changed_at(name):
-    """Return when a file was last changed, as a text; "" for a folder or an id."""
+    """Return when a file was last changed, as text; "" for a folder or an id."""
     path = as_path(name)
     return str(path.stat().st_mtime_ns) if path.is_file() else ""
 
@@ -886,7 +886,7 @@ A language model made with gpt.py.
 
 
 def new_tokens(config):
-    """Return how many tokens other engines generate by default, which must fit in the context."""
+    """Return how many tokens the model card's example generates; they must fit in the context."""
     return min(100, max(1, config.block_size // 2))
 
 
@@ -1036,7 +1036,7 @@ GGUF_INSIDE = {  # within the blocks, as in LLAMA_INSIDE
     "mlp.c_fc": ["ffn_gate", "ffn_up"],
     "mlp.c_proj": ["ffn_down"],
 }
-# llama.cpp cuts words by patterns that it knows by name.
+# llama.cpp splits texts by patterns that it knows by name.
 PATTERN_NAMES = {
     hf_tokenizer.GPT2_PATTERN: "gpt-2",
     hf_tokenizer.SMOLLM2_PATTERN: "smollm",
@@ -1111,20 +1111,20 @@ def gguf_constants(config):
 
 
 def merges_of_characters(characters):
-    """Return the pairs that make each character of its bytes, one byte after the other."""
+    """Return the pairs that build each character from its bytes, one byte after the other."""
     spelled = [hf_tokenizer.spell(c.encode()) for c in characters]
     pairs = [(c[:n], c[n]) for n in range(1, 4) for c in spelled if n < len(c)]
     return list(dict.fromkeys(pairs))
 
 
 def known_pattern(data):
-    """Return the pattern by which a tokenizer.json cuts words. Raises ValueError if unknown."""
+    """Return the pattern by which a tokenizer.json splits texts. Raises ValueError if unknown."""
     pattern = hf_tokenizer.read_pattern(data.get("pre_tokenizer"))
     normalizer = data.get("normalizer")
     if pattern not in PATTERN_NAMES:
         known = ", ".join(PATTERN_NAMES.values())
         raise ValueError(
-            "llama.cpp does not cut words as this tokenizer does: choose one whose pattern "
+            "llama.cpp does not split texts as this tokenizer does: choose one whose pattern "
             f"is one of {known}"
         )
     if normalizer == {"type": "NFC"}:  # as Qwen2 has it
@@ -1366,7 +1366,7 @@ def check_words():
 
 
 def next_commands(path):
-    """Return the commands that use a checkpoint, as a text."""
+    """Return the commands that use a checkpoint, as text."""
     folder = path.parent.resolve()
     if folder.is_relative_to(Path.cwd()):
         folder = folder.relative_to(Path.cwd())

@@ -73,7 +73,7 @@ from gpt import (
     read_text,
 )
 
-# The encodings of tiktoken's own, whose patterns allow encoding a text in pieces
+# tiktoken's own encodings, whose patterns allow encoding a text in pieces
 TIKTOKENS_OWN = ("gpt2", "r50k_base", "p50k_base", "p50k_edit", "cl100k_base", "o200k_base")
 
 # ---- Settings: each comment is its help text (python prepare.py --help) ------------------------
@@ -505,7 +505,7 @@ def check_characters(tokenizer, segments):
 class Encoder:
     """Turns batches of segments into arrays.
 
-    state: Tokenizer.state. dtype: the name of the ids' type, which is stored little-endian.
+    state: Tokenizer.state. dtype: the name of the type of the ids, which are stored little-endian.
     """
 
     def __init__(self, state, dtype):
@@ -517,7 +517,7 @@ class Encoder:
         if isinstance(text, Conversation):
             prompt, answer = encode_example(self.tokenizer, text.turns)
             return [(np.uint32(prompt), 0), (np.uint32(answer), weight)]
-        if isinstance(text, Special):  # the end, which may have another name than EOT
+        if isinstance(text, Special):  # the end, which may have a name other than EOT
             return [(np.uint32([self.tokenizer.end_id]), weight)]
         if self.tokenizer.state["kind"] == "char":
             return [(np.uint32(self.tokenizer.encode(text)), weight)]
@@ -570,7 +570,7 @@ def encode_in_worker(batch):
 def encoded(batches, state, dtype, n_workers):
     """Yield (batch, Encoder.encode_batch(batch)) in order.
 
-    If there are several processes, each may be four batches ahead, so memory stays constant.
+    If there are several processes, each is at most four batches ahead, so memory stays constant.
     """
     if n_workers == 1:
         encoder = Encoder(state, dtype)
@@ -673,7 +673,7 @@ def save_json(path, content):
 
 
 class TokenFiles:
-    """The files of a data set while they are written in the folder `part`.
+    """The files of a data set while they are being written in the folder `part`.
 
     These are train.bin and val.bin, and train.weight.bin and val.weight.bin if `weighted`.
 
@@ -823,7 +823,7 @@ def resumed_files(part, asked, weighted, settings, segments):
         batches = batches_for(files.tokenizer, segments, weighted)
         if files.resume(batches):
             return files, batches
-    print(f"{part}: starting over, because the settings or the text have changed")
+    print(f"{part}: starting over, because the text or the settings have changed")
     return None, None
 
 

@@ -62,8 +62,8 @@ show: str | None = None  # --show: the likeliest next tokens, no sample; --show=
 output = ""  # file for the samples or the picture; empty: the screen, or attention.png
 device = "auto"  # auto: cuda, else mps, else cpu | any torch device
 dtype = "auto"  # auto: by device and model | bfloat16 | float32 | float16, on a CPU only
-quantize = ""  # int8: weights as one byte each, which halves their memory; empty: as dtype says
-compile = False  # compile the step for each token: up to a minute at first, faster afterwards
+quantize = ""  # int8: weights of one byte each, which halves their memory; empty: as dtype says
+compile = False  # compile the step for each token: up to a minute at first, faster afterward
 cuda_graphs = True  # on a GPU, record each token's step and replay it: no kernel waits for Python
 
 SETTINGS = read_settings(Path(__file__).read_text(encoding="utf-8-sig"))
@@ -178,7 +178,7 @@ def penalize(logits, seen, penalty):
 
 
 def penalizing(ids, penalty):
-    """Return a sample_next for a text that begins with ids. It penalizes tokens already used."""
+    """Return a sample_next that penalizes used tokens, for a text that begins with ids."""
     seen = None  # (1, vocab_size) bool
 
     def pick(logits, **sampling):
@@ -273,7 +273,7 @@ def write_sample(model, tokenizer, text, file, sampling, **generation):
 
 # ---- Faster and smaller matrices ----
 class RowLinear(nn.Linear):
-    """nn.Linear that reads its weight faster for a single row, which is what generating needs.
+    """nn.Linear that reads its weight faster for a single row, which is what generation needs.
 
     The weight may be float16 where x is float32, which halves the bytes to read. A row is then
     rounded to float16 as well, the products are summed in float32, and the sum is rounded to
@@ -297,7 +297,7 @@ class RowLinear(nn.Linear):
         return super().forward(x)
 
     def multiply_float16(self, x, is_row):
-        """Return x @ weight.mT + bias of a float16 weight; torch has a fast kernel for one row."""
+        """Return x @ weight.mT + bias for a float16 weight; torch has a fast kernel for one row."""
         if is_row:
             y = F.linear(x.half(), self.weight).float()
         else:
@@ -309,7 +309,7 @@ def speed_up_rows(model):
     """Replace a model's nn.Linear layers by RowLinear with the same weights; return the model."""
     for name, linear in list(model.named_modules()):
         if type(linear) is nn.Linear:
-            # On the meta device no memory is spent on weights that are replaced at once.
+            # On the meta device no memory is spent on weights that are replaced immediately.
             row_linear = RowLinear(linear.in_features, linear.out_features, device="meta")
             row_linear.weight = linear.weight
             row_linear.bias = linear.bias
@@ -318,7 +318,7 @@ def speed_up_rows(model):
 
 
 def store_as_float16(model):
-    """Keep the weights of a model's RowLinear layers as float16; embeddings and norms stay."""
+    """Convert a model's RowLinear weights to float16, but not the embeddings and norms."""
     for module in model.modules():
         if isinstance(module, RowLinear):
             module.weight = nn.Parameter(module.weight.half(), requires_grad=False)
@@ -519,7 +519,7 @@ class Chat:
             )
 
     def encode(self, turns):
-        """Return the ids of system prompt and turns, where special tokens' names are plain text."""
+        """Return the ids of the system prompt and turns; special tokens' names are plain text."""
         said = [("system", self.system)] if self.system else []
         for i, text in enumerate(turns):
             said.append(("assistant" if i % 2 else "user", text))
@@ -568,7 +568,7 @@ class Chat:
             print(piece, end="", flush=True)
         print()
         if self.tokenizer.decode(self.tokenizer.encode("a")) == " a":
-            # Such a tokenizer puts the space before each text, so it is no part of the answer.
+            # Such a tokenizer puts a space before each text, which is no part of the answer.
             self.turns[-1] = self.turns[-1].removeprefix(" ")
 
     def command(self, line):
@@ -601,15 +601,15 @@ def read_typed_text():
 
 
 def interact(greeting, respond, command):
-    """Pass texts from the keyboard to respond, and lines that begin with a slash to command.
+    """Pass texts from the keyboard to `respond`, and lines that begin with a slash to `command`.
 
     A word such as quit ends the loop, and so does the end of the input. A ValueError is printed.
     """
     with contextlib.suppress(ImportError):  # Windows has no readline
-        import readline  # noqa: F401  # input() now edits lines and recalls them by the arrow keys
+        import readline  # noqa: F401  # input() now edits lines and recalls them with arrow keys
     print(
-        f"{greeting} /temperature 0.5 changes a setting, and / lists all of them; quit, exit, q or "
-        "Ctrl-D ends the program."
+        f"{greeting} /temperature 0.5 changes a setting, and / lists the settings; quit, exit, q "
+        "or Ctrl-D ends the program."
     )
     while True:
         try:
@@ -672,7 +672,7 @@ def main():
     if chosen.type == "cpu":
         threads = ThreadCount(partial(print, file=sys.stderr), trial_s=0.02)
         adapt_to_other_processes(model, threads)
-        threads.say = lambda text: None  # from here on it would stand amid the sample
+        threads.say = lambda text: None  # from here on, notes would stand amid the sample
         if not compile:  # what is compiled is compiled for one number of threads
             generation["after_token"] = partial(adapt_to_other_processes, model, threads)
     if compile:

@@ -4,7 +4,9 @@
 
 FILE is a text, such as tiny Shakespeare. For each vocabulary and each family (Llama, Qwen3, GPT-2)
 a small model is trained on it and written in float32, float16 and q8_0. The engine gets the prompts
-as ids. Where a greedy token differs, the script prints how far apart our two best logits are there.
+as ids. Rounding may decide between two logits that are almost equal, so the prompts are drawn until
+there are eight whose greedy tokens are all ahead by TIE; the others are counted. Where a greedy
+token differs, the script prints how far apart our two best logits are there.
 """
 
 import argparse
@@ -24,6 +26,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 from test_gguf import FAMILIES, Engine, as_float16, random_text
 
 N_PROMPTS, N_TOKENS = 8, 100
+TIE = 0.01  # logits closer than this may change places in float16, or by llama.cpp's table of GELU
 
 
 def train(family, vocabulary, data_dir, out, steps):
@@ -37,6 +40,28 @@ def train(family, vocabulary, data_dir, out, steps):
     gpt.train(dataset=vocabulary, data_dir=str(data_dir), out_dir=str(out), **settings)
     model, tokenizer, _ = gpt.load_checkpoint(out / "ckpt.pt")
     return model.eval(), tokenizer
+
+
+@torch.no_grad()
+def draw_prompts(model, tokenizer, text):
+    """Return N_PROMPTS prompts without ties, and how many had one and were left out.
+
+    Only our own logits decide. A prompt has a tie if the best two logits for any of its N_TOKENS
+    greedy tokens are less than TIE apart.
+    """
+    draw = random.Random(2)
+    prompts, n_tied = [], 0
+    while len(prompts) < N_PROMPTS:
+        start = draw.randrange(len(text) - 200)
+        ids = tokenizer.encode(text[start : start + 200])[:20]
+        greedy = [int(i) for i in model.generate([ids], N_TOKENS, temperature=0)]
+        logits, _ = model(torch.tensor([ids + greedy[:-1]]))
+        best, second = logits[0, len(ids) - 1 :].topk(2).values.T
+        if (best - second).min() < TIE:
+            n_tied += 1
+        else:
+            prompts.append(ids)
+    return prompts, n_tied
 
 
 def count_equal_ids(engine, tokenizer, texts):
@@ -74,11 +99,6 @@ def compare(family, vocabulary, text, texts, folder, steps):
     """Train, write and compare one model; record what was found. texts: to encode, or none."""
     out = folder / f"{vocabulary}-{family}"
     model, tokenizer = train(family, vocabulary, folder / "data", out, steps)
-    draw = random.Random(2)
-    prompts = []
-    for _ in range(N_PROMPTS):
-        start = draw.randrange(len(text) - 200)
-        prompts.append(tokenizer.encode(text[start : start + 200])[:20])
     figures = {"vocabulary": vocabulary, "family": family}
     losses = {}
     ids = tokenizer.encode(text[-3000:])[-120:]
@@ -95,8 +115,10 @@ def compare(family, vocabulary, text, texts, folder, steps):
             as_float16(model)
         if dtype != "q8_0":
             label = f"{vocabulary}, {family}, {dtype}"
+            prompts, n_tied = draw_prompts(model, tokenizer, text)
             counts = count_equal_greedy(engine, model, prompts, label)
             figures[f"greedy_{dtype}"] = f"{counts.count(N_TOKENS)} of {N_PROMPTS}"
+            figures[f"tied_{dtype}"] = n_tied
     figures["loss_f32"] = round(losses["f32"], 4)
     figures["q8_0_loss_ratio"] = round(losses["q8_0"] / losses["f32"], 4)
     record("gguf_engine", tokens=N_TOKENS, **figures)

@@ -1,6 +1,6 @@
 # python gpt.py config/finetune_chat.py
-# This finetunes a small open model with LoRA on conversations, a .jsonl file of messages. It is made
-# for a GPU and was not run to its end. Prepare the data first:
+# This finetunes a small open model with LoRA on conversations, a .jsonl file of messages. It is
+# meant for a GPU and was not run to the end. Prepare the data first:
 #   python prepare.py --input=chat.jsonl --name=chat --tokenizer=HuggingFaceTB/SmolLM2-135M
 # Then: python sample.py --chat --out_dir=out/chat
 import hub

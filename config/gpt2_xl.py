@@ -1,6 +1,6 @@
 # torchrun --standalone --nproc_per_node=8 gpt.py config/train_gpt2.py config/gpt2_xl.py
 # 1557.6M parameters with GPT-2's 50,257 tokens. Not run; estimate: 286 hours on eight H200s.
-# This file is read after train_gpt2.py. Only the shape differs.
+# This file is read after train_gpt2.py. Only the shape and the micro-batches differ.
 n_layer = 48
 n_head = 25
 n_kv_head = 25

@@ -2,8 +2,8 @@
 # On a GPU (one H200, torch 2.11, before version 2.0.0) the validation loss is 1.40 after 1,500 steps
 # (14 s) and 1.46 after 350 (--max_iters=350, 10 s). These are means over 3 seeds.
 # The text is tiny Shakespeare, split into characters. On a CPU the run takes 2 minutes, or
-# --max_minutes, and gpt.py fits the model to that time. The fit was not measured for runs of
-# seconds, so the settings for those are given here.
+# --max_minutes, and gpt.py fits the model to that time. The fit was not measured for very
+# short runs, so their settings are given here.
 dataset = "shakespeare"
 if device_type != "cpu":  # 3.1M parameters
     block_size = 256
@@ -13,7 +13,7 @@ if device_type != "cpu":  # 3.1M parameters
     n_kv_head = 4
     batch_size = 32
     eval_interval = 500
-    if max_iters < 800:  # --max_iters=350: as soon as possible
+    if max_iters < 800:  # such as --max_iters=350, for a quick result
         dropout = 0.03
         weight_decay = 0.05
         train_temperature = 0.9

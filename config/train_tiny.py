@@ -1,7 +1,7 @@
 # python gpt.py config/train_tiny.py
 # 9.8M parameters with Shakespeare's 65 characters, for a GPU. Not run; estimate:
 # minutes on a large GPU, for 49 million tokens.
-# For other data use --dataset=NAME. gpt.py prints the number of parameters for its vocabulary.
+# For other data use --dataset=NAME. gpt.py prints the resulting number of parameters.
 dataset = "shakespeare"
 block_size = 256
 n_layer = 6

@@ -1,7 +1,7 @@
 # python prepare.py tinystories --tokenizer=bpe && python gpt.py config/train_tinystories.py
 # Preparing the data needs pip install datasets. The stories use few different words
-# (arXiv:2305.07759), and the vocabulary has 8,192 tokens, so small models write whole stories. Not
-# run; estimate: less than half an hour on one H200.
+# (arXiv:2305.07759), and the vocabulary has 8,192 tokens, so even small models can write whole
+# stories. Not run; estimate: less than half an hour on one H200.
 dataset = "tinystories"
 tie_weights = True
 if device_type == "cpu":  # gpt.py fits the model to the minutes

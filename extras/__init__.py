@@ -1,1 +1,1 @@
-"""Modules that gpt.py and the scripts import where needed; they import no other project file."""
+"""Modules that gpt.py and the scripts import where needed and that import no other project file."""

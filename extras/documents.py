@@ -38,7 +38,7 @@ class Unlearned(str):
 
 
 class Conversation(str):
-    """All texts of a conversation, whose last one is an answer to learn.
+    """All texts of a conversation, the last of which is an answer to learn.
 
     turns: (role, text) pairs. The tokenizer puts its marks between them.
     """
@@ -61,7 +61,7 @@ def say_once(message):
     print(message)
 
 
-# How the files begin that are often taken for texts
+# The first bytes of files that are often taken for texts
 SIGNATURES = {
     b"PK\x03\x04": "a zip archive, as .docx and .xlsx are too: unpack it, or save it as text",
     b"PAR1": "a Parquet file: give the folder that holds it to --hf",
@@ -93,7 +93,7 @@ def find_files(folder, suffixes):
             is_hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
             (hidden if is_hidden else files).append(path)
     if hidden:
-        say_once(f"left out {len(hidden)} hidden files, such as {min(hidden, key=str)}")
+        say_once(f"left out {len(hidden)} hidden file(s), such as {min(hidden, key=str)}")
     if not files:
         raise FileNotFoundError(
             f"{folder} holds no {' or '.join(suffixes)} file that contains text: "
@@ -163,7 +163,7 @@ LONGEST_PIECE = 2**24
 
 
 def read_pieces(blocks):
-    """Yield the pieces of a text that comes in blocks, each of which can be tokenized on its own.
+    """Yield pieces of a text that comes in blocks. Each piece can be tokenized on its own.
 
     This holds for the patterns of hf_tokenizer.PATTERNS. If there is no safe place to cut within
     16 million characters, the text is cut elsewhere.
@@ -221,7 +221,7 @@ def read_json(path):
 
 
 def read_jsonl(path):
-    """Yield (where, value) for each line of a .jsonl file that is not blank."""
+    """Yield (where, value) for each nonblank line of a .jsonl file."""
     for number, line in enumerate(read_lines(read_blocks(path)), 1):
         where = f"{path}, line {number}"
         if not line.strip():
@@ -413,7 +413,7 @@ def message_turns(where, messages):
 
 
 def alternating(where, turns):
-    """Return turns in which no two consecutive ones have the same role: such texts are joined.
+    """Return turns of alternating roles: consecutive texts of the same role are joined.
 
     Templates write a question and an answer in turn. Raises ValueError if an answer comes first.
     """
@@ -522,7 +522,7 @@ def long_document(path, ends_with_mark):
 
 
 def hub_documents(path, config="", split="train", text_column="", clean="", by_lines=False):
-    """Yield (split, document) of a data set of the Hugging Face hub, or of a local folder.
+    """Yield (split, document) of a data set on the Hugging Face hub or in a local folder.
 
     The split is None if it is still to be drawn. A validation split comes first, because max_tokens
     may end the work within the other split.

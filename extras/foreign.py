@@ -17,13 +17,13 @@ import struct
 import numpy as np
 import torch
 
-# What both formats leave out or call otherwise
+# What a model of nanoGPT never has
 GPT2_PARTS = {"use_rope": False, "use_rms_norm": False, "use_swiglu": False, "qk_norm": False}
 
 
 # ---- nanoGPT ----
 class PlainUnpickler(pickle.Unpickler):
-    """Reads numbers, texts, lists and dicts; a pickle that asks for more could run any code."""
+    """Reads numbers, strings, lists and dicts; a pickle that asks for more could run any code."""
 
     def find_class(self, module, name):
         raise ValueError(f"it asks for {module}.{name}")
@@ -59,7 +59,7 @@ def read_nanogpt(path):
 
 
 def nanogpt_tokenizer(path, dataset, vocab_size):
-    """Return the state of the tokenizer: characters from meta.pkl, or GPT-2's, as in sample.py."""
+    """Return the tokenizer's state: meta.pkl's characters or GPT-2, as in nanoGPT's sample.py."""
     places = [path.parent / "meta.pkl"]
     places += [folder / "data" / dataset / "meta.pkl" for folder in path.resolve().parents[1:3]]
     found = [place for place in places if place.exists()]
@@ -158,7 +158,7 @@ def layout(sizes, tied, is_first_version):
 
 
 def in_halves(rows, n_heads):
-    """Return rows of q or k for rotating components i and i + d / 2, where 2i and 2i + 1 were."""
+    """Return rows of q or k for rotating components i and i + d / 2 instead of 2i and 2i + 1."""
     pairs = rows.view(n_heads, -1, 2, rows.shape[-1])
     return pairs.transpose(1, 2).reshape(rows.shape)
 
@@ -227,7 +227,7 @@ def llama2c_tokenizer(path, vocab_size):
 def sentencepiece(tokens):
     """Return the tokenizer.json of sentencepiece's byte pairs, given as [(token, score), ...].
 
-    The two neighboring tokens whose union scores best are merged first.
+    The two neighboring tokens whose concatenation scores best are merged first.
     """
     vocab = {token: i for i, (token, _) in enumerate(tokens)}
     merges = []

@@ -75,7 +75,7 @@ FOREIGN = re.compile(
     (?<!\[)\^ | \$                  # ends of lines there, of the text here
     | \d\}[+?] | \{,                # {n}+ repeats a group there; {,n} is plain text here
     | \[: | && | -- | ~~            # named classes, and operations on sets
-    | \\(?![pPsSdDrntz\W])          # \w and its like hold other characters
+    | \\(?![pPsSdDrntz\W])          # \w and the like match other characters
     | \\[pP](?!\{[A-Z][a-z]?\})     # names such as \p{Alnum}
     | \(\?(?!:|=|!|<=|<!|>|i:)      # flags
     """,
@@ -84,7 +84,7 @@ FOREIGN = re.compile(
 
 
 def read_pattern(pre_tokenizer):
-    """Return the pattern that cuts words as pre_tokenizer does, or "" if tiktoken has none."""
+    """Return the pattern that splits texts as pre_tokenizer does, or "" if tiktoken has none."""
     steps = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer])
     match steps:
         case [{"type": "ByteLevel", "add_prefix_space": False, **rest}]:
@@ -117,7 +117,7 @@ def portable(pattern):
 
 
 def write_pattern(pattern):
-    """Return the pre_tokenizer that cuts words as pattern does. Raises ValueError."""
+    """Return the pre_tokenizer that splits texts as pattern does. Raises ValueError."""
     pattern = portable(pattern)
     if pattern == GPT2_PATTERN:
         return BYTE_LEVEL
@@ -436,7 +436,7 @@ def first_special(data):
 
 
 def token_name(value):
-    """Return the name of a token, which the settings hold as a text or as a dict."""
+    """Return the name of a token, which the settings hold as a string or as a dict."""
     return value["content"] if isinstance(value, dict) else value
 
 

@@ -142,7 +142,7 @@ class Picture:
     def __init__(self, out):
         self.out = out
         self.path = out / "loss.png"
-        self.shown = None  # the notebook's handle of the picture
+        self.shown = None  # the notebook's handle to the picture
 
     def __call__(self, values):
         if "val_loss" not in values:
@@ -156,7 +156,7 @@ class Picture:
             self.show()
 
     def show(self):
-        """Show the picture below the notebook's cell that is running."""
+        """Show the picture below the notebook cell that is running."""
         from IPython.display import Image, display
 
         picture = Image(data=self.path.read_bytes())
@@ -344,7 +344,7 @@ def attention_figure(weights, tokens, most=8):
     """Return a matplotlib figure with a row of maps for each layer and a column for each head.
 
     weights: (n_layer, n_head, T, T).
-    tokens: T texts.
+    tokens: T strings.
     most: the largest number of layers and of heads to show. If there are more, an evenly
         spaced selection is shown.
     """

@@ -48,8 +48,8 @@ TRAIN_TEXT = """
 ## Train, with a live loss curve
 
 `gpt.train` prepares tiny Shakespeare; without a network it takes Python's own documentation. It then fits the
-model's size to the text, the minutes and the machine, and prints what it chose. Each evaluation draws the curve
-anew, which is also `loss.png` in the run's folder. At the end the model writes.
+model's size to the text, the minutes and the machine, and prints what it chose. Each evaluation redraws the
+curve, which is also saved as `loss.png` in the run's folder. At the end the model writes.
 """
 
 TRAIN = """
@@ -118,7 +118,7 @@ gpt.write_dataset(WORK / "data" / "own", fitting, tokenizer, str(own or "the Zen
 
 FINETUNE_TEXT = """
 Finetuning begins with the weights of `init_from` and takes lower learning rates. It is short, because a model soon
-overfits a small text: then the validation loss rises again, and `best.pt` keeps what came before.
+overfits a small text: then the validation loss rises again, and `best.pt` keeps the weights from before the rise.
 """
 
 FINETUNE = """
@@ -164,7 +164,7 @@ With the whole repository, `python sample.py --checkpoint=best.pt --prompt="The 
 on another machine. To continue a run that was cut off, call the same `gpt.train(...)` again, with
 `init_from="resume"` added.
 
-Eight more notebooks of the repository show what happens inside.
+Eight more notebooks in the repository show what happens inside.
 """
 
 

@@ -243,7 +243,7 @@ def test_what_llama_cpp_cannot_be_given_is_refused(write_model, tmp_path):
             hub.write_gguf(tmp_path, path)
         assert not path.exists()
     write_model(own_bpe(sorted({bytes([i]) for i in range(256)}), r"\p{L}+|\P{L}+"), qk_norm=False)
-    with pytest.raises(ValueError, match="cut words"):
+    with pytest.raises(ValueError, match="split texts"):
         hub.write_gguf(tmp_path, path)
     model = write_model(tokenizer)
     state = gpt.read_checkpoint(tmp_path)

@@ -809,7 +809,7 @@ def test_hidden_files_are_left_out(prepared, tmp_path, capsys):
     _, _, text = prepared(input=str(folder))
     assert "hidden" not in text and "seen" in text and "there" in text
     out = capsys.readouterr().out
-    assert "left out 3 hidden files" in out and f"{folder / 'link'} is a link" in out
+    assert "left out 3 hidden file(s)" in out and f"{folder / 'link'} is a link" in out
 
 
 def test_a_column_of_a_text_is_refused(refused, tmp_path):
