@@ -42,7 +42,7 @@ init_from = ""  # instead of a run: a Hugging Face folder or id, such as gpt2, o
 stride = 0  # tokens from the start of one window to that of the next; 0: block_size, no overlap
 block_size = 2048  # longest window in tokens; a model with a shorter context uses its own length
 batch_size = 8  # number of windows computed together
-device = "auto"  # auto: cuda, else mps, else cpu | any torch device
+device = "auto"  # auto: the GPU that torch finds, else cpu | any torch device
 dtype = "auto"  # of matrix products; auto: bfloat16 where the hardware has it | float32 | bfloat16
 
 SETTINGS = read_settings(Path(__file__).read_text(encoding="utf-8-sig"))

@@ -114,7 +114,7 @@ lr_schedule = "linear"  # after warm-up: cosine | linear | constant | wsd (linea
 lr_decay_iters = 0  # step at which min_lr is reached; 0: the last step
 min_lr = 0.0  # final learning rate of AdamW; muon_lr falls in the same proportion
 # machine
-device = "auto"  # auto: cuda, else mps, else cpu | any torch device, such as cuda:1
+device = "auto"  # auto: the GPU that torch finds, else cpu | any torch device, such as cuda:1
 dtype = "auto"  # auto: by hardware | float32 | bfloat16 | float16 with loss scaling, on CUDA only
 fsdp = False  # under torchrun: shard weights, gradients and optimizer state over the GPUs (FSDP2)
 cuda_graphs = True  # on one GPU, record a step and replay it, so that no kernel waits for Python

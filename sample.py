@@ -60,7 +60,7 @@ init_from = ""  # instead of a run: a Hugging Face folder or id, such as gpt2, o
 block_size = 2048  # maximum context of a Hugging Face model, in tokens, and length of its cache
 show: str | None = None  # --show: the likeliest next tokens, no sample; --show=attention: a picture
 output = ""  # file for the samples or the picture; empty: the screen, or attention.png
-device = "auto"  # auto: cuda, else mps, else cpu | any torch device
+device = "auto"  # auto: the GPU that torch finds, else cpu | any torch device
 dtype = "auto"  # auto: by device and model | bfloat16 | float32 | float16, on a CPU only
 quantize = ""  # int8: weights of one byte each, which halves their memory; empty: as dtype says
 compile = False  # compile the step for each token: up to a minute at first, faster afterward

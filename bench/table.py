@@ -139,7 +139,7 @@ def whole_command_on_gpu():
         ours = f"{r['wall_s']} s ({r['estimates']['256']})"
         theirs = f"{r['nanogpt_wall_s']} s ({r['nanogpt_estimate_256']})"
         yield Row(what, ours, theirs, spread(r["time_ratio"]), r)
-        what = "from the first evaluation to the last of it, nanoGPT's compiling included"
+        what = "the same from the first evaluation to the last, nanoGPT's compiling included"
         ours, theirs = f"{r['train_s']} s", f"{r['nanogpt_train_s']} s"
         yield Row(what, ours, theirs, spread(r["train_ratio"]), r)
 
@@ -226,7 +226,7 @@ def tables():
 # The rows of README's table: words for the reader, and the beginning and end of the full row's
 FRONT = (
     (
-        "train to the loss at which nanoGPT's recipe for a CPU (0.8M parameters) ends, with 0.2M, on 2 cores",
+        "train 0.2M parameters, on 2 cores, to the loss at which nanoGPT's CPU recipe (0.8M) ends",
         "nanoGPT, whole command",
         ("whole command to the loss", ""),
     ),
@@ -353,8 +353,8 @@ def plans():
     speeds = ", ".join(f"{r['mfu']:.0%} for {r['tokens_per_s']['ours']:,} tokens/s" for r in chosen)
     assumed = (
         "All hours and dollars are estimates. They assume the share of an H200's peak that models of "
-        f"81M, 124M and 350M parameters reached ({speeds}), {EIGHT_GPUS:.0%} of eight times the speed "
-        f"on eight GPUs, and {DOLLARS_PER_HOUR:g} dollars an hour for each GPU."
+        f"81M, 124M and 350M parameters reached ({speeds}), on eight GPUs {EIGHT_GPUS:.0%} of "
+        f"eight times one GPU's speed, and {DOLLARS_PER_HOUR:g} dollars an hour for each GPU."
     )
     return "\n".join([*lines, "", measured(chosen), "", assumed]) + "\n"
 

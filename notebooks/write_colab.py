@@ -49,7 +49,7 @@ TRAIN_TEXT = """
 
 `gpt.train` prepares tiny Shakespeare; without a network it takes Python's own documentation. It then fits the
 model's size to the text, the minutes and the machine, and prints what it chose. Each evaluation redraws the
-curve, which is also saved as `loss.png` in the run's folder. At the end the model writes.
+curve, which is also saved as `loss.png` in the run's folder. At the end the model writes a sample.
 """
 
 TRAIN = """
@@ -83,8 +83,8 @@ write("The ", first, temperature=0.8)
 OWN_TEXT = """
 ## Finetune on your own text
 
-Give a plain text file. On Colab, set `upload = True`, and a button appears. On Kaggle, add the file under
-*Add Input* and give its path, such as `/kaggle/input/<name>/<file>.txt`, to `own`. Without a file this cell takes
+Provide a plain text file. On Colab, set `upload = True`, and a button appears. On Kaggle, add the file under
+*Add Input* and set `own` to its path, such as `/kaggle/input/<name>/<file>.txt`. Without a file, the next cell takes
 the Zen of Python, repeated. The model knows only the characters that it was trained on, so all others become
 spaces here.
 """
@@ -164,7 +164,7 @@ With the whole repository, `python sample.py --checkpoint=best.pt --prompt="The 
 on another machine. To continue a run that was cut off, call the same `gpt.train(...)` again, with
 `init_from="resume"` added.
 
-Eight more notebooks in the repository show what happens inside.
+Eight more notebooks in the repository show what happens inside a GPT.
 """
 
 

@@ -113,8 +113,8 @@ def compare(settings, tmp_path, world_size, cases):
     settings(
         batch_size=4,
         gradient_accumulation_steps=2,
-        max_iters=20,
-        eval_interval=10,
+        max_iters=10,
+        eval_interval=5,
         eval_iters=7,  # batches, which do not share out evenly
         sample_tokens=2,
         sample_at_eval=True,
@@ -137,7 +137,7 @@ def compare(settings, tmp_path, world_size, cases):
 
 
 def test_two_processes_train_as_one(settings, tmp_path):
-    """20 steps by DDP and FSDP2, by Muon and AdamW, give one process's losses and weights."""
+    """10 steps by DDP and FSDP2, by Muon and AdamW, give one process's losses and weights."""
     cases = [("muon", False), ("muon", True), ("adamw", False), ("adamw", True)]
     compare(settings, tmp_path, 2, cases)
 
@@ -191,8 +191,8 @@ def test_checkpoints_interchange_in_all_directions(settings, tmp_path):
     settings(
         batch_size=4,
         gradient_accumulation_steps=2,
-        lr_decay_iters=30,
-        eval_interval=5,
+        lr_decay_iters=12,
+        eval_interval=2,
         dropout=0.1,
         train_temperature=0.8,
         init_from="auto",
@@ -209,13 +209,13 @@ def test_checkpoints_interchange_in_all_directions(settings, tmp_path):
     def alone(name, max_iters):
         gpt.train(max_iters=max_iters, out_dir=str(tmp_path / name))
 
-    alone("one", 30)
-    alone("one-ddp-fsdp-one", 5)
-    alone("one-fsdp-ddp-one", 5)
-    several([("one-ddp-fsdp-one", False), ("one-fsdp-ddp-one", True)], 15)
-    several([("one-ddp-fsdp-one", True), ("one-fsdp-ddp-one", False)], 25)
+    alone("one", 12)
+    alone("one-ddp-fsdp-one", 2)
+    alone("one-fsdp-ddp-one", 2)
+    several([("one-ddp-fsdp-one", False), ("one-fsdp-ddp-one", True)], 6)
+    several([("one-ddp-fsdp-one", True), ("one-fsdp-ddp-one", False)], 10)
     for name in ("one-ddp-fsdp-one", "one-fsdp-ddp-one"):
-        alone(name, 30)
+        alone(name, 12)
         assert largest_difference(tmp_path / name, tmp_path / "one") < 1e-5
 
 

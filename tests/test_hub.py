@@ -137,16 +137,16 @@ def assert_greedy(model, other, lengths, n_new=100):
     """Each of n_new greedy tokens is transformers' for the same context, after each prompt."""
     prompts = [torch.randint(0, VOCAB, (n,)).tolist() for n in lengths]
     new = torch.stack(list(model.generate(prompts, n_new, temperature=0.0)), 1).tolist()
-    texts = [prompt + more for prompt, more in zip(prompts, new, strict=True)]
-    for step in range(n_new):
-        kept = [gpt.context_length(n + step, BLOCK) for n in lengths]
-        ends = [n + step for n in lengths]
-        rows = [text[end - k : end] for text, end, k in zip(texts, ends, kept, strict=True)]
-        padded = torch.tensor([row + [0] * (BLOCK - len(row)) for row in rows])
-        logits = other(padded).logits[torch.arange(len(rows)), torch.tensor(kept) - 1]
-        assert logits.argmax(-1).tolist() == [
-            text[end] for text, end in zip(texts, ends, strict=True)
-        ]
+    contexts, expected = [], []
+    for prompt, more in zip(prompts, new, strict=True):
+        text = prompt + more
+        for end in range(len(prompt), len(text)):
+            contexts.append(text[end - gpt.context_length(end, BLOCK) : end])
+            expected.append(text[end])
+    padded = torch.tensor([ids + [0] * (BLOCK - len(ids)) for ids in contexts])
+    last = torch.tensor([len(ids) - 1 for ids in contexts])
+    logits = other(padded).logits[torch.arange(len(contexts)), last]
+    assert logits.argmax(-1).tolist() == expected
 
 
 @pytest.mark.parametrize(("family", "dtype"), CASES)
