@@ -1,4 +1,4 @@
-"""gpt.py alone: in an empty folder as a script, under torchrun, and pasted into a notebook's cell."""
+"""gpt.py alone: in an empty folder as a script, in two processes, and pasted into a notebook's cell."""
 
 import json
 import os
@@ -13,6 +13,7 @@ import pytest
 import torch
 from forks import run_jobs
 from nbclient import NotebookClient
+from test_distributed import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = (ROOT / "gpt.py").read_text(encoding="utf-8")
@@ -58,17 +59,20 @@ def edited(source, **values):
     return source
 
 
-def run_alone(folder, command=(), **values):
-    """Write gpt.py with these settings into a folder and run it there; return the process.
+def run_alone(folder, n_processes=1, **values):
+    """Write gpt.py with these settings into a folder and run it there; return the first process.
 
-    command: what starts the script, such as torchrun, or nothing.
+    n_processes: how many run at once, as torchrun starts them.
     """
     (folder / "gpt.py").write_text(edited(SOURCE, **(TINY | values)), encoding="utf-8")
-    if not command:
+    if n_processes == 1:
         return run_jobs({"argv": [folder / "gpt.py"], "cwd": folder})[0]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    options = {"capture_output": True, "text": True, "timeout": 120}
-    return subprocess.run([*command, "gpt.py"], check=False, cwd=folder, env=env, **options)
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    jobs = []
+    for rank in map(str, range(n_processes)):
+        env = address | {"WORLD_SIZE": str(n_processes), "RANK": rank, "LOCAL_RANK": rank}
+        jobs.append({"argv": [folder / "gpt.py"], "cwd": folder, "env": env})
+    return run_jobs(*jobs)[0]
 
 
 def saved(folder, name="ckpt.pt", dataset="pydoc"):
@@ -139,14 +143,13 @@ def test_a_named_encoding_of_tiktoken(tmp_path):
     assert "tiny vocabulary of 260" in done.stdout
 
 
-def test_two_processes_of_torchrun_give_one_processes_losses(tmp_path):
+def test_two_processes_give_one_processes_losses(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     one.mkdir()
     two.mkdir()
     accumulation = {"gradient_accumulation_steps": 2, "dropout": 0.0, "sample_tokens": 0}
     assert run_alone(one, **accumulation).returncode == 0
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = run_alone(two, torchrun, **accumulation)
+    done = run_alone(two, n_processes=2, **accumulation)
     assert done.returncode == 0, done.stderr
     assert "DDP" in done.stdout
     for name, weight in saved(one)["model"].items():

@@ -29,7 +29,7 @@ def python_sources(n_bytes):
 
 CORPORA = {
     "english": lambda: "\n\n".join(map(topics.get, sorted(topics))),
-    "python": lambda: python_sources(2_500_000),
+    "python": lambda: python_sources(1_000_000),
 }
 
 

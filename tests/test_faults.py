@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TEXT, new_trainer
-from forks import NO_PICTURES
+from forks import NO_PICTURES, run_jobs
 from terminal import Terminal
 from test_training import assert_same, assert_same_state, losses, read_log, toy_flags
 
@@ -679,24 +679,44 @@ def start(tmp_path, *flags):
     raise AssertionError(process.communicate())
 
 
+# Code that runs before gpt.py in a process of its own, which then signals itself: `sent` holds
+# (after how many lines of the log, signal).
+SIGNALLING = """
+import os, signal, threading, time
+from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+if {ignored}:
+    signal.signal({ignored}, signal.SIG_IGN)
+def send(log=Path({log!r})):
+    for n_lines, signum in {sent}:
+        while not log.exists() or log.read_bytes().count(b"\\n") < n_lines:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signum)
+threading.Thread(target=send, daemon=True).start()
+"""
+
+
+def run_signalled(tmp_path, *sent, ignored=0):
+    """Return the ended process of a run that would take minutes, but receives these signals."""
+    code = SIGNALLING.format(
+        log=str(tmp_path / "out" / "log.jsonl"),
+        sent=[(n, int(s)) for n, s in sent],
+        ignored=int(ignored),
+    )
+    flags = [*endless(tmp_path), "--eval_interval=100000"]
+    return run_jobs({"argv": [ROOT / "gpt.py", *flags], "code": code}, timeout=60)[0]
+
+
 @pytest.mark.parametrize("name", ["SIGUSR1", "SIGINT", "SIGHUP"])
 def test_a_signal_saves_and_has_an_exit_code_of_its_own(settings, tmp_path, name):
     """SIGTERM's is tested where the run is resumed."""
     settings()
     signum = getattr(signal, name)
-    restore = signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # a job in the background ignores it
-    try:
-        process = start(tmp_path, "--eval_interval=100000")
-    finally:
-        signal.signal(signal.SIGINT, restore)
-    process.send_signal(signum)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + signum and err == STOPPING
+    process = run_signalled(tmp_path, (6, signum))
+    assert process.returncode == 128 + signum and process.stderr == STOPPING
     step = gpt.read_checkpoint(tmp_path / "out" / "ckpt.pt")["step"]
     log = read_log(tmp_path / "out")
-    assert f"stopped at step {step:,}: " in out
+    assert f"stopped at step {step:,}: " in process.stdout
     assert step <= max(line["step"] for line in log) + 1
 
 
@@ -795,17 +815,10 @@ def test_ctrl_c_while_compiling_is_answered_at_once(settings, monkeypatch, tmp_p
 def test_nohup_is_obeyed(settings, tmp_path):
     """A run that was started to outlive its terminal does."""
     settings()
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # which the new process inherits
-    try:
-        process = start(tmp_path, "--eval_interval=100000")
-    finally:
-        signal.signal(signal.SIGHUP, before)
-    process.send_signal(signal.SIGHUP)
-    for _ in range(20):
-        assert process.stdout.readline().startswith("step ")
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM and err == STOPPING
+    sent = [(6, signal.SIGHUP), (26, signal.SIGTERM)]
+    process = run_signalled(tmp_path, *sent, ignored=signal.SIGHUP)
+    assert process.returncode == 128 + signal.SIGTERM and process.stderr == STOPPING
+    assert gpt.read_checkpoint(tmp_path / "out" / "ckpt.pt")["step"] > 20
 
 
 def test_a_signal_during_an_evaluation_ends_it(settings, monkeypatch, tmp_path):

@@ -47,7 +47,7 @@ def test_fifty_rated_examples_are_learned_exactly(settings, tmp_path):
         vocab_size=290,
     )
     settings(dataset="codes", n_embd=64, block_size=12, batch_size=101)
-    figures = gpt.train(max_iters=150, eval_interval=150)
+    figures = gpt.train(max_iters=100, eval_interval=100)
     assert "bits_per_byte" not in figures
     model, tokenizer, _ = gpt.load_checkpoint(tmp_path / "out" / "ckpt.pt")
     answers = {name: greedy_answer(model, tokenizer, f"{name}=") for name in right}

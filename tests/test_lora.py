@@ -319,7 +319,7 @@ def test_lora_learns_the_rated_examples(settings, tmp_path, write_examples):
     write(tmp_path / "data" / "first", first, {})
     write(tmp_path / "data" / "second", second, first)
     settings(
-        dataset="first", n_embd=64, block_size=8, batch_size=25, max_iters=120, eval_interval=120
+        dataset="first", n_embd=64, block_size=8, batch_size=25, max_iters=80, eval_interval=80
     )
     settings(out_dir=str(tmp_path / "base"), optimizer="adamw", learning_rate=5e-3)
     gpt.train()
@@ -328,7 +328,7 @@ def test_lora_learns_the_rated_examples(settings, tmp_path, write_examples):
         out_dir=str(tmp_path / "out"),
         init_from=str(tmp_path / "base" / "ckpt.pt"),
     )
-    settings(lora_rank=8, batch_size=50, max_iters=300, eval_interval=300, learning_rate=1e-2)
+    settings(lora_rank=8, batch_size=50, max_iters=150, eval_interval=150, learning_rate=1e-2)
     gpt.train()
     for path, expected in (("base", first), ("out", second)):
         model, tokenizer, _ = gpt.load_checkpoint(tmp_path / path / "ckpt.pt")
