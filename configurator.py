@@ -17,7 +17,7 @@ from pathlib import Path
 # Settings of other programs and of earlier versions of this one, and what replaces them here.
 RENAMED = {
     # nanoGPT's train.py and sample.py
-    "start": "sample.py takes the text to continue as --prompt",
+    "start": "in sample.py, --prompt gives the text to continue",
     "max_new_tokens": "sample.py takes the length of a sample as --max_tokens",
     "decay_lr": "--lr_schedule=constant turns off learning rate decay",
     "backend": "leave it out, since the device decides how processes communicate",

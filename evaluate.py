@@ -34,7 +34,7 @@ from gpt import (
 # ---- Settings: each comment is the help text (python evaluate.py --help) ----
 text = ""  # text file to evaluate on
 dataset = ""  # instead of a text: a data set, whose validation split is used
-choices = ""  # instead of a text: a .jsonl of multiple-choice questions: ctx, endings and label
+choices = ""  # instead of a text: a .jsonl of multiple-choice questions (ctx, endings, label)
 data_dir = ""  # folder of all data sets; empty: data/ beside evaluate.py
 out_dir = ""  # folder of the run whose best.pt is evaluated; empty: out/<dataset>
 checkpoint = ""  # instead of a run: a checkpoint file
@@ -162,8 +162,8 @@ def read_choices(path):
                 raise ValueError("a part is empty, or label is not the number of an ending")
         except (AttributeError, KeyError, TypeError, ValueError) as e:
             raise ValueError(
-                f"{path}, line {number} is not a question ({type(e).__name__}: {e}): it needs a "
-                "text ctx, a list endings, and label, the number of the right ending"
+                f"{path}, line {number} is not a question ({type(e).__name__}: {e}): it needs "
+                "ctx (a text), endings (a list) and label (the number of the right ending)"
             ) from e
         yield context, endings, label
 

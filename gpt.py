@@ -792,8 +792,8 @@ class GPT(nn.Module):
         idx: (B, T) int64 ids. targets: (B, T) int64, the next ids; -1 is ignored.
         cache: a KVCache that holds the tokens before idx; idx is appended to it.
         weights: (B, T) float, how much each target counts; None: 1.
-        loss_only: return None instead of the logits. This saves memory and, with targets, the time
-            of computing them twice; see summed_loss.
+        loss_only: return None instead of the logits. This saves memory and, with targets, avoids
+            computing them twice; see summed_loss.
         at: (B,) positions in idx; only their logits are computed, (B, 1, vocab_size).
         blocks: what to call instead of self.h, such as the compiled blocks.
         """
@@ -983,7 +983,7 @@ def summed_loss(x, head, targets, weights, config, training):
 
 
 def matrix_for(x, head):
-    """Return the head in x's dtype and, on a GPU, with rows of zeros up to a multiple of 64.
+    """Return the head in x's dtype and, on a GPU, padded with rows of zeros to a multiple of 64.
 
     Tensor cores are fast for such multiples.
     """
@@ -992,9 +992,9 @@ def matrix_for(x, head):
 
 
 class LossByParts(torch.autograd.Function):
-    """summed_loss in parts, whose gradients are computed in the forward pass, too.
+    """summed_loss in parts, whose gradients are already computed in the forward pass.
 
-    The backward pass then only scales the gradients, so it needs no logits to be kept.
+    The backward pass then only scales the gradients, so no logits need to be kept.
     """
 
     @staticmethod
@@ -1181,7 +1181,7 @@ class Muon(torch.optim.Optimizer):
         and "parts", the row counts of the matrices fused in each of them.
     lr: the spectral norm of an update, before the factor for tall matrices.
     momentum: decay of the gradient's running mean (Nesterov's form).
-    weight_decay: decoupled, per unit of lr. dtype: of the Newton-Schulz steps.
+    weight_decay: decoupled, per unit of lr. dtype: that of the Newton-Schulz steps.
     """
 
     def __init__(self, param_groups, lr, momentum, weight_decay=0.0, dtype=torch.float32):
@@ -1430,13 +1430,13 @@ class Data:
     """A data set whose batches depend only on the seed and on how many rows came before.
 
     A row is block_size tokens and the one that follows them. Without weights, rows follow each
-    other through the text. With weights, which prompts and responses have, each row holds
+    other through the text. With weights, as in data sets of prompts and responses, each row holds
     one example or part of one, and rows that hold no target are left out.
 
     Any row may be asked for at any time. Training takes each row once, in order, but reads the next
-    step's rows ahead, and tries row 0 before the first step.
+    step's rows ahead, and uses row 0 for a trial before the first step.
 
-    Raises FileNotFoundError if there is no data set, ValueError if it is damaged or too short.
+    Raises FileNotFoundError if there is no data set, and ValueError if it is damaged or too short.
     """
 
     def __init__(self, folder, block_size, seed=1337, splits=("train", "val")):
@@ -1468,7 +1468,7 @@ class Data:
         for file in files.values():
             if len(file) != n:
                 raise ValueError(
-                    f"{self.folder} holds {len(file)} of {n} tokens for {split}: prepare it again"
+                    f"{self.folder} holds {len(file)} tokens for {split}, not {n}: prepare it again"
                 )
         self.tokens[split] = files[split]
         self.weights[split] = files.get("weight")
@@ -1898,7 +1898,7 @@ class ThreadCount:
     """Finds how many threads are fastest on a CPU whose cores other processes may use as well.
 
     The threads of an operation wait for the slowest one. When another process takes a core,
-    fewer threads are faster. With float32, the last bits of a result may depend on their number.
+    fewer threads are faster. With float32, the thread count may change a result's last bits.
 
     say: a function that prints a text. trial_s: for how many seconds each number is tried.
     """
@@ -1915,8 +1915,8 @@ class ThreadCount:
     def adapt(self, work, least_gain=1.1):
         """Choose anew if other processes seem to have become busy, or idle, since the last choice.
 
-        work: a function whose speed decides. least_gain: how many times as fast it must become with
-            fewer threads than before.
+        work: a function whose speed decides. least_gain: how many times as fast it must run for
+            fewer threads than before to be chosen.
         """
         if self.most == 1 or time.monotonic() < self.next_trial:
             return
@@ -1975,7 +1975,7 @@ class ThreadCount:
 def catch_stop_signals(machine):
     """Append the first stop signal to machine.stop_signals; let the next one act as usual.
 
-    Under torchrun later ones do nothing. Slurm signals all processes, and torchrun passes its own
+    Under torchrun, later ones do nothing. Slurm signals all processes, and torchrun passes its own
     signal on, so each process receives two. torchrun itself ends processes that take too long.
     """
     names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
@@ -1984,7 +1984,7 @@ def catch_stop_signals(machine):
     actions = {}
 
     def on_signal(number, frame):
-        message = b"stopping after this step; another signal stops at once\n"
+        message = b"stopping after this step; another signal ends the run at once\n"
         machine.stop_signals.append(number)
         for each, action in actions.items():
             # A closed terminal sends SIGHUP more than once.
@@ -2016,7 +2016,7 @@ class StopRequested(Exception):
 def evaluate(model, data, machine, n_batches, batch_size):
     """Return the mean loss, in nats per target, of n_batches spread over the validation split.
 
-    Several processes share the batches. Raises StopRequested if a signal comes.
+    Several processes share the batches. Raises StopRequested if a signal arrives.
     """
     end = data.n_val_batches(batch_size)
     chosen = np.linspace(0, end - 1, min(n_batches, end)).round().astype(int).tolist()
@@ -2352,7 +2352,7 @@ def flops_of_token(settings, vocab_size):
 
 
 def block_size_of_base(settings):
-    """Return the context length to finetune init_from's model: the default or, if less, its own."""
+    """Return the context length for finetuning init_from: the default or, if less, its own."""
     path = as_path(settings.init_from)
     path = path if path.is_file() else path / "best.pt"
     if not path.exists():  # model_to_finetune will say so
@@ -2533,7 +2533,9 @@ def load_optimizers(optimizers, saved_states):
     for o, saved in zip(optimizers, saved_states):
         params = [p for group in o.param_groups for p in group["params"]]
         if len(saved["state"]) not in (0, len(params)):  # 0: before the first step
-            raise TypeError(f"optimizer state does not belong to these {len(params)} parameters")
+            raise TypeError(
+                f"the optimizer state does not belong to these {len(params)} parameters"
+            )
         for i, tensors in saved["state"].items():
             if tensors.keys() != saved["state"][0].keys():
                 raise TypeError(f"parameter {i} has a different optimizer state from the first")
@@ -2803,8 +2805,8 @@ def what_to_compile(settings, model, data, machine):
     """Return what to compile: "model", its "blocks", or "" for nothing.
 
     The setting `compile` decides whether to compile or, if it is None, the length of the run. All
-    blocks share the code of one, which a CPU compiles in 14 s instead of 22. The whole model,
-    compiled as one, is 3 to 5% faster, which pays off from about five minutes on.
+    blocks share the code of one, which a CPU compiles in 14 s. The whole model takes 22 s,
+    but it is 3 to 5% faster, which pays off from about five minutes on.
     """
     on_gpu = machine.device.type == "cuda"
     able = machine.device.type == "cpu" and shutil.which("g++") is not None

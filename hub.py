@@ -1265,9 +1265,9 @@ FOR_USE = ["model_args", "tokenizer", "config", "step", "best_val_loss", "datase
 def merge(checkpoint, base="", out=None):
     """Convert a checkpoint of LoRA matrices into one with all weights; return the new path.
 
-    checkpoint: a file or run of a version before 2.0.0. base: where the model that LoRA began from
-    is now; "": where it was. out: the folder for best.pt; None: the run's, with -merged after its
-    name. Raises FileNotFoundError, and ValueError if the base's weights have changed.
+    checkpoint: a file or run of a version before 2.0.0. base: the present path of the model that
+    LoRA began from; "": the old one. out: the folder for best.pt; None: the run's, with -merged
+    after its name. Raises FileNotFoundError, and ValueError if the base's weights have changed.
     """
     path = checkpoint_file(checkpoint)
     run = path.resolve().parent
@@ -1301,7 +1301,7 @@ def read_tensors(path):
 
 
 def holds_adapters_alone(state):
-    """Return whether a checkpoint holds only LoRA's matrices, as before version 2.0.0."""
+    """Return whether a checkpoint holds only LoRA's matrices, as those before 2.0.0 did."""
     weights = state.get("model", {})
     return "wte.weight" not in weights and any(key.endswith(".lora.A") for key in weights)
 
@@ -1311,8 +1311,8 @@ def merged_state(state, base=""):
     """Return a LoRA checkpoint's state with its matrices added to the base's weights."""
     if not base and not as_path(state["base"]).exists():  # a file must not start a download
         raise FileNotFoundError(
-            f"{state['base']}, the base model of LoRA, is not on this machine: name its new path, "
-            f"or have it downloaded, with --base={state['base']}"
+            f"{state['base']}, the base model of LoRA, is not on this machine: name its new path "
+            f"with --base=PATH, or have it downloaded with --base={state['base']}"
         )
     base = full_name(base or state["base"])
     weights = base_weights(base)

@@ -87,7 +87,7 @@ clean = ""  # wikitext: undo that data set's markup and spacing; empty: take the
 tokenizer = ""  # char | bpe | a tiktoken name like gpt2 | path or Hugging Face id; empty: by source
 vocab_size = 8192  # size of bpe's vocabulary, including 256 bytes and 4 special tokens
 bpe_sample_mb = 100.0  # megabytes of text, sampled evenly, to train bpe on
-val_fraction = 0.1  # fraction held out: of the documents, or the end of a single text
+val_fraction = 0.1  # fraction held out: some of the documents, or the end of a single text
 max_tokens = 0  # stop after this many tokens, val_fraction of them for validation; 0: take all
 hf = ""  # a data set on the Hugging Face hub, or a local folder of .parquet or .jsonl files
 hf_config = ""  # configuration of that data set, if it has several
@@ -712,7 +712,7 @@ class TokenFiles:
         return n_bytes, self.state["train_tokens"] + self.state["val_tokens"]
 
     def resume(self, batches):
-        """Skip the batches that are written, and cut off what was written after the last save.
+        """Skip the batches already written, and cut off what was written after the last save.
 
         Returns whether that is possible. It is not if the text has changed or a file is too short.
         """
@@ -956,7 +956,7 @@ def describe(folder):
 
 
 def chosen_settings(changes):
-    """Return the settings as a namespace: the values at the top of this file, or `changes`.
+    """Return the settings as a namespace: those at the top of this file, overridden by `changes`.
 
     Raises ValueError for the first one that is unknown, of the wrong type or not valid.
     """

@@ -63,7 +63,7 @@ output = ""  # file for the samples or the picture; empty: the screen, or attent
 device = "auto"  # auto: the GPU that torch finds, else cpu | any torch device
 dtype = "auto"  # auto: by device and model | bfloat16 | float32 | float16, on a CPU only
 quantize = ""  # int8: weights of one byte each, which halves their memory; empty: as dtype says
-compile = False  # compile the step for each token: up to a minute at first, faster afterward
+compile = False  # compile the step that draws a token: up to a minute at first, faster afterward
 cuda_graphs = True  # on a GPU, record each token's step and replay it: no kernel waits for Python
 
 SETTINGS = read_settings(Path(__file__).read_text(encoding="utf-8-sig"))
@@ -277,7 +277,7 @@ class RowLinear(nn.Linear):
 
     The weight may be float16 where x is float32, which halves the bytes to read. A row is then
     rounded to float16 as well, the products are summed in float32, and the sum is rounded to
-    float16. When compiled, neither is rounded.
+    float16. If the layer is compiled, neither is rounded.
     """
 
     def forward(self, x):
@@ -445,7 +445,7 @@ def load_model(source, device, dtype="auto", quantize="", block_size=block_size)
 
 
 def best_dtype(device, quantize, trained_here):
-    """Return the name of a fast dtype of the weights on this device.
+    """Return the name of a fast dtype for the weights on this device.
 
     trained_here: whether gpt.py trained the model. The activations of other models may exceed
         float16's range.
@@ -572,7 +572,7 @@ class Chat:
             self.turns[-1] = self.turns[-1].removeprefix(" ")
 
     def command(self, line):
-        """Obey /reset or /system TEXT, which begin a new conversation, or change a setting."""
+        """Begin a new conversation for /reset or /system TEXT; otherwise, change a setting."""
         name, _, text = line.removeprefix("/").strip().partition(" ")
         if name not in ("reset", "system"):
             self.sampling.change(line)
@@ -631,7 +631,7 @@ def interact(greeting, respond, command):
 
 # ---- Main ----
 def write_samples(text, output, num_samples, write):
-    """Write samples that continue a text to the file `output` or, if that is empty, to stdout.
+    """Write samples, which continue a text, to the file `output` or, if that is empty, to stdout.
 
     write: write_sample with all arguments but text and file.
     """

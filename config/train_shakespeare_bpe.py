@@ -2,7 +2,7 @@
 # Data first: python prepare.py shakespeare --tokenizer=gpt2 --name=shakespeare_bpe
 # The text is tiny Shakespeare in GPT-2's tokens. There are only 301,966 of them for 50,257
 # embeddings, so the model soon overfits. 2 CPU cores (AMD EPYC, AVX2; torch 2.13):
-# validation loss 5.53 in 2 minutes, 2.58 bits per byte.
+# validation loss 5.53 (2.58 bits per byte) in 2 minutes.
 dataset = "shakespeare_bpe"
 tie_weights = True
 eval_interval = 50

@@ -1,8 +1,7 @@
 # python prepare.py stdlib && python gpt.py config/train_stdlib.py
 # This trains on the source code of Python's standard library, with a BPE vocabulary of 8,192 tokens
 # that is trained on the same code. It needs no network. 2 CPU cores (AMD EPYC, AVX2; torch 2.13):
-# validation loss 3.46 in 10 minutes, which is 1.33 bits per byte, with 1.58M parameters. Not run on
-# a GPU.
+# validation loss 3.46 (1.33 bits per byte) in 10 minutes, with 1.58M parameters. Not run on a GPU.
 dataset = "stdlib"
 tie_weights = True
 if device_type == "cpu":  # gpt.py fits the model to the minutes

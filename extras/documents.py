@@ -145,7 +145,7 @@ def read_blocks(path, size=2**18):
 
 
 def read_lines(blocks):
-    """Yield the lines of a text that comes in blocks, each with its line end."""
+    """Yield the lines of a text that comes in blocks, each with its line ending."""
     rest = ""
     for block in blocks:
         *lines, rest = (rest + block).split("\n")
@@ -199,7 +199,7 @@ def read_rows(path):
 def read_json(path):
     """Yield (where, value) for each record of a .json file.
 
-    The file is a list of records, or a dict with one such list. Many files of this suffix hold a
+    The file is a list of records, or a dict with one such list. Many files with this suffix hold a
     record on each line instead, as .jsonl files do.
     """
     try:

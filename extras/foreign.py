@@ -46,7 +46,7 @@ def read_nanogpt(path):
         n_head, vocab_size = sizes["n_head"], sizes["vocab_size"]
     except (KeyError, TypeError) as e:
         raise ValueError(
-            f"{path} is not a nanoGPT checkpoint ({e} is missing): name a ckpt.pt of its train.py"
+            f"{path} is not a nanoGPT checkpoint ({e} is missing): name a ckpt.pt from nanoGPT"
         ) from e
     tensors = {}
     for name, tensor in weights.items():
@@ -65,7 +65,7 @@ def nanogpt_tokenizer(path, dataset, vocab_size):
     found = [place for place in places if place.exists()]
     if not found and vocab_size < 50257:
         raise ValueError(
-            f"{path} has {vocab_size} tokens, but no meta.pkl that lists them: copy nanoGPT's "
+            f"{path} has {vocab_size} tokens, but no meta.pkl lists them: copy nanoGPT's "
             f"data/{dataset}/meta.pkl beside it"
         )
     if not found:

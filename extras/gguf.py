@@ -1,4 +1,4 @@
-"""Write GGUF files, which llama.cpp and the programs that build on it read.
+"""Write GGUF files for llama.cpp and the programs that build on it.
 
 A file holds fields, {name: value}, and tensors. Its layout is described in
 github.com/ggml-org/ggml/blob/master/docs/gguf.md. hub.py decides what it contains; this module

@@ -227,7 +227,7 @@ class LibraryEncoding:
         if kind not in ("BPE", "Unigram"):
             raise ValueError(
                 f"tokenizer.json's model is {kind}, whose tokens do not spell out a text: "
-                "choose one with BPE or Unigram"
+                "choose a tokenizer with BPE or Unigram"
             )
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()

@@ -216,7 +216,7 @@ def test_a_data_set_that_is_spoiled(mistake, tmp_path):
         "train_tokens"
     ]
     spoil(tmp_path, train=b"")
-    mistake("gpt.py", holds=["toy", f"0 of {n} tokens for train"])
+    mistake("gpt.py", holds=["toy", f"0 tokens for train, not {n}"])
     spoil(tmp_path, meta={"train_tokens": 0})
     mistake("gpt.py", holds=["toy holds 0 tokens for train", "block_size 16"])
     spoil(tmp_path, train=b"\1\0" * 16, meta={"train_tokens": 16})

@@ -653,7 +653,7 @@ def test_a_data_file_that_becomes_shorter_while_a_run_reads_it(settings, monkeyp
 # ---- signals and a closed output ----
 
 
-STOPPING = "stopping after this step; another signal stops at once\n"
+STOPPING = "stopping after this step; another signal ends the run at once\n"
 
 
 def endless(tmp_path):

@@ -946,7 +946,7 @@ def test_what_the_library_cannot_read_or_spell(library_tokenizers):
         LibraryEncoding(json.dumps(data))
     words = tokenizers.Tokenizer(models.WordPiece({"a": 0, "[UNK]": 1}))
     with pytest.raises(
-        ValueError, match=r"model is WordPiece, .*: choose one with BPE or Unigram$"
+        ValueError, match=r"model is WordPiece, .*: choose a tokenizer with BPE or Unigram$"
     ):
         LibraryEncoding(words.to_str())
 
