@@ -162,7 +162,7 @@ def test_shares_of_bfloat16_stay_float32(settings, tmp_path):
 @pytest.mark.skipif(not shutil.which("g++"), reason="there is no C++ compiler")
 def test_two_processes_train_compiled_as_one_does_plainly(settings, tmp_path):
     """By DDP, whose wrapped model is compiled, as by FSDP2."""
-    settings(batch_size=2, gradient_accumulation_steps=2, max_iters=6, eval_interval=3)
+    settings(n_layer=1, batch_size=2, gradient_accumulation_steps=2, max_iters=4, eval_interval=2)
     gpt.train(out_dir=str(tmp_path / "plain"))
     outs = {fsdp: tmp_path / f"fsdp {fsdp}" for fsdp in (False, True)}
     runs = [{"compile": True, "fsdp": fsdp, "out_dir": str(out)} for fsdp, out in outs.items()]

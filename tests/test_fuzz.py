@@ -393,7 +393,7 @@ def test_checkpoints_of_other_versions(settings, tmp_path, capsys):
     draw = random.Random(10)
     loaded, resumed = [], []
     settings(init_from="resume", max_iters=3)
-    for _ in range(20 * FUZZ):
+    for _ in range(12 * FUZZ):
         state = whole | {"model_args": dict(whole["model_args"]), "config": dict(whole["config"])}
         state["version"] = draw.choice(["0.1", "1.0.0", "2.1.0", "9.0", "", None, 3])
         for tree in (state, state["model_args"], state["config"]):
@@ -405,7 +405,7 @@ def test_checkpoints_of_other_versions(settings, tmp_path, capsys):
         loaded.append(clean(gpt.load_checkpoint, path))
         resumed.append(clean(gpt.train))
         assert [loaded[-1], resumed[-1]] != [False, True]
-    assert 0 < sum(resumed) <= sum(loaded) < 20 * FUZZ
+    assert 0 < sum(resumed) <= sum(loaded) < 12 * FUZZ
 
 
 def test_fuzzing_would_notice_a_traceback(monkeypatch, tmp_path):

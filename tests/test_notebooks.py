@@ -47,8 +47,16 @@ for cell in json.load(open("notebook.ipynb", encoding="utf-8"))["cells"]:
 
 # What a lesson trains or writes, made small.
 SMALL = {
-    "6_training.ipynb": [("n_steps = 120", "n_steps = 15"), ("n_steps=40", "n_steps=4")],
+    "6_training.ipynb": [
+        ("n_steps = 120", "n_steps = 15"),
+        ("n_steps=40", "n_steps=4"),
+        ("range(81)", "range(21)"),
+        ("max_iters=100", "max_iters=20"),
+    ],
     "7_generation.ipynb": [
+        (", 120, greedy)", ", 30, greedy)"),
+        (", 120, draw)", ", 30, draw)"),
+        (", 120, temperature=0)", ", 30, temperature=0)"),
         ("n_texts=12, n_tokens=60", "n_texts=2, n_tokens=10"),
         ("n_tokens=160", "n_tokens=20"),
     ],
@@ -83,7 +91,7 @@ def test_a_lesson_runs(name, tmp_path):
 
 def test_the_colab_notebook_trains_finetunes_and_keeps(tmp_path, monkeypatch):
     """In an empty folder: it writes the files that it needs."""
-    monkeypatch.setenv("MINUTES", "0.05")
+    monkeypatch.setenv("MINUTES", "0.02")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     notebook = nbformat.read(NOTEBOOKS / "colab.ipynb", as_version=4)
     resources = {"metadata": {"path": str(tmp_path)}}

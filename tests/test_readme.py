@@ -53,11 +53,13 @@ SMALL = {  # flags before a command's own, and after
     "prepare.py": ("", ""),
     "extras/plots.py": ("", ""),
 }
-# Stand-ins for the data sets library, for the models of the hub, which all are one folder's, and
-# for the download of Shakespeare.
+# Stand-ins for the data sets library, for the models of the hub, which all are one folder's, for the
+# download of Shakespeare, and for Python's standard library, which is large.
 STAND_INS = """
-import sys, types
+import sys, sysconfig, types
 import gpt
+get_path = sysconfig.get_path
+sysconfig.get_path = lambda name, *more: "config" if name == "stdlib" else get_path(name, *more)
 rows = [{{"text": text, "content": text}} for text in (" = A title = \\n", " Some words .\\n")] * 50
 sys.modules["datasets"] = types.SimpleNamespace(
     disable_progress_bars=lambda: None,
