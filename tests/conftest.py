@@ -22,6 +22,15 @@ TEXT = "".join(
 )
 
 
+# The files that take longest, so that both processes of pytest end at about the same time.
+FIRST = ["training", "readme", "faults", "prepare", "distributed", "notebooks", "alone", "fitting"]
+
+
+def pytest_collection_modifyitems(items):
+    names = [f"test_{name}.py" for name in FIRST]
+    items.sort(key=lambda item: names.index(item.path.name) if item.path.name in names else 99)
+
+
 @pytest.fixture(autouse=True)
 def small_machine():
     """One thread: the tests' models are small, and two processes may run at once."""

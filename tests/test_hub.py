@@ -803,7 +803,7 @@ def test_merge_where_the_base_is_elsewhere(base, tmp_path, monkeypatch):
     gpt.save_checkpoint(tmp_path / "hub.pt", named | {"base": "someone/model"})
     with monkeypatch.context() as patch:  # a file alone must not start a download
         patch.setattr(hub, "load_model", lambda name: pytest.fail("it was fetched"))
-        with pytest.raises(FileNotFoundError, match="downloaded, with --base=someone/model"):
+        with pytest.raises(FileNotFoundError, match="downloaded with --base=someone/model"):
             hub.merge(tmp_path / "hub.pt")
     assert_equal_models(hub.merge(lora, tmp_path / "moved", tmp_path / "a"), expected)
     assert_equal_models(hub.merge(lora, tmp_path / "moved" / "best.pt", tmp_path / "b"), expected)
