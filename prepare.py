@@ -190,8 +190,9 @@ def known_source(settings):
 def library_files():
     """Return the .py files of Python's standard library, without its tests."""
     others = {"site-packages", "dist-packages", "test", "tests"}
-    files = find_files(Path(sysconfig.get_path("stdlib")), (".py",))
-    return [path for path in files if others.isdisjoint(path.parts)]
+    folder = Path(sysconfig.get_path("stdlib"))
+    files = find_files(folder, (".py",))
+    return [path for path in files if others.isdisjoint(path.relative_to(folder).parts)]
 
 
 def input_source(settings):

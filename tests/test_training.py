@@ -911,14 +911,14 @@ def test_learns_pydoc(settings, tmp_path):
         block_size=64,
         n_embd=64,
         batch_size=16,
-        max_iters=100,
-        eval_interval=100,
+        max_iters=160,
+        eval_interval=160,
         eval_iters=5,
         muon_lr=0.035,
         learning_rate=8e-3,
     )
     figures = gpt.train()
-    assert figures["val_loss"] < 2.6
+    assert figures["val_loss"] < 2.4  # 2.46: by the previous character alone
     assert json.loads((tmp_path / "data" / "pydoc" / "meta.json").read_text())["source"]
 
 
