@@ -529,7 +529,7 @@ def hub_documents(path, config="", split="train", text_column="", clean="", by_l
     by_lines: whether the rows are the lines of wikitext's articles.
     """
     for ours, theirs, rows in open_streams(path, config, split):
-        numbered = ((f"{path}, {theirs} row {i}", row) for i, row in enumerate(rows))
+        numbered = numbered_rows(f"{path}, {theirs}", rows)
         if by_lines:
             column = text_column or "text"
             lines = read_lines(checked_text(where, row, column) for where, row in numbered)
@@ -540,6 +540,20 @@ def hub_documents(path, config="", split="train", text_column="", clean="", by_l
                 document = row_document(where, row, text_column, clean)
                 if document:
                     yield ours, document
+
+
+def numbered_rows(where, rows):
+    """Yield (where with the row's number, row). Raises ValueError where they cannot be read."""
+    n = 0
+    try:
+        for row in rows:
+            yield f"{where} row {n}", row
+            n += 1
+    except Exception as e:  # the library and the network raise errors of many kinds
+        raise ValueError(
+            f"{where} cannot be read after {n} rows ({type(e).__name__}: {e}): "
+            "download the file again, or check the network"
+        ) from e
 
 
 def open_streams(path, config, split):

@@ -11,6 +11,7 @@ import io
 import itertools
 import json
 import os
+import random
 import shlex
 import shutil
 import signal
@@ -1073,6 +1074,22 @@ def test_often_saved_is_never_saved(large, whole, prepared, tmp_path):
     """The same files, whatever shard_tokens is."""
     prepared(input=large, shard_tokens=1)
     assert files_of(tmp_path / "data" / "texts") == files_of(whole)
+
+
+def test_a_damaged_parquet_file_is_named(tmp_path):
+    """The first rows can be read; the error comes from the middle of the stream."""
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    texts = [random.Random(i).randbytes(200).hex() for i in range(4000)]
+    datasets.Dataset.from_dict({"text": texts}).to_parquet(folder / "a.parquet", batch_size=500)
+    content = bytearray((folder / "a.parquet").read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 50_000] = b"\xff" * 50_000
+    (folder / "a.parquet").write_bytes(content)
+    with pytest.raises(ValueError, match=r"rows, train cannot be read after \d+ rows \(\w+: "):
+        prepare.prepare(
+            hf=folder, name="t", data_dir=tmp_path / "data", tokenizer="char", text_column="text"
+        )
 
 
 def test_the_standard_library_is_taken_without_its_tests(tmp_path, monkeypatch):
