@@ -320,6 +320,11 @@ def row_document(where, row, text_column="", clean=""):
         return chat_document(where, turns, rating_weight(where, row))
     for answer in ("response", "completion"):
         if {"prompt", answer} <= columns.keys():
+            if row.get("system"):
+                raise ValueError(
+                    f"{where} has a system text, which needs a conversation: "
+                    f"rename the columns prompt and {answer} to question and answer"
+                )
             prompt = checked_text(where, row, "prompt")
             response = checked_text(where, row, answer)
             weight = rating_weight(where, row)

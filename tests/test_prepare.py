@@ -1092,6 +1092,16 @@ def test_a_damaged_parquet_file_is_named(tmp_path):
         )
 
 
+@pytest.mark.parametrize("answer", ["response", "completion"])
+def test_a_system_text_beside_a_plain_prompt_is_refused(answer):
+    """A prompt and its response are plain text, in which a system prompt has no place."""
+    row = {"system": "Be brief.", "prompt": "2+2?", answer: "4"}
+    with pytest.raises(ValueError, match=f"rename the columns prompt and {answer} to question"):
+        documents.row_document("here", row)
+    row |= {"system": ""}
+    assert [text for text, _ in documents.row_document("here", row)][:2] == ["2+2?", "4"]
+
+
 def test_the_standard_library_is_taken_without_its_tests(tmp_path, monkeypatch):
     """Also if Python itself lies below a folder that is named like these."""
     folder = tmp_path / "tests" / "lib"

@@ -362,7 +362,15 @@ def test_settings_that_the_pages_name_exist():
         "grid",
     }
     known |= {"model", "model_args", "tasks", "include_path"}  # of lm_eval
-    known |= {"check", "ntasks-per-node"}  # of ruff format, of Slurm
+    known |= {
+        "check",
+        "nodes",
+        "ntasks-per-node",
+        "gpus-per-node",
+        "cpus-per-task",
+        "time",
+    }  # Slurm
+    known.add("rdzv_id")
     for path in ROOT.glob("*.py"):
         known |= set(gpt.read_settings(path.read_text(encoding="utf-8")))
     for name in GUIDES:
