@@ -370,7 +370,7 @@ def test_settings_that_the_pages_name_exist():
         "cpus-per-task",
         "time",
     }  # Slurm
-    known.add("rdzv_id")
+    known |= {"rdzv_id", "partition", "account"}
     for path in ROOT.glob("*.py"):
         known |= set(gpt.read_settings(path.read_text(encoding="utf-8")))
     for name in GUIDES:
